@@ -1,0 +1,123 @@
+"""Checkpoints: written whole or not at all, checked before use, pruned, found again.
+
+A checkpoint is one dict of tensors, str, int, float, list, dict: it loads with `weights_only=True`. Files are named
+by step, `0001000.pth`, beside `config.json`.
+"""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from parameter import CheckpointError
+from utils import write_atomically
+
+# What torch.load and zipfile raise on damaged files (truncated, overwritten, a page of HTML, ...).
+_DAMAGE = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError)
+
+
+def path_of(folder, step):
+    """Where the checkpoint of `step` is kept."""
+    return Path(folder) / f"{step:07d}.pth"
+
+
+def steps_in(folder):
+    """Steps of the checkpoints in `folder`, ascending; [] if there is no such folder."""
+    folder = Path(folder)
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{7,}\.pth", name))
+
+
+def save(state, folder):
+    """Write `state` under its "step". Raises CheckpointError when the disk refuses; older files stay as they are."""
+    path = path_of(folder, state["step"])
+    try:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    except (OSError, RuntimeError) as error:     # a full disk comes as RuntimeError out of torch.save
+        raise CheckpointError(
+            f"cannot write {path} ({_first_line(error)}); earlier checkpoints are untouched.\n"
+            "Free some space (or lower --keep_checkpoints), then give the same command again."
+        ) from None
+    return path
+
+
+def load(path):
+    """The state in `path`, on the CPU. Raises CheckpointError if it is missing or damaged.
+
+    torch.load does not look at checksums, so a flipped bit would pass: the archive's own CRCs are checked first.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except _DAMAGE as error:
+        raise CheckpointError(f"{path} is damaged ({_first_line(error)})") from None
+
+
+def load_newest(folder, warn=print):
+    """The newest state in `folder` that is whole, or None where there is no checkpoint.
+
+    Damaged ones are passed over, with a word to `warn`. Raises CheckpointError if all are damaged.
+    """
+    steps = steps_in(folder)
+    for step in reversed(steps):
+        try:
+            return load(path_of(folder, step))
+        except CheckpointError as error:
+            warn(f"warning: {error}; going back to the one before")
+    if steps:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged.\n"
+                              "Move that folder away to start anew, or use another --version.")
+    return None
+
+
+def load_step(folder, step):
+    """The state of exactly this step (`--pretrained_model`). Raises CheckpointError naming those there are."""
+    steps = steps_in(folder)
+    if step not in steps:
+        there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
+        raise CheckpointError(f"--pretrained_model {step}: no such checkpoint in {folder}; {there}")
+    return load(path_of(folder, step))
+
+
+def saved_config(folder):
+    """The config that the run in `folder` was started with, or None where there is no checkpoint to go on from."""
+    steps = steps_in(folder)
+    if not steps:
+        return None
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = load_newest(folder)["config"]
+    return config
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    if keep:
+        for step in steps_in(folder)[:-keep]:
+            path_of(folder, step).unlink(missing_ok=True)
+
+
+def set_aside_after(folder, step):
+    """Move checkpoints later than `step` into `superseded/`: the run goes on from `step`, and they are no longer its
+    newest. Nothing is deleted. Returns the moved steps.
+    """
+    moved = [later for later in steps_in(folder) if later > step]
+    aside = Path(folder) / "superseded"
+    for later in moved:
+        aside.mkdir(exist_ok=True)
+        os.replace(path_of(folder, later), path_of(aside, later))
+    return moved
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,474 @@
+"""Real pictures: the data set table, one decoder for every file, the decoded cache, resumable sampling.
+
+A data set maps an index to one uint8 picture (3, imsize, imsize); a new one is a function and a row of `DATASETS`.
+Training walks through sample numbers 0, 1, 2, ... over the whole life of a run: which picture number n shows, and
+whether it is mirrored, follows from the seed and n alone. So one integer in a checkpoint is enough to go on
+exactly, whatever --num_workers is.
+"""
+
+import io
+import os
+import shutil
+import signal
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+
+from parameter import DataError, UsageError
+from toy_faces import draw_face
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+CELEBA_CROP = 160  # pixels: the face in an aligned 178x218 CelebA picture, as published 64-pixel results crop it
+TOY_LENGTH = 4096  # faces
+CACHE_BYTES = 2**30  # of decoded pictures; a larger data set is decoded again in every epoch
+# What Pillow raises on damaged bytes, beside DecompressionBombError.
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
+
+
+# ---- one picture ----
+
+
+def decode(data: bytes, name: str, imsize: int, crop: int | None = None) -> torch.Tensor:
+    """The encoded picture `data` as uint8 (3, imsize, imsize): its central square, resized with Lanczos.
+
+    The square has the side `crop` if the picture is large enough, else it is the largest one. EXIF rotation is
+    honoured, transparency laid over white. Raises DataError, which calls the picture `name`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # doubts of Pillow's about large or oddly tagged pictures
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if crop is None:
+                    image.draft(None, (2 * imsize, 2 * imsize))  # JPEGs decode at 1/2, 1/4 or 1/8 with less work
+                return _to_tensor(_rgb(_upright(image)), imsize, crop)
+    except UnidentifiedImageError:
+        reason = "it is no JPEG, PNG, WebP or BMP"
+    except Image.DecompressionBombError:
+        reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+    raise DataError(f"cannot use the picture {name}: {reason}; delete or replace it")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # here, so that damaged pixels are not taken for a damaged tag
+    try:
+        return ImageOps.exif_transpose(image)
+    except DAMAGE:
+        return image  # a damaged tag beside sound pixels
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """`image` in mode RGB; 16 bits keep their high byte, transparent pixels turn white."""
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
+        grey = np.asarray(image)
+        white = grey == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image, imsize: int, crop: int | None = None) -> torch.Tensor:
+    side = min(image.size)
+    if crop is not None and crop <= side:
+        side = crop
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    image = image.resize((imsize, imsize), Image.Resampling.LANCZOS)
+    return _planes(image)
+
+
+def _planes(picture: Image.Image | np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+
+
+# ---- the data sets ----
+
+
+class Pictures(Dataset):
+    """`length` pictures, of which `read(index)` gives one as uint8 (3, imsize, imsize)."""
+
+    def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str):
+        self.read, self.length, self.summary = read, length, summary
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.read(index)
+
+
+def find_pictures(folder: Path) -> list[str]:
+    """The paths of all pictures below `folder`, sorted, without hidden ones; DataError if there is none."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder} is a file" if os.path.exists(folder) else f"there is no folder {folder}")
+
+    def refuse(error: OSError):
+        raise DataError(f"cannot read {error.filename} ({error.strerror})")
+
+    paths, others, seen = [], 0, {os.path.realpath(folder)}
+    for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = {os.path.realpath(os.path.join(parent, s)): s for s in sorted(subfolders) if s[0] != "."}
+        subfolders[:] = [name for real, name in visible.items() if real not in seen]  # a link may lead back up
+        seen.update(visible)
+        pictures = [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
+        paths += [os.path.join(parent, name) for name in pictures]
+        others += len(names) - len(pictures)
+    if not paths:
+        problem = f"holds {others} files, but no picture ({' '.join(SUFFIXES)})" if others else "is empty"
+        raise DataError(f"{folder} {problem}")
+    return sorted(paths)
+
+
+def _files(folder: Path, imsize: int, crop: int | None = None) -> Dataset:
+    paths = find_pictures(folder)
+    read = partial(_read_file, paths, imsize=imsize, crop=crop)
+    return Pictures(read, len(paths), f"{len(paths)} pictures in {folder}")
+
+
+def _read_file(paths: list[str], index: int, imsize: int, crop: int | None) -> torch.Tensor:
+    try:
+        data = Path(paths[index]).read_bytes()
+    except OSError as error:  # perhaps not the picture's fault, so no word about deleting it
+        raise DataError(f"cannot read {paths[index]}: {error.strerror}") from error
+    return decode(data, paths[index], imsize, crop)
+
+
+def open_folder(config) -> Dataset:
+    try:
+        return _files(Path(config.image_path), config.imsize)
+    except DataError as error:
+        raise DataError(f"--dataset folder: {error}; let --image_path name a folder of pictures") from None
+
+
+def _missing(config, problem: object, name: str) -> DataError:
+    return DataError(
+        f"--dataset {config.dataset} --image_path {config.image_path}: {problem}\n"
+        f"get the data with `bash download.sh {name}`, or train on drawn faces with `--dataset toy`"
+    )
+
+
+def open_celeb(config) -> Dataset:
+    try:
+        return _files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
+    except DataError as error:
+        raise _missing(config, error, "CelebA") from None
+
+
+_environments = {}  # folder: (process id, open LMDB)
+
+
+def environment(folder: str):
+    """The LMDB in `folder`, opened once per process (lmdb refuses a second time) and again after a fork."""
+    import lmdb
+
+    pid, opened = _environments.get(folder, (None, None))
+    if pid != os.getpid():
+        if opened is not None:
+            opened.close()  # the parent's: not valid here, yet lmdb would take this for a second opening
+        opened = lmdb.open(folder, readonly=True, lock=False, readahead=False)
+        _environments[folder] = os.getpid(), opened
+    return opened
+
+
+def _read_lmdb(folder: str, keys: list[bytes], index: int, imsize: int) -> torch.Tensor:
+    with environment(folder).begin() as transaction:
+        data = transaction.get(keys[index])
+    return decode(data, f"{keys[index].decode(errors='replace')} in {folder}", imsize)
+
+
+def open_lsun(config) -> Dataset:
+    """LSUN's layout: a `data.mdb`, of which every value is an encoded picture."""
+    root, name = Path(config.image_path), "church_outdoor_train_lmdb"
+    usual = [root, root / name, root / "LSUN" / name]
+    found = [folder for folder in usual if (folder / "data.mdb").is_file()][:1]
+    found = found or [file.parent for file in sorted(root.glob("*_lmdb/data.mdb"))]
+    if not found:
+        raise _missing(config, f"no data.mdb in {usual[1]} or {usual[2]}", "LSUN")
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        raise DataError(f"--image_path {root} holds several data sets ({names}): let it name one of them")
+    try:
+        import lmdb
+    except ImportError:
+        raise DataError("--dataset lsun needs the lmdb package: pip install lmdb") from None
+    file, folder = found[0] / "data.mdb", os.path.realpath(found[0])
+    try:
+        opened = environment(folder)
+        if file.stat().st_size < (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]:
+            raise _missing(config, f"{file} is cut short", "LSUN")  # reading on would end in a bus error
+        with opened.begin() as transaction:
+            keys = list(transaction.cursor().iternext(values=False))
+    except (lmdb.Error, OSError) as error:
+        raise _missing(config, f"cannot read {file} ({error})", "LSUN") from error
+    if not keys:
+        raise _missing(config, f"{file} holds no pictures", "LSUN")
+    read = partial(_read_lmdb, folder, keys, imsize=config.imsize)
+    return Pictures(read, len(keys), f"{len(keys)} pictures in {found[0]}")
+
+
+def open_cifar10(config) -> Dataset:
+    from torchvision.datasets import CIFAR10  # takes a second to import, so only when asked for
+
+    root = Path(config.image_path)
+    if not (root / CIFAR10.base_folder).is_dir():
+        root = root / "CIFAR10"
+    if not (root / CIFAR10.base_folder).is_dir():
+        raise _missing(config, f"there is no folder {root / CIFAR10.base_folder}", "CIFAR10")
+    try:
+        pictures = CIFAR10(root, train=True, download=False).data  # (N, 32, 32, 3) uint8
+    except RuntimeError:  # torchvision's word for a wrong checksum
+        raise _missing(config, f"{root / CIFAR10.base_folder} is damaged or incomplete", "CIFAR10") from None
+    read = partial(_read_array, pictures, imsize=config.imsize)
+    return Pictures(read, len(pictures), f"{len(pictures)} pictures in {root}")
+
+
+def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
+    return _to_tensor(Image.fromarray(pictures[index]), imsize)
+
+
+def open_toy(config) -> Dataset:
+    read = partial(_draw, imsize=config.imsize)
+    return Pictures(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px")
+
+
+def _draw(index: int, imsize: int) -> torch.Tensor:
+    return _planes(draw_face(index, imsize))
+
+
+DATASETS = {  # --dataset: how to open it
+    "celeb": open_celeb,
+    "lsun": open_lsun,
+    "cifar10": open_cifar10,
+    "folder": open_folder,
+    "toy": open_toy,
+}
+
+
+def build_dataset(config) -> Dataset:
+    """The data set that `config` names: `len()`, and `[index]` -> uint8 (3, imsize, imsize). Writes nothing.
+
+    Raises DataError where it is missing, unreadable, or smaller than one batch.
+    """
+    dataset = DATASETS[config.dataset](config)
+    if len(dataset) < config.batch_size:
+        raise DataError(
+            f"--batch_size {config.batch_size} is more than the {dataset.summary}; "
+            f"use --batch_size {len(dataset)} or less"
+        )
+    return cached(dataset, config.imsize, shared=config.num_workers > 0)
+
+
+def describe(dataset: Dataset, config) -> str:
+    """One line on what is trained on, such as `folder: 756 pictures in data/vangogh`."""
+    return f"{config.dataset}: {dataset.summary}"
+
+
+# ---- the decoded cache ----
+
+
+class DecodedCache(Dataset):
+    """Keeps each picture from its first use on; `shared` among this process and its workers."""
+
+    def __init__(self, dataset: Dataset, imsize: int, shared: bool):
+        self.dataset, self.summary = dataset, dataset.summary
+        self.pictures = torch.empty(len(dataset), 3, imsize, imsize, dtype=torch.uint8)
+        self.filled = torch.zeros(len(dataset), dtype=torch.bool)
+        self._full = False
+        if shared:
+            self.pictures.share_memory_()
+            self.filled.share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.gather([index])[0]
+
+    def gather(self, indices: Sequence[int]) -> torch.Tensor:
+        """A copy of the pictures `indices`, uint8 (len(indices), 3, imsize, imsize)."""
+        indices = torch.as_tensor(indices)
+        for index in indices[~self.filled[indices]].tolist():
+            # The flag last: who sees it finds the whole picture. Two workers at the same one write the same.
+            self.pictures[index] = self.dataset[index]
+            self.filled[index] = True
+        return self.pictures[indices]
+
+    def full(self) -> bool:
+        """Whether no picture is left to decode."""
+        self._full = self._full or bool(self.filled.all())
+        return self._full
+
+
+def cached(dataset: Dataset, imsize: int, shared: bool) -> Dataset:
+    """`dataset` behind a DecodedCache, or as it is where memory does not allow that."""
+    size = len(dataset) * 3 * imsize**2
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun; each keeps its own cache
+    room = min(CACHE_BYTES, available_memory() // 4 // processes)
+    if shared and os.path.isdir("/dev/shm"):
+        # A container may have 64 MB of it, and writing past that is a bus error. Batches need some too.
+        room = min(room, shutil.disk_usage("/dev/shm").free // 2 // processes)
+    if size > room:
+        return dataset
+    try:
+        return DecodedCache(dataset, imsize, shared)
+    except (OSError, RuntimeError):  # no shared memory on this system
+        return dataset
+
+
+def available_memory() -> int:
+    """Bytes that this machine can spare, 0 where it does not tell."""
+    try:
+        with open("/proc/meminfo") as table:  # unlike sysconf, it counts the file cache as available
+            return next(int(line.split()[1]) * 1024 for line in table if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        return 0
+
+
+# ---- sampling ----
+
+
+@lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
+def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """The order in which epoch number `epoch` shows the `length` pictures, (length,) int64."""
+    return np.random.default_rng((seed, epoch)).permutation(length)
+
+
+def flip_coins(seed: int, numbers: range) -> np.ndarray:
+    """Whether each of these consecutive sample numbers is mirrored, (len(numbers),) bool."""
+    # Philox is a function of key and counter, with four words to a counter: nothing to carry along or save.
+    words = np.random.Philox(key=seed, counter=numbers.start).random_raw(4 * len(numbers))[::4]
+    return (words >> np.uint64(63)).astype(bool)
+
+
+class Samples(Dataset):
+    """Sample numbers -> pictures; each worker process gets a copy of this."""
+
+    def __init__(self, dataset: Dataset, seed: int, hflip: bool):
+        self.dataset, self.seed, self.hflip = dataset, seed % 2**64, hflip
+
+    def fetch(self, numbers: range) -> torch.Tensor:
+        """uint8 (len(numbers), 3, imsize, imsize). Raises DataError at an unreadable picture."""
+        length = len(self.dataset)
+        indices = [int(epoch_order(self.seed, n // length, length)[n % length]) for n in numbers]
+        if isinstance(self.dataset, DecodedCache):
+            pictures = self.dataset.gather(indices)
+        else:
+            pictures = torch.stack([self.dataset[index] for index in indices])
+        if self.hflip:
+            flipped = torch.from_numpy(flip_coins(self.seed, numbers))
+            pictures[flipped] = pictures[flipped].flip(-1)
+        return pictures
+
+    def __getitems__(self, numbers: range) -> torch.Tensor | str:
+        """`fetch` for a worker. An error leaves as text: torch would add the worker's traceback to it."""
+        try:
+            return self.fetch(numbers)
+        except DataError as error:
+            return str(error)
+
+
+def _as_is(batch: torch.Tensor | str) -> torch.Tensor | str:
+    return batch
+
+
+def _start_worker(worker: int):
+    # A signal to the process group is meant for the trainer, which needs its workers to finish the step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class RealBatches:
+    """Endless iterator over batches of real pictures; `real_batches` builds it and says what they are."""
+
+    def __init__(
+        self, samples: Samples, first_sample: int, batch_size: int, share: slice, device: torch.device, workers: int
+    ):
+        self.samples_seen = first_sample  # by the caller, over all ranks; what workers prefetched does not count
+        self.samples, self.batch_size, self.share, self.device = samples, batch_size, share, device
+        self.pin = device.type == "cuda"
+        self._from_workers = None
+        if workers > 0:
+            loader = DataLoader(
+                samples,
+                batch_sampler=map(self._numbers, count(first_sample, batch_size)),
+                num_workers=workers,
+                collate_fn=_as_is,
+                worker_init_fn=_start_worker,
+                pin_memory=self.pin,
+                generator=torch.Generator(),  # or it would draw from the global one, and resuming change the run
+            )
+            self._from_workers = iter(loader)
+
+    def _numbers(self, start: int) -> range:
+        """This rank's share of the batch that begins with sample number `start`."""
+        return range(start, start + self.batch_size)[self.share]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        dataset = self.samples.dataset
+        if self._from_workers is not None and isinstance(dataset, DecodedCache) and dataset.full():
+            self.close()  # nothing is left to decode, and copying takes less than a worker's queue
+        if self._from_workers is not None:
+            pictures = self._receive()
+        else:
+            pictures = self.samples.fetch(self._numbers(self.samples_seen))
+            pictures = pictures.pin_memory() if self.pin else pictures
+        self.samples_seen += self.batch_size
+        return pictures.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
+
+    def _receive(self) -> torch.Tensor:
+        try:
+            pictures = next(self._from_workers)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(f"--num_workers: {error}\nuse fewer workers, or --num_workers 0") from error
+        if isinstance(pictures, str):
+            raise DataError(pictures)
+        return pictures
+
+    def close(self):
+        """Stops the workers. A later `next` goes on in this process."""
+        self._from_workers = None  # its destructor ends and joins them
+
+
+def real_batches(
+    config, dataset: Dataset, first_sample: int, device: torch.device | str, rank: int = 0, world: int = 1
+) -> RealBatches:
+    """Endless iterator over float32 batches (batch_size / world, 3, imsize, imsize) in [-1, 1] on `device`.
+
+    Batch t shows the sample numbers from first_sample + t * batch_size on, of which `rank` gets its contiguous
+    share. What an epoch leaves over opens the next one's first batch: no picture is dropped. Global random states
+    stay as they are. `samples_seen` is the first_sample to go on with; `close()` ends the workers.
+    """
+    if config.batch_size % world:
+        raise UsageError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
+    share = config.batch_size // world
+    return RealBatches(
+        Samples(dataset, config.seed, config.hflip),
+        first_sample,
+        config.batch_size,
+        slice(rank * share, (rank + 1) * share),
+        torch.device(device),
+        config.num_workers,
+    )

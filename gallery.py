@@ -1,0 +1,272 @@
+"""The pictures of a run: grids of samples and overlays of attention maps.
+
+Everything here takes plain tensors and writes one PNG; nothing knows of networks, runs or flags. Images are
+(B, 3, H, W) in [-1, 1]. A picture of a diverged run is worth having too, so numbers that are not finite are
+drawn (NaN as mid grey, and said so beneath a map) and never raise. Files appear whole or not at all. What
+goes wrong with the disk leaves as OSError.
+"""
+
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+# Query colours: light, because they stand on photographs and on a dark page, and apart in lightness as well
+# as in hue, because that is what a colour-blind reader has left (under simulated full protan-, deuter- and
+# tritanopia any two differ by a CIE76 distance of 22 or more, any two of the first five by 28).
+QUERY_COLOURS = (
+    (64, 127, 218),  # blue
+    (255, 120, 52),  # orange
+    (0, 214, 143),  # green
+    (255, 224, 24),  # yellow
+    (236, 150, 208),  # pink
+    (130, 92, 255),  # violet
+    (214, 40, 72),  # crimson
+    (240, 240, 240),  # white
+)
+
+PAGE, INK, QUIET, WARN = (22, 23, 27), (236, 236, 238), (154, 157, 166), (255, 190, 92)
+
+# Anchors of the heat ramp at 0, 1/4, ..., 1: lightness climbs in equal steps, so that equal steps of map look
+# equal. The heat is *added* to the dimmed picture: black is transparent, and as the ramp climbs faster than
+# the picture fades beneath it, more attention is never darker.
+_ANCHORS = np.array([(0, 0, 0), (60, 14, 80), (148, 36, 80), (208, 98, 40), (224, 192, 104)], np.float32)
+_LEVELS = np.linspace(0, 1, 256, dtype=np.float32)
+_HEAT = np.stack([np.interp(_LEVELS, np.linspace(0, 1, 5), c) for c in _ANCHORS.T], 1).astype(np.float32)
+_THROUGH = (1 - 0.5 * _LEVELS)[:, None]  # how much of the dimmed picture still shows at each level
+
+GAP, MARGIN, FRAME, RAMP = 2, 24, 3, 120  # px; RAMP is the length of the heat scale in the legend
+
+
+def grid_side(imsize):
+    """Pictures per row and per column of a square sample grid that still fits on a screen.
+
+    8 up to 64 px, 6 up to 128, 4 up to 256, 3 up to 512, 2 above.
+    """
+    for limit, side in ((64, 8), (128, 6), (256, 4), (512, 3)):
+        if imsize <= limit:
+            return side
+    return 2
+
+
+def default_queries():
+    """The (5, 2) query points used unless others are asked for: (y, x) as fractions of the image.
+
+    On aligned faces they are the two eyes, the mouth, the hair and a corner of the background; on a landscape
+    two places at the horizon, the foreground, the sky and a far corner.
+    """
+    return torch.tensor([(0.45, 0.36), (0.45, 0.64), (0.72, 0.50), (0.20, 0.50), (0.12, 0.10)])
+
+
+def to_uint8(images):
+    """Float (B, 3, H, W) in [-1, 1] on any device -> uint8 (B, H, W, 3) numpy array.
+
+    Values outside are clamped, NaN becomes mid grey, and levels are rounded: truncating would darken every
+    picture by half a level, and a byte turned into a float would not always come back.
+    """
+    x = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1)
+    # Bytes before the copy: a quarter of the traffic from the device.
+    return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def normalized_entropy(maps):
+    """Entropy of each attention map over log(h*w): 1 is uniform, 0 looks at one place only.
+
+    maps: (B, Q, h, w), non-negative, summing to 1 over h*w -> (B, Q) in [0, 1], float32. p = 0 adds nothing,
+    neither does a p that is not finite. A single key leaves nothing to choose: its entropy is 0.
+    """
+    p = maps.detach().float().flatten(2).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)  # (B, Q, h*w)
+    if p.size(2) == 1:
+        return p.new_zeros(p.shape[:2])
+    return (-torch.xlogy(p, p).sum(2) / math.log(p.size(2))).clamp(0, 1)
+
+
+def save_grid(images, path, columns=None):
+    """Write images (B, 3, H, W) in [-1, 1] as one PNG, row by row, with a thin gap between them.
+
+    columns defaults to the nearly square ceil(sqrt(B)). Pictures less than 64 px high are enlarged by a whole
+    factor, each pixel becoming a square block, so that the grid can be looked at on a screen; all others
+    keep their pixels. The file appears whole or not at all; missing folders are made.
+    Raises ValueError for no image or fewer than one column, OSError if the file cannot be written.
+    """
+    cells = to_uint8(images)
+    if not len(cells):
+        raise ValueError("save_grid: there is no image to draw")
+    columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
+    if columns < 1:
+        raise ValueError("save_grid: columns must be at least 1")
+    zoom = math.ceil(64 / cells.shape[1])
+    cells = cells.repeat(zoom, 1).repeat(zoom, 2)
+    B, H, W, _ = cells.shape
+    rows = math.ceil(B / columns)
+    page = np.empty((rows * (H + GAP) + GAP, columns * (W + GAP) + GAP, 3), np.uint8)
+    page[:] = PAGE
+    for i, cell in enumerate(cells):
+        top, left = GAP + i // columns * (H + GAP), GAP + i % columns * (W + GAP)
+        page[top : top + H, left : left + W] = cell
+    _write(Image.fromarray(page), path)
+
+
+def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
+    """Write one PNG that shows where each query point looks: one row per image, one column per query.
+
+    images: (B, 3, S, S) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys.
+    queries: (Q, 2) tensor or list, (y, x) as fractions of the image in [0, 1]. layer: its name; step: int;
+    gamma: the layer's residual weight; entropy: the layer's mean normalized entropy. The last two are only
+    printed.
+
+    The first column is the image with all query points. In the others the image is dimmed and the map,
+    interpolated between the centres of its keys and divided by its own maximum, glows over it. Beneath each:
+    `max`, the map's maximum in multiples of uniform attention 1/(h*w), and `H`, its normalized entropy.
+    Images are shown at a whole multiple of their size up to 256 px, larger ones are scaled down to 256.
+    There are 8 colours; a 9th query would begin them anew. The file appears whole or not at all; missing
+    folders are made.
+    Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
+    """
+    queries = torch.as_tensor(queries).detach().float().cpu().reshape(-1, 2).clamp(0, 1)
+    B, Q = len(images), len(queries)
+    if maps.dim() != 4 or tuple(maps.shape[:2]) != (B, Q) or not B * Q:
+        raise ValueError(f"save_attention: {B} images and {Q} queries do not fit maps {tuple(maps.shape)}")
+    h, w = maps.shape[2:]
+    cells = _enlarge(to_uint8(images))  # (B, cell, cell, 3)
+    cell = cells.shape[1]
+    maps, gamma, entropy = maps.detach().float().cpu(), float(gamma), float(entropy)
+    colours = [QUERY_COLOURS[i % len(QUERY_COLOURS)] for i in range(Q)]
+
+    title, small = _font(17), _font(13)
+    pitch_x, pitch_y = cell + 2 * FRAME + 10, cell + 2 * FRAME + 34
+    # x of the image, then of each map: these stand a little apart from the column of images.
+    left = [MARGIN] + [MARGIN + cell + 18 + FRAME + i * pitch_x for i in range(Q)]
+    width = max(left[-1] + cell + FRAME + MARGIN, 400)
+    head = [(layer, INK), (f"{h}x{w} keys", QUIET), (f"step {step}", QUIET)]
+    # Spelled out: Pillow's own font has no Greek.
+    head += [(f"gamma = {gamma:+.4f}", INK), (f"entropy {entropy:.2f}", INK)]
+    if abs(gamma) < 0.005:
+        head += [("gamma is near 0: almost no effect yet", WARN)]
+    legend = ("0", None, "maximum of each map", "max: times uniform attention", "H: entropy, 1 = uniform")
+    foot = [(text, QUIET) for text in legend]
+    head, head_height = _flow(head, title, width - 2 * MARGIN, 26)
+    foot, foot_height = _flow(foot, small, width - 2 * MARGIN, 20)
+    top = MARGIN + head_height + 40
+    height = top + B * pitch_y + 6 + foot_height + MARGIN
+
+    pixels = np.empty((height, width, 3), np.uint8)
+    pixels[:] = PAGE
+    for b in range(B):
+        y = top + b * pitch_y
+        pixels[y : y + cell, left[0] : left[0] + cell] = cells[b]
+        for i, overlay in enumerate(_overlays(cells[b], maps[b])):
+            x = left[i + 1]
+            pixels[y - FRAME : y + cell + FRAME, x - FRAME : x + cell + FRAME] = colours[i]
+            pixels[y : y + cell, x : x + cell] = overlay
+
+    page = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(page)
+    _put(page, draw, head, MARGIN, MARGIN - 6, title)
+    _put(page, draw, foot, MARGIN, height - MARGIN - foot_height + 6, small)
+    draw.text((left[0], top - 11), "image", INK, small, "ls")
+    for i, (down, right) in enumerate((queries * cell).tolist()):
+        draw.text((left[i + 1] - FRAME, top - 11), f"query {i + 1}", colours[i], small, "ls")
+        for b in range(B):
+            y = top + b * pitch_y
+            _dot(page, left[0] + right, y + down, max(5, cell // 36), colours[i])
+            _dot(page, left[i + 1] + right, y + down, max(4, cell // 50), colours[i])
+            draw.text((left[i + 1] - FRAME, y + cell + FRAME + 16), _caption(maps[b, i]), QUIET, small, "ls")
+    _write(page, path)
+
+
+def _enlarge(cells):
+    """uint8 (B, S, S, 3) -> (B, cell, cell, 3): a whole multiple of S of about 192 px, at most 256 px."""
+    S = cells.shape[1]
+    if S > 256:
+        return np.stack([Image.fromarray(c).resize((256, 256), Image.Resampling.LANCZOS) for c in cells])
+    zoom = min(math.ceil(192 / S), 256 // S)
+    return cells.repeat(zoom, 1).repeat(zoom, 2)
+
+
+def _caption(map):
+    """The line beneath the overlay of one map (h, w)."""
+    if not map.isfinite().all():
+        return "map is not finite"
+    return f"max {map.max().item() * map.numel():.1f}x    H {normalized_entropy(map[None, None]).item():.2f}"
+
+
+def _overlays(cell, maps):
+    """uint8 (cell, cell, 3) and maps (Q, h, w) -> Q uint8 pictures with the map glowing over the cell."""
+    size = cell.shape[0]
+    maps = maps.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+    peaks = maps.amax((1, 2), keepdim=True)
+    maps = maps / torch.where(peaks > 0, peaks, 1.0)
+    # Bicubic passes smoothly through the keys' centres; what it over- and undershoots is not attention, so it
+    # is cut off. antialias matters only where a map is finer than the cell.
+    maps = F.interpolate(maps[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+    levels = (maps * 255).round().to(torch.uint8).numpy()
+    picture = cell.astype(np.float32)
+    grey = picture @ np.array((0.299, 0.587, 0.114), np.float32)
+    dim = 0.42 * (0.4 * picture + 0.6 * grey[..., None])
+    for level in levels:
+        yield np.minimum(dim * _THROUGH[level] + _HEAT[level], 255).astype(np.uint8)
+
+
+@lru_cache
+def _font(size):
+    return ImageFont.load_default(size=size)
+
+
+def _flow(parts, font, width, gap):
+    """Place (text, colour) parts from left to right, beginning a new line where the page ends.
+
+    A text of None is the heat scale. -> ([(x, y, text, colour)], height), relative to the first line.
+    """
+    placed, x, y, line = [], 0, 0, round(font.size * 1.5)
+    for text, colour in parts:
+        length = RAMP if text is None else math.ceil(font.getlength(text))
+        if x and x + length > width:
+            x, y = 0, y + line
+        placed.append((x, y, text, colour))
+        x += length + gap
+    return placed, y + line
+
+
+def _put(page, draw, placed, left, top, font):
+    for x, y, text, colour in placed:
+        if text is not None:
+            draw.text((left + x, top + y + font.size), text, colour, font, "ls")
+            continue
+        ramp = _HEAT[np.linspace(0, 255, RAMP).astype(int)].astype(np.uint8)
+        page.paste(Image.fromarray(np.tile(ramp, (9, 1, 1))), (left + x, top + y + font.size - 9))
+
+
+def _dot(page, x, y, radius, colour):
+    sprite = _sprite(radius, colour)
+    half = sprite.width // 2
+    page.paste(sprite, (math.floor(x) - half, math.floor(y) - half), sprite)
+
+
+@lru_cache
+def _sprite(radius, colour):
+    """A dot with a white and a black ring, so that it shows on any ground; smoothed by drawing it large."""
+    over, half = 8, radius + 3
+    size = (2 * half + 1) * over
+    sprite, middle = Image.new("RGBA", (size, size)), size / 2
+    draw = ImageDraw.Draw(sprite)
+    for r, fill in ((radius + 3, (0, 0, 0)), (radius + 1.8, (255, 255, 255)), (radius + 0.3, colour)):
+        draw.ellipse([middle - r * over, middle - r * over, middle + r * over, middle + r * over], fill)
+    return sprite.reduce(over)
+
+
+def _write(image, path):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        # Level 6, Pillow's default, takes up to 2.6 times as long for files at most a seventh smaller.
+        image.save(part, format="PNG", compress_level=2)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

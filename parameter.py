@@ -1,0 +1,397 @@
+"""Every flag of the program, the presets, and the checks on them; also the exit codes.
+
+    typed  = parse(argv)              what the user wrote, nothing else
+    config = resolve(typed, find)     command line > the run's own saved config > --config > preset > default
+
+A `Config` is read-only from then on. This room imports no other.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class Failure(Exception):
+    """Ends the program with `code` and the message, one or two lines, instead of a traceback."""
+
+    code = 1
+
+
+class UsageError(Failure):
+    """A flag that is wrong or does not fit the others."""
+
+    code = 2
+
+
+class DataError(Failure):
+    """Training pictures that are missing, unreadable or too few."""
+
+    code = 3
+
+
+class NonFiniteError(Failure):
+    """A loss became NaN or infinite."""
+
+    code = 4
+
+
+class CheckpointError(Failure):
+    """A checkpoint that cannot be read, or a disk that cannot be written."""
+
+    code = 5
+
+
+class LockedError(Failure):
+    """Another process is training in this run's folder."""
+
+    code = 6
+
+
+# ---------------------------------------------------------------------------------------------------- converters
+
+
+def boolean(text):
+    """true/false/1/0/yes/no in any case; anything else is refused."""
+    word = str(text).lower()
+    if word in ("true", "1", "yes"):
+        return True
+    if word in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def sizes(text):
+    """'16,32' -> (16, 32), sorted, each once; 'none' -> ()."""
+    if str(text).lower() == "none":
+        return ()
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of sizes such as 16,32, nor none") from None
+
+
+def one_of(*names):
+    """A converter that accepts these names and suggests the nearest one for others."""
+
+    def convert(text):
+        if text in names:
+            return text
+        nearest = difflib.get_close_matches(text, names, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(names)}{hint}")
+
+    return convert
+
+
+# --------------------------------------------------------------------------------------------------------- flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its converter, default, help, and the closed range [low, high] of a number."""
+
+    name: str
+    type: Callable
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+
+
+_AUTO = None        # the default depends on other flags: `_fill_in` finds it
+
+FLAGS = {
+    "run": (
+        Flag("model", one_of("sagan"), "sagan", "network family"),
+        Flag("preset", one_of("published", "cpu"), "published",
+             "settings for what is left unset: the published ones, or those that learn fastest on two CPU cores"),
+        Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins"),
+        Flag("version", str, _AUTO, "name of the run and of its folders (default: MODEL_DATASET)"),
+        Flag("mode", one_of("train", "sample"), "train", "train, or write pictures from a checkpoint"),
+        Flag("train", boolean, True, "false is the same as --mode sample"),
+        Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto takes CUDA where there is one"),
+        Flag("parallel", boolean, False, "train on every visible GPU, one process each; batch_size is shared out"),
+        Flag("seed", int, 0, "of weights, batch order, z and flips", 0, 2**31 - 1),
+        Flag("deterministic", boolean, False, "same bits again on CUDA too, at some cost in speed"),
+        Flag("dry_run", boolean, False, "print the resolved config, sizes and device, then end"),
+    ),
+    "data": (
+        Flag("dataset", one_of("celeb", "lsun", "cifar10", "folder", "toy"), "celeb",
+             "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
+        Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures"),
+        Flag("imsize", int, 64, "side of the pictures in pixels: 32, 64, 128 or 256"),
+        Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
+        Flag("num_workers", int, 2, "loader processes; 0 loads in the training process", 0, 256),
+        Flag("hflip", boolean, False, "mirror every other picture at random"),
+    ),
+    "network": (
+        Flag("z_dim", int, 128, "length of the noise vector", 1),
+        Flag("g_conv_dim", int, 64, "width of G: channels at half the image size", 1),
+        Flag("d_conv_dim", int, 64, "width of D: channels at half the image size", 1),
+        Flag("g_attn", sizes, _AUTO, "feature sizes with attention in G, such as 16,32, or none "
+             "(default: the last two before the image)"),
+        Flag("d_attn", sizes, _AUTO, "feature sizes with attention in D, such as 8,4, or none "
+             "(default: 8,4 at 64 px, growing with imsize)"),
+        Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
+             "spectral norm in: both | g | d | none; auto: both for hinge, none for wgan-gp"),
+    ),
+    "optimization": (
+        Flag("adv_loss", one_of("hinge", "wgan-gp"), "hinge", "adversarial loss: hinge | wgan-gp"),
+        Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0),
+        Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
+        Flag("d_iters", int, _AUTO, "updates of D per step (default: 1 for hinge, 5 for wgan-gp)", 1),
+        Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
+        Flag("d_lr", float, 4e-4, "learning rate of D (Adam); TTUR: larger than G's", 1e-12, 1.0),
+        Flag("lr_decay", float, 1.0, "factor on both learning rates after each epoch", 1e-6, 1.0),
+        Flag("beta1", float, 0.0, "Adam's first moment, in [0, 1)"),
+        Flag("beta2", float, 0.9, "Adam's second moment, in [0, 1)"),
+        Flag("ema_decay", float, 0.999, "of the averaged generator G_ema that draws every sample, in [0, 1)"),
+    ),
+    "records": (
+        Flag("log_step", int, 10, "steps between lines in metrics.jsonl", 1),
+        Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
+        Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
+        Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
+        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),
+        Flag("log_path", str, "./logs", "folder of the logs"),
+        Flag("model_save_path", str, "./models", "folder of the checkpoints"),
+        Flag("sample_path", str, "./samples", "folder of the pictures"),
+        Flag("attn_path", str, None, "folder of the attention maps (default: beside the samples)"),
+    ),
+    "from a checkpoint": (
+        Flag("pretrained_model", int, None, "start (or sample) from the checkpoint of this step", 1),
+        Flag("num_samples", int, 64, "pictures that --mode sample writes", 1),
+    ),
+}
+_BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group}
+
+# What a preset sets; it fills only what the user left unset. `published` is what the flags' defaults say.
+PRESETS = {
+    "sagan": {
+        "published": {},
+        "cpu": {"batch_size": 16, "num_workers": 0},
+    },
+}
+
+# A checkpoint's tensors belong to these: a resumed run cannot change them.
+FIXED = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "g_attn", "d_attn", "sn", "adv_loss")
+# What describes one call, not the run: never taken over from a saved config.
+_PER_CALL = ("config", "preset", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples",
+             "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
+# What a checkpoint's run was made with: worth a word when it changes from one call to the next.
+RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "optimization") for flag in FLAGS[title]
+                     if flag.name not in _PER_CALL)
+
+
+def g_feature_sizes(imsize):
+    """Heights of G's feature maps, in the order that they are computed: 4, 8, ..., imsize / 2."""
+    return [2**power for power in range(2, imsize.bit_length() - 1)]
+
+
+def d_feature_sizes(imsize):
+    """Heights of D's feature maps: imsize / 2, ..., 8, 4."""
+    return g_feature_sizes(imsize)[::-1]
+
+
+class Config(argparse.Namespace):
+    """The resolved settings, one attribute per flag; read-only."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"the config is read-only: {name}")
+
+    def __delattr__(self, name):
+        raise AttributeError(f"the config is read-only: {name}")
+
+    @classmethod
+    def of(cls, values):
+        config = cls()
+        config.__dict__.update(values)
+        return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
+
+
+def parse(argv):
+    """{flag: value} of what `argv` holds and nothing else. Raises UsageError."""
+    parser = _Parser(
+        prog="python main.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        description="Train SAGAN and look at what it attends to. The same command again goes on with the run.",
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
+               "6 run folder in use, 130/143 interrupted after saving",
+    )
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            # a bare `--dry_run` means true, as people type it
+            bare = {"nargs": "?", "const": True} if flag.type is boolean else {}
+            shown = "" if flag.default is None else f" (default: {_written(flag.default)})"
+            group.add_argument(f"--{flag.name}", type=flag.type, metavar=_metavar(flag),
+                               help=(flag.help + shown).replace("%", "%%"), **bare)
+    namespace, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), _BY_NAME, n=1, cutoff=0.5)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
+        raise UsageError(f"unknown flag {name}: {hint}")
+    return vars(namespace)
+
+
+def _metavar(flag):
+    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES"}
+    return kinds.get(flag.type, "NAME")
+
+
+def _written(value):
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value)) or "none"
+    return str(value)
+
+
+def resolve(typed, find_saved=lambda folder: None):
+    """The full, checked Config of what the user typed.
+
+    `find_saved(folder)` returns the config of the run whose checkpoints lie in `folder`, or None; its settings
+    fill what was not typed, so that a run goes on, or is sampled, without repeating its flags.
+    Raises UsageError.
+    """
+    typed = dict(typed)
+    if "train" in typed and "mode" not in typed:
+        typed["mode"] = "train" if typed["train"] else "sample"
+    elif "train" in typed and typed["train"] != (typed["mode"] == "train"):
+        raise UsageError(f"--train {_written(typed['train'])} and --mode {typed['mode']} contradict each other")
+    given = {**_read_file(typed["config"]), **typed} if typed.get("config") else typed
+
+    values = {flag.name: flag.default for flag in _BY_NAME.values()}
+    values.update(PRESETS[given.get("model", values["model"])][given.get("preset", values["preset"])])
+    values.update(given)
+    if values["version"] is None:
+        values["version"] = f"{values['model']}_{values['dataset']}"
+    _check_version(values["version"])
+    saved = find_saved(Path(values["model_save_path"]) / values["version"])
+    if saved:
+        values.update({name: _as_flag(name, value, "the run's saved config") for name, value in saved.items()
+                       if name in _BY_NAME and name not in _PER_CALL and name not in typed})
+    _fill_in(values)
+    validate(values)
+    if saved:
+        _check_fixed(values, saved, values["version"])
+    return Config.of(values)
+
+
+def _read_file(path):
+    """The settings in a JSON file, converted as if typed, less those that describe one call."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path}: cannot be read as JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path}: holds no JSON object of settings")
+    unknown = [name for name in settings if name not in _BY_NAME]
+    if unknown:
+        raise UsageError(f"--config {path}: unknown setting '{unknown[0]}'")
+    return {name: _as_flag(name, value, f"--config {path}") for name, value in settings.items()
+            if name not in _PER_CALL and value is not None}
+
+
+def _as_flag(name, value, source):
+    """A setting read from JSON in the type that its flag has."""
+    flag = _BY_NAME[name]
+    if value is None:
+        return None
+    try:
+        return flag.type(_written(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UsageError(f"{source}: {name} {value!r} is no value for --{name} ({error})") from None
+
+
+def _fill_in(values):
+    """Replace every default that depends on other flags. Changes `values`."""
+    wgan = values["adv_loss"] == "wgan-gp"
+    if values["d_iters"] is None:
+        values["d_iters"] = 5 if wgan else 1
+    if values["sn"] == "auto":
+        values["sn"] = "none" if wgan else "both"
+    imsize = values["imsize"]
+    if values["g_attn"] is None:
+        values["g_attn"] = (imsize // 4, imsize // 2)
+    if values["d_attn"] is None:
+        values["d_attn"] = (max(4, imsize // 16), max(8, imsize // 8))
+    values["train"] = values["mode"] == "train"
+
+
+def validate(values):
+    """Raise UsageError for the first setting that cannot work. `values` is a full {flag: value}."""
+    for flag in _BY_NAME.values():
+        value = values[flag.name]
+        if isinstance(value, float) and value != value:
+            raise UsageError(f"--{flag.name} nan: give a number")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if flag.low is not None and value < flag.low:
+                raise UsageError(f"--{flag.name} {value}: must be at least {flag.low}")
+            if flag.high is not None and value > flag.high:
+                raise UsageError(f"--{flag.name} {value}: must be at most {flag.high}")
+    for name in ("beta1", "beta2", "ema_decay"):
+        if not 0 <= values[name] < 1:
+            raise UsageError(f"--{name} {values[name]}: must be in [0, 1)")
+    imsize = values["imsize"]
+    if imsize not in (32, 64, 128, 256):
+        raise UsageError(f"--imsize {imsize}: must be 32, 64, 128 or 256")
+    for name, there in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
+        wrong = [size for size in values[name] if size not in there]
+        if wrong:
+            raise UsageError(f"--{name} {_written(values[name])}: at --imsize {imsize} the feature sizes are "
+                             f"{_written(there)}; there is no {wrong[0]}")
+    _check_version(values["version"])
+    if values["dataset"] == "folder" and values["image_path"] == _BY_NAME["image_path"].default:
+        raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
+    _check_device(values)
+
+
+def _check_version(version):
+    if not version or len(version) > 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
+        raise UsageError(f"--version {version!r}: use a plain name of up to 100 characters, without / \\ : "
+                         "and not beginning with . or -")
+
+
+def _check_device(values):
+    device = values["device"]
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if device in ("auto", "cpu") and not values["parallel"]:
+        return
+    import torch  # here alone, so that --help and most mistakes answer at once
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda"):
+        number = int(device.partition(":")[2] or 0)
+        if number >= count:
+            there = f"CUDA devices here: {count}" if count else "no CUDA device here"
+            raise UsageError(f"--device {device}: {there}; use --device auto or cpu")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if values["parallel"] and world == 1 and (count < 2 or device == "cpu"):
+        raise UsageError(f"--parallel true: needs two or more CUDA devices, found {count}; leave it out, or start "
+                         "processes yourself with torchrun --nproc_per_node=2 main.py ...")
+
+
+def _check_fixed(values, saved, version):
+    for name in FIXED:
+        if name in saved and _written(values[name]) != _written(saved[name]):
+            raise UsageError(f"--{name} {_written(values[name])}: run '{version}' was started with "
+                             f"{_written(saved[name])}; use that, or another --version")
+
+
+def as_json(config):
+    """The config as text that `--config` reads back."""
+    return json.dumps(vars(config), indent=2, sort_keys=True) + "\n"

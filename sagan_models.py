@@ -1,0 +1,185 @@
+"""SAGAN: generator and discriminator with self-attention (Zhang et al. 2019, arXiv 1805.08318).
+
+The unconditional DCGAN-shaped model whose command line this program follows, at any power of two from 32 to 256.
+At imsize 64 and conv_dim 64 it has 3,832,885 (G) and 3,175,299 (D) parameters. Widths double towards the 4x4
+end and are capped at 16 x conv_dim, so that 256 px does not need 2,048 channels.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from parameter import d_feature_sizes, g_feature_sizes
+from spectral import spectral_norm
+
+MAX_WIDTH_MULTIPLE = 16
+# Below this many positions the N x N matrix is small and the plain formula is the faster one (measured on CPU).
+FUSED_FROM_POSITIONS = 512
+
+
+class SelfAttention(nn.Module):
+    """y = gamma * softmax(q k^T) v + x over all positions (section 3, eqs. 1-3).
+
+    1x1 convolutions with bias, q and k with C/8 channels, v with C; no 1/sqrt(d); gamma starts at 0.
+    Input and output (B, C, H, W). Memory in training is O(N), N = H * W, where the fused kernel serves.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        inner = max(1, channels // 8)
+        self.query = nn.Conv2d(channels, inner, 1)
+        self.key = nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        B, C, H, W = x.size()
+        q = _positions(self.query(x))                                   # (B, N, C/8)
+        k = _positions(self.key(x))                                     # (B, N, C/8)
+        v = _positions(self.value(x))                                   # (B, N, C)
+        out = attend(q, k, v)                                           # (B, N, C)
+        return self.gamma * out.transpose(1, 2).reshape(B, C, H, W) + x
+
+    def maps(self, x, queries):
+        """Explicit softmax of the asked queries only.
+
+        x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. Returns (B, Q, H, W); each
+        map sums to 1.
+        """
+        B, _, H, W = x.size()
+        size = torch.tensor([H, W], device=x.device)
+        cell = (queries.to(x.device) * size).long().clamp(min=0).minimum(size - 1)      # (Q, 2)
+        at = cell[:, 0] * W + cell[:, 1]                                # (Q,)
+        q = _positions(self.query(x))[:, at]                            # (B, Q, C/8)
+        k = _positions(self.key(x))                                     # (B, N, C/8)
+        weights = torch.softmax((q @ k.transpose(1, 2)).float(), dim=-1)                # (B, Q, N)
+        return weights.view(B, -1, H, W)
+
+
+def _positions(x):
+    """(B, C, H, W) -> (B, H * W, C); a view where x is channels-last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(q, k, v):
+    """softmax(q k^T) v: q, k (B, N, D), v (B, N, C) -> (B, N, C).
+
+    The fused kernels never hold the N x N matrix. They have no double backward: a gradient penalty runs D under
+    `sdpa_kernel(SDPBackend.MATH)`.
+    """
+    N, C = v.shape[1:]
+    if N < FUSED_FROM_POSITIONS:
+        return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
+    if not q.is_cuda:
+        # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is
+        q, k = (F.pad(t, (0, C - t.shape[2])) for t in (q, k))
+    q, k, v = (t.unsqueeze(1) for t in (q, k, v))                       # one head: (B, 1, N, ·)
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
+
+
+class Generator(nn.Module):
+    """z (B, z_dim) -> [image (B, 3, imsize, imsize) in [-1, 1]].
+
+    4x4 transposed convolutions, batch norm and ReLU after every layer but the last; attention after the layers
+    whose output is `sizes` high; spectral norm on all but the last layer and the attention when `sn`.
+    """
+
+    def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True):
+        super().__init__()
+        sizes = g_feature_sizes(imsize)                                 # 4, 8, ..., imsize / 2
+        widths = [min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim for size in sizes]
+        wrap = spectral_norm if sn else _unchanged
+        self.blocks = nn.ModuleDict()
+        self.attention = nn.ModuleDict()
+        channels = z_dim
+        for size, width in zip(sizes, widths, strict=True):
+            stride, padding = (1, 0) if size == 4 else (2, 1)
+            self.blocks[f"{size}"] = nn.Sequential(
+                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)), nn.BatchNorm2d(width), nn.ReLU()
+            )
+            if size in attention:
+                self.attention[f"g{size}"] = SelfAttention(width)
+            channels = width
+        self.to_rgb = nn.ConvTranspose2d(channels, 3, 4, 2, 1)
+
+    def forward(self, z):
+        x = z[:, :, None, None]                                         # (B, z_dim, 1, 1)
+        for size, block in self.blocks.items():
+            x = block(x)                                                # (B, width, size, size)
+            if f"g{size}" in self.attention:
+                x = self.attention[f"g{size}"](x)
+        return [torch.tanh(self.to_rgb(x))]                             # (B, 3, imsize, imsize)
+
+    def attention_maps(self, z, queries):
+        """{layer: (B, Q, size, size)} for z (B, z_dim) and queries (Q, 2); see `SelfAttention.maps`."""
+        return _maps_during(self, z, queries)
+
+
+class Discriminator(nn.Module):
+    """image (B, 3, imsize, imsize) in [-1, 1] -> logits (B,).
+
+    4x4 convolutions with stride 2 and LeakyReLU 0.1 down to 4x4, no norm layer (a gradient penalty is per sample);
+    spectral norm on all but the last layer and the attention when `sn`.
+    """
+
+    def __init__(self, imsize, conv_dim, attention=(), sn=True):
+        super().__init__()
+        wrap = spectral_norm if sn else _unchanged
+        self.blocks = nn.ModuleDict()
+        self.attention = nn.ModuleDict()
+        channels = 3
+        for size in d_feature_sizes(imsize):                            # imsize / 2, ..., 8, 4
+            width = min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim
+            self.blocks[f"{size}"] = nn.Sequential(wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1))
+            if size in attention:
+                self.attention[f"d{size}"] = SelfAttention(width)
+            channels = width
+        self.to_logit = nn.Conv2d(channels, 1, 4)
+
+    def forward(self, image):
+        x = image
+        for size, block in self.blocks.items():
+            x = block(x)                                                # (B, width, size, size)
+            if f"d{size}" in self.attention:
+                x = self.attention[f"d{size}"](x)
+        return self.to_logit(x).flatten()                               # (B, 1, 1, 1) -> (B,)
+
+    def attention_maps(self, image, queries):
+        """{layer: (B, Q, size, size)} for images (B, 3, imsize, imsize) and queries (Q, 2)."""
+        return _maps_during(self, image, queries)
+
+
+def _unchanged(layer):
+    return layer
+
+
+@torch.no_grad()
+def _maps_during(net, x, queries):
+    """Run net(x) and take each attention layer's maps from the features that enter it."""
+    maps = {}
+
+    def take(name):
+        def hook(layer, inputs):
+            maps[name] = layer.maps(inputs[0], queries)
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(take(name)) for name, layer in net.attention.items()]
+    try:
+        net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return maps
+
+
+def gammas(G, D):
+    """{layer: gamma (1,), detached} of every attention layer: near 0 its map has no effect yet."""
+    layers = {**G.attention, **D.attention}
+    return {name: layer.gamma.detach() for name, layer in layers.items()}
+
+
+def build(config):
+    """(G, D) of the config, freshly initialized, on the CPU."""
+    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"))
+    D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"))
+    return G, D

@@ -1,0 +1,413 @@
+"""What a reader of a run's pictures can see in them: every check below opens the PNG and looks at pixels."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import gallery
+
+
+def read(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        return np.asarray(image).astype(int)
+
+
+def noise(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def one_hot(B, Q, h, w, y, x):
+    maps = torch.zeros(B, Q, h, w)
+    maps[:, :, y, x] = 1
+    return maps
+
+
+def uniform(B, Q, h, w):
+    return torch.full((B, Q, h, w), 1 / (h * w))
+
+
+def write_attention(path, images, maps, queries, gamma=0.5):
+    gallery.save_attention(images, maps, queries, path, "g16", 100, gamma, 0.83)
+    return read(path)
+
+
+def runs(flags):
+    """[(start, stop)] of the stretches of True in a 1-D array."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(int), [0]])))
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def framed(page, colour):
+    """[(top, left, size)], downwards, of the insides of the square frames of exactly this colour."""
+    same = (page == colour).all(2)
+    # Only a frame's upper and lower bars hold 128 px of one colour side by side.
+    bars = [max(runs(row), key=lambda r: r[1] - r[0], default=(0, 0)) for row in same]
+    bars = runs(np.array([b - a >= 128 for a, b in bars]))
+    found = []
+    for (_, top), (bottom, _) in zip(bars[::2], bars[1::2], strict=True):
+        left, right = max(runs(same[top - 1]), key=lambda r: r[1] - r[0])
+        thick = top - bars[2 * len(found)][0]
+        assert bottom - top == right - left - 2 * thick
+        # The sides as well, but where a dot lies over them.
+        assert same[top:bottom, left].mean() > 0.8 and same[top:bottom, right - 1].mean() > 0.8
+        found.append((top, left + thick, bottom - top))
+    return found
+
+
+def inside(page, place):
+    top, left, size = place
+    return page[top : top + size, left : left + size]
+
+
+def luminance(pixels):
+    return pixels @ np.array([0.299, 0.587, 0.114])
+
+
+def dot_at(pixels, colour):
+    """The centre (y, x) of all pixels of exactly this colour, None without any."""
+    found = np.argwhere((pixels == colour).all(2))
+    return found.mean(0) if len(found) else None
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    "imsize, side", [(32, 8), (64, 8), (65, 6), (128, 6), (256, 4), (512, 3), (1024, 2), (2048, 2)]
+)
+def test_the_grid_has_fewer_pictures_the_larger_they_are(imsize, side):
+    assert gallery.grid_side(imsize) == side
+
+
+def test_every_byte_survives_the_way_to_minus_one_to_one_and_back():
+    bytes_ = torch.arange(256).repeat(3, 1).view(1, 3, 16, 16)
+    images = gallery.to_uint8(bytes_ / 127.5 - 1)
+    assert images.dtype == np.uint8 and images.shape == (1, 16, 16, 3)
+    assert (images[0, :, :, 0].ravel() == np.arange(256)).all()
+
+
+def test_levels_are_rounded_and_clamped_and_nan_is_grey():
+    values = torch.tensor([-7.0, 7.0, float("-inf"), float("inf"), 0.9 / 127.5 - 1, 0.4 / 127.5 - 1])
+    images = gallery.to_uint8(values.view(1, 1, 1, 6).expand(1, 3, 1, 6))
+    assert images[0, 0, :, 1].tolist() == [0, 255, 0, 255, 1, 0]
+    nan = gallery.to_uint8(torch.full((1, 3, 1, 1), float("nan"), dtype=torch.bfloat16, requires_grad=True))
+    assert nan.ravel().tolist() == [128] * 3
+
+
+def test_entropy_is_one_for_uniform_zero_for_one_hot_and_between_otherwise():
+    two_of_sixteen = one_hot(1, 1, 4, 4, 0, 0) / 2 + one_hot(1, 1, 4, 4, 3, 3) / 2
+    maps = torch.cat([uniform(1, 1, 4, 4), one_hot(1, 1, 4, 4, 2, 1), two_of_sixteen], 1)
+    entropy = gallery.normalized_entropy(maps)
+    assert entropy.shape == (1, 3)
+    assert torch.allclose(entropy, torch.tensor([[1.0, 0.0, 0.25]]), atol=1e-6)
+
+
+def test_entropy_of_one_key_of_zeros_and_of_nan_is_zero():
+    assert gallery.normalized_entropy(torch.ones(2, 3, 1, 1)).tolist() == [[0] * 3] * 2
+    assert gallery.normalized_entropy(torch.zeros(1, 1, 4, 4)).item() == 0
+    assert gallery.normalized_entropy(torch.full((1, 1, 4, 4), float("nan"))).item() == 0
+
+
+def test_the_default_queries_are_five_different_points_of_the_image():
+    queries = gallery.default_queries()
+    assert queries.shape == (5, 2) and queries.min() >= 0 and queries.max() <= 1
+    assert len({tuple(q) for q in queries.tolist()}) == 5
+    left_eye, right_eye, mouth, hair, corner = queries.tolist()
+    assert left_eye[1] < 0.5 < right_eye[1] and left_eye[0] == right_eye[0]
+    assert hair[0] < left_eye[0] < mouth[0] and max(corner) < 0.2
+
+
+# ---------------------------------------------------------------- grids
+
+
+def flat(levels, size):
+    """Plain pictures, one per grey level."""
+    return (torch.tensor(levels) / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, size, size)
+
+
+def test_a_grid_is_filled_row_by_row_with_a_thin_gap(tmp_path):
+    gallery.save_grid(flat([60, 100, 140, 180, 220], 64), tmp_path / "grid.png", columns=3)
+    page, gap = read(tmp_path / "grid.png"), gallery.GAP
+    assert 1 <= gap <= 4
+    assert page.shape == (2 * (64 + gap) + gap, 3 * (64 + gap) + gap, 3)
+    levels = [60, 100, 140, 180, 220, None]
+    for i, level in enumerate(levels):
+        top, left = gap + i // 3 * (64 + gap), gap + i % 3 * (64 + gap)
+        cell = page[top : top + 64, left : left + 64]
+        assert (cell == (gallery.PAGE if level is None else level)).all()
+        page[top : top + 64, left : left + 64] = gallery.PAGE
+    assert (page == gallery.PAGE).all()  # nothing but the page in the gaps
+
+
+@pytest.mark.parametrize("B, columns, rows", [(1, 1, 1), (2, 2, 1), (9, 3, 3), (12, 4, 3), (64, 8, 8)])
+def test_a_grid_is_nearly_square_by_default(tmp_path, B, columns, rows):
+    gallery.save_grid(flat([200] * B, 64), tmp_path / "grid.png")
+    height, width, _ = read(tmp_path / "grid.png").shape
+    assert (width // 64, height // 64) == (columns, rows)
+
+
+def test_small_pictures_become_blocks_and_large_ones_keep_their_pixels(tmp_path):
+    for size, zoom in ((16, 4), (32, 2), (48, 2), (64, 1), (100, 1)):
+        image = noise(1, 3, size, size)
+        gallery.save_grid(image, tmp_path / "grid.png")
+        page, gap = read(tmp_path / "grid.png"), gallery.GAP
+        shown = page[gap:-gap, gap:-gap]
+        assert shown.shape[0] == size * zoom >= 64
+        for dy in range(zoom):
+            assert (shown[dy::zoom, zoom - 1 :: zoom] == gallery.to_uint8(image)[0]).all()
+
+
+def test_a_grid_of_nothing_or_of_no_columns_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no image"):
+        gallery.save_grid(torch.zeros(0, 3, 8, 8), tmp_path / "grid.png")
+    with pytest.raises(ValueError, match="columns"):
+        gallery.save_grid(torch.zeros(1, 3, 8, 8), tmp_path / "grid.png", columns=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diverged_sample_still_gives_a_grid(tmp_path):
+    images = flat([0, 255], 64).clone()
+    images[0] = float("nan")
+    gallery.save_grid(images, tmp_path / "grid.png")
+    page, gap = read(tmp_path / "grid.png"), gallery.GAP
+    assert (page[gap : gap + 64, gap : gap + 64] == 128).all()
+    assert (page[gap : gap + 64, -gap - 64 : -gap] == 255).all()
+
+
+# ---------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("size, cell", [(32, 192), (48, 192), (64, 192), (100, 200), (128, 256), (512, 256)])
+def test_every_query_has_a_frame_of_its_colour_around_each_image(tmp_path, size, cell):
+    page = write_attention(
+        tmp_path / "a.png", noise(2, 3, size, size), uniform(2, 4, 8, 8), gallery.default_queries()[:4]
+    )
+    frames = [framed(page, colour) for colour in gallery.QUERY_COLOURS[:4]]
+    assert all([f[2] for f in column] == [cell, cell] for column in frames)
+    tops = [[f[0] for f in column] for column in frames]
+    assert tops.count(tops[0]) == 4 and tops[0][0] < tops[0][1]  # same rows, one per image
+    lefts = [column[0][1] for column in frames]
+    assert lefts == sorted(set(lefts)) and all(a[1] == b[1] for a, b in frames)
+
+
+@pytest.mark.parametrize("ground", [-1.0, 0.0, 1.0])
+def test_dots_have_the_right_colour_at_the_right_place(tmp_path, ground):
+    queries = [(0.25, 0.75), (0.5, 0.1), (0.9, 0.4)]
+    images = torch.full((1, 3, 64, 64), ground)
+    page = write_attention(tmp_path / "a.png", images, uniform(1, 3, 8, 8), queries)
+    colours = gallery.QUERY_COLOURS[:3]
+    places = [framed(page, colour)[0] for colour in colours]
+    first = (places[0][0], gallery.MARGIN, places[0][2])  # the image stands at the page's margin
+    for (y, x), colour, place in zip(queries, colours, places, strict=True):
+        for spot in (first, place):
+            pixels, size = inside(page, spot), spot[2]
+            assert np.abs(dot_at(pixels, colour) - (y * size, x * size)).max() <= 1
+            # Rings of white and of black around it: it shows on any ground.
+            near = pixels[int(y * size) - 8 : int(y * size) + 9, int(x * size) - 8 : int(x * size) + 9]
+            assert near.min(2).max() > 225 and near.max(2).min() < 30
+        others = set(colours) - {colour}
+        assert all(dot_at(inside(page, place), other) is None for other in others)
+
+
+def test_a_dot_in_the_very_corner_is_whole(tmp_path):
+    page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), uniform(1, 2, 4, 4), [(0.5, 0.5), (0, 0)])
+    dots = page[:, : gallery.MARGIN + 192]
+    sizes = [(dots == colour).all(2).sum() for colour in gallery.QUERY_COLOURS[:2]]
+    assert sizes[0] == sizes[1] > 40
+
+
+def test_the_first_column_is_the_untouched_image(tmp_path):
+    images = noise(1, 3, 64, 64)
+    page = write_attention(tmp_path / "a.png", images, uniform(1, 1, 8, 8), [(0.9, 0.9)])
+    top, _, size = framed(page, gallery.QUERY_COLOURS[0])[0]
+    shown = inside(page, (top, gallery.MARGIN, size))[1::3, 1::3]
+    assert (shown[:50] == gallery.to_uint8(images)[0, :50]).all()
+
+
+@pytest.mark.parametrize(
+    "h, w, y, x", [(4, 4, 0, 3), (8, 8, 6, 1), (16, 16, 3, 12), (64, 64, 40, 50), (4, 8, 1, 6)]
+)
+def test_the_overlay_is_brightest_where_the_map_peaks(tmp_path, h, w, y, x):
+    page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), one_hot(1, 1, h, w, y, x), [(0.98, 0.02)])
+    light = luminance(inside(page, framed(page, gallery.QUERY_COLOURS[0])[0]))
+    size = len(light)
+    light[-16:, :16] = 0  # the query's own dot
+    peak_y, peak_x = np.unravel_index(light.argmax(), light.shape)
+    assert y / h <= peak_y / size < (y + 1) / h and x / w <= peak_x / size < (x + 1) / w
+    # Far from the peak the picture is only dimmed.
+    far = np.abs(np.arange(size)[:, None] / size - (y + 0.5) / h) > 2.1 / h
+    assert light[np.broadcast_to(far, light.shape)].max() < 110
+
+
+@pytest.mark.parametrize("ground", [-1.0, 0.0, 1.0])
+def test_more_attention_is_never_darker(tmp_path, ground):
+    ramp = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
+    page = write_attention(
+        tmp_path / "a.png", torch.full((1, 3, 64, 64), ground), ramp / ramp.sum(), [(0.98, 0.02)]
+    )
+    line = luminance(inside(page, framed(page, gallery.QUERY_COLOURS[0])[0])[10])
+    assert (np.diff(line) >= -1).all()  # bytes round
+    assert line[-1] - line[0] > 100
+
+
+def test_a_map_is_measured_by_its_own_maximum_and_belongs_to_its_own_image(tmp_path):
+    left, right = one_hot(1, 1, 8, 8, 4, 0), one_hot(1, 1, 8, 8, 4, 7)
+    maps = torch.cat([torch.cat([left, right], 1), torch.cat([right, left], 1)])
+    maps[0, 0] *= 0.01  # much weaker, and drawn just as bright
+    page = write_attention(tmp_path / "a.png", torch.zeros(2, 3, 64, 64), maps, [(0.05, 0.5), (0.05, 0.5)])
+    for i, expected in ((0, [0, 1]), (1, [1, 0])):
+        for place, side in zip(framed(page, gallery.QUERY_COLOURS[i]), expected, strict=True):
+            light = luminance(inside(page, place))[40:]
+            halves = light[:, :96].max(), light[:, 96:].max()
+            assert halves[side] > 180 > 100 > halves[1 - side]
+
+
+def test_every_row_shows_its_own_image_and_attention_does_not_bury_it(tmp_path):
+    images = torch.full((2, 3, 64, 64), -1.0)
+    images[0, :, :, 32:] = images[1, :, :, :32] = 1
+    page = write_attention(tmp_path / "a.png", images, uniform(2, 1, 8, 8), [(0.05, 0.5)])
+    for (top, left, size), sign in zip(framed(page, gallery.QUERY_COLOURS[0]), (1, -1), strict=True):
+        for x in (gallery.MARGIN, left):
+            light = luminance(inside(page, (top, x, size)))[40:]
+            assert sign * (light[:, 96:] - light[:, :96]).min() > 30
+
+
+def test_one_broken_key_does_not_hide_the_others(tmp_path):
+    maps = one_hot(1, 1, 8, 8, 6, 6)
+    maps[0, 0, 0, 0] = float("nan")
+    page = write_attention(tmp_path / "a.png", torch.zeros(1, 3, 64, 64), maps, [(0.05, 0.5)])
+    light = luminance(inside(page, framed(page, gallery.QUERY_COLOURS[0])[0]))
+    assert light[144:168, 144:168].max() > 180 > 100 > light[:24, :24].max()
+
+
+def test_beneath_each_overlay_stand_its_peak_and_its_entropy(tmp_path, monkeypatch):
+    written = []
+    text = ImageDraw.ImageDraw.text
+
+    def note(self, xy, words, *args, **kwargs):
+        written.append((xy, words))
+        return text(self, xy, words, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    two = one_hot(1, 1, 4, 4, 0, 0) / 2 + one_hot(1, 1, 4, 4, 3, 3) / 2
+    maps = torch.cat([uniform(1, 1, 4, 4), one_hot(1, 1, 4, 4, 2, 1), two, two / 0 * 0], 1)
+    page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), maps, gallery.default_queries()[:4])
+    expected = ["max 1.0x    H 1.00", "max 16.0x    H 0.00", "max 8.0x    H 0.25", "map is not finite"]
+    for colour, words in zip(gallery.QUERY_COLOURS, expected, strict=False):
+        top, left, size = framed(page, colour)[0]
+        [(x, y)] = [xy for xy, w in written if w == words]
+        assert left - 6 <= x <= left and top + size < y < top + size + 30
+
+
+def header(page):
+    """The pixels above the column of images."""
+    return page[: framed(page, gallery.QUERY_COLOURS[0])[0][0] - 30]
+
+
+def test_the_header_warns_when_the_map_has_no_effect(tmp_path):
+    images, queries = torch.zeros(1, 3, 64, 64), gallery.default_queries()
+
+    def warns(gamma):
+        page = write_attention(tmp_path / "a.png", images, uniform(1, 5, 4, 4), queries, gamma)
+        return (header(page) == gallery.WARN).all(2).sum() > 20
+
+    assert warns(0.0) and warns(-0.0049) and warns(torch.nn.Parameter(torch.zeros(1)))
+    assert not warns(0.0051) and not warns(-0.3) and not warns(float("nan"))
+
+
+def test_the_header_changes_with_what_it_says(tmp_path):
+    images, maps, queries = torch.zeros(1, 3, 64, 64), uniform(1, 5, 4, 4), gallery.default_queries()
+
+    def shown(layer="g16", step=100, gamma=0.5, entropy=0.83, maps=maps):
+        gallery.save_attention(images, maps, queries, tmp_path / "a.png", layer, step, gamma, entropy)
+        return header(read(tmp_path / "a.png")).tobytes()
+
+    heads = [shown(), shown(layer="g32"), shown(step=200), shown(gamma=-0.5), shown(entropy=0.1)]
+    heads.append(shown(maps=uniform(1, 5, 8, 8)))
+    assert len(set(heads)) == len(heads) and shown() == heads[0]
+
+
+@pytest.mark.parametrize("Q, size", [(1, 32), (1, 130), (8, 32), (9, 32)])
+def test_one_to_eight_queries_and_all_text_fit_on_the_page(tmp_path, Q, size):
+    queries = [(0.5, (i + 1) / 12) for i in range(Q)]
+    page = write_attention(
+        tmp_path / "a.png", noise(1, 3, size, size), uniform(1, Q, 4, 4), queries, gamma=0.0
+    )
+    for edge in (page[:12], page[-12:], page[:, :20], page[:, -20:]):
+        assert (edge == gallery.PAGE).all()
+    columns = sum(len(framed(page, c)) for c in gallery.QUERY_COLOURS[:Q]) if Q <= 8 else Q
+    assert columns == Q
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_diverged_run_still_gives_its_overlay(tmp_path, bad):
+    images, maps = noise(2, 3, 64, 64), uniform(2, 2, 8, 8)
+    images[0], maps[0] = bad, bad
+    maps[1, 1] = 0
+    with np.errstate(all="raise"):
+        page = write_attention(tmp_path / "a.png", images, maps, [(0.9, 0.9), (0.2, 0.2)], gamma=bad)
+    grey = inside(page, (framed(page, gallery.QUERY_COLOURS[0])[0][0], gallery.MARGIN, 192))[100, 100]
+    assert grey.tolist() == [128 if np.isnan(bad) else 255 if bad > 0 else 0] * 3
+    empty = framed(page, gallery.QUERY_COLOURS[1])[1]
+    assert luminance(inside(page, empty)).mean() < 110  # no attention anywhere: the dimmed picture alone
+
+
+def test_shapes_that_do_not_fit_are_refused(tmp_path):
+    for B, Q, points in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            gallery.save_attention(
+                torch.zeros(1, 3, 64, 64), uniform(B, Q, 4, 4), [(0.5, 0.5)] * points, tmp_path / "a.png",
+                "g16", 1, 0.0, 1.0,
+            )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- files
+
+
+def draw_grid(path, level=200):
+    gallery.save_grid(flat([level], 64), path)
+
+
+def draw_attention(path, level=200):
+    write_attention(path, flat([level], 64), uniform(1, 1, 4, 4), [(0.5, 0.5)])
+
+
+@pytest.mark.parametrize("draw", [draw_grid, draw_attention])
+def test_missing_folders_are_made_and_nothing_else_is_left(tmp_path, draw):
+    path = tmp_path / "samples" / "v1" / "picture.png"
+    draw(str(path))
+    assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("draw", [draw_grid, draw_attention])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_half_way_leaves_the_old_picture(tmp_path, monkeypatch, draw, error):
+    path = tmp_path / "picture.png"
+    draw(path)
+    before = path.read_bytes()
+
+    def break_off(image, target, *args, **kwargs):
+        with open(target, "wb") as file:
+            file.write(b"half a picture")
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr(Image.Image, "save", break_off)
+        draw(path, level=90)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["picture.png"]
+    draw(path, level=90)
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("error", [OSError("read-only")])
+def test_a_rename_that_fails_leaves_no_litter(tmp_path, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(gallery.os, "replace", refuse)
+    with pytest.raises(OSError, match="read-only"):
+        draw_grid(tmp_path / "picture.png")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,451 @@
+"""The loop: D phase, G phase, EMA, records. One loop for every family; `sample` draws from a finished run.
+
+One step is one update of G. The loop owns every `backward()` and every optimizer step; what the losses are is the
+objective's business, what D returns is its family's. A step never waits for the device: statistics stay there until
+`--log_step`. Records fork the random state, so that switching them on changes no weight.
+"""
+
+import copy
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import checkpoint
+import distributed
+import gallery
+import losses
+import sagan_models
+import utils
+from data_loader import real_batches
+from distributed import say
+from parameter import RUN_SETTINGS, CheckpointError, LockedError, NonFiniteError, as_json
+from spectral import power_iterate, shared_weights
+
+
+@dataclass(frozen=True)
+class Family:
+    """One network family: `build(config) -> (G, D)` on the CPU, `objective(config)` with d_loss and g_loss, and
+    `gammas(G, D) -> {layer: (1,) tensor}`, the weight that each attention layer has learned for its output.
+    """
+
+    build: Callable
+    objective: Callable
+    gammas: Callable
+
+
+FAMILIES = {
+    "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas),
+}
+
+ATTENTION_ROWS = 4          # generated images shown in each attention picture
+_STATE_FORMAT = 1
+
+
+class Trainer:
+    """Networks, optimizers and counters of one run, and the steps on them."""
+
+    def __init__(self, config, dataset, place):
+        self.config, self.dataset, self.place = config, dataset, place
+        self.folders = utils.RunFolders.of(config)
+        self.family = FAMILIES[config.model]
+        utils.seed_everything(config.seed)
+        self.G, self.D = (net.to(place.device).train() for net in self.family.build(config))
+        self.objective = self.family.objective(config)
+        distributed.broadcast(self.G, self.D)
+        self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
+        betas = (config.beta1, config.beta2)
+        self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas, fused=True)
+        self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas, fused=True)
+        # its own generator: the fixed z of a run depend on the seed alone
+        shown = gallery.grid_side(config.imsize) ** 2
+        self.fixed_z = torch.randn(shown, config.z_dim, generator=torch.Generator().manual_seed(config.seed))
+        utils.seed_everything(config.seed + place.rank)     # processes start from equal weights and draw unequal z
+        self.step = 0
+        self.samples_seen = 0
+
+    # ------------------------------------------------------------------------------------------ the algorithm
+
+    def train_step(self, real_images):
+        """One step on the next `d_iters` batches of `real_images`. Returns {name: 0-d tensor on the device}."""
+        config, G, D = self.config, self.G, self.D
+        reuse_fake = config.d_iters == 1
+        self._set_learning_rates()
+        power_iterate(G)
+
+        # D phase: minimize d_loss(D)
+        D.requires_grad_(True)
+        for _ in range(config.d_iters):
+            real = next(real_images)                                    # (B, 3, imsize, imsize) in [-1, 1]
+            with torch.set_grad_enabled(reuse_fake):
+                fake = self.generate(real.size(0))
+            power_iterate(D)
+            with shared_weights():
+                d_loss, d_stats = self.objective.d_loss(D, real, [image.detach() for image in fake])
+            self._update(d_loss, self.d_optimizer)
+
+        # G phase: minimize g_loss(G). D's gradients are not wanted: freezing it halves the backward pass.
+        D.requires_grad_(False)
+        if not reuse_fake:
+            fake = self.generate(real.size(0))
+        with shared_weights():
+            g_loss, g_stats = self.objective.g_loss(D, fake)
+        self._update(g_loss, self.g_optimizer)
+
+        # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
+        utils.ema_update(self.G_ema, G, decay=min(config.ema_decay, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        self.samples_seen = real_images.samples_seen
+        return {"d_loss": d_loss.detach(), "g_loss": g_loss.detach(), **d_stats, **g_stats}
+
+    def generate(self, count):
+        """[images, ...] of fresh z, largest first."""
+        z = torch.randn(count, self.config.z_dim, device=self.place.device)
+        with shared_weights():
+            return self.G(z)
+
+    @staticmethod
+    def _update(loss, optimizer):
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        distributed.average_gradients(optimizer.param_groups[0]["params"])
+        optimizer.step()
+
+    def _set_learning_rates(self):
+        factor = self.config.lr_decay ** (self.samples_seen // len(self.dataset))
+        self.g_optimizer.param_groups[0]["lr"] = self.config.g_lr * factor
+        self.d_optimizer.param_groups[0]["lr"] = self.config.d_lr * factor
+
+    # ---------------------------------------------------------------------------------------------- the state
+
+    def state(self):
+        """Everything needed to go on, bit for bit. With several processes every one of them must call this."""
+        states = distributed.gather(utils.random_states(self.place.device))
+        return {
+            "format": _STATE_FORMAT, "step": self.step, "samples_seen": self.samples_seen,
+            "config": json.loads(as_json(self.config)),
+            "G": self.G.state_dict(), "D": self.D.state_dict(), "G_ema": self.G_ema.state_dict(),
+            "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
+            "fixed_z": self.fixed_z, "random": states,
+        }
+
+    def restore(self, state):
+        """Go on from what `state()` returned."""
+        for name in ("G", "D", "G_ema", "g_optimizer", "d_optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer in (self.g_optimizer, self.d_optimizer):      # the command line may have changed them
+            optimizer.param_groups[0]["betas"] = (self.config.beta1, self.config.beta2)
+        self.step, self.samples_seen, self.fixed_z = state["step"], state["samples_seen"], state["fixed_z"]
+        if self.place.rank < len(state["random"]):
+            utils.restore_random_states(state["random"][self.place.rank], self.place.device)   # last of all
+
+    # ------------------------------------------------------------------------------------------------ records
+
+    @torch.no_grad()
+    def write_pictures(self):
+        """The grid of G_ema at the fixed z, and a picture per attention layer. Returns {"entropy/<layer>": float}."""
+        with utils.forked_random_state(self.place.device):
+            images = draw(self.G_ema, self.fixed_z, self.place.device)
+            gallery.save_grid(images, self.folders.samples / f"{self.step:07d}_fake.png")
+            z = self.fixed_z[:ATTENTION_ROWS].to(self.place.device)
+            images, queries = images[:ATTENTION_ROWS], gallery.default_queries()
+            maps = self.G_ema.attention_maps(z, queries)
+            maps.update(self.D.attention_maps(images.to(self.place.device), queries))
+        entropies, gammas = {}, self.family.gammas(self.G, self.D)
+        for layer, weights in maps.items():
+            entropies[f"entropy/{layer}"] = entropy = gallery.normalized_entropy(weights).mean().item()
+            path = self.folders.attention / f"{self.step:07d}_attn_{layer}.png"
+            gallery.save_attention(images, weights.cpu(), queries, path, layer, self.step,
+                                   gammas[layer].item(), entropy)
+        return entropies
+
+
+@torch.no_grad()
+def draw(G, z, device, batch=64):
+    """Images (len(z), 3, imsize, imsize) in [-1, 1] on the CPU, by G in eval mode: no image depends on another."""
+    return torch.cat([G(part.to(device))[0].cpu() for part in z.split(batch)])
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+
+class Journal:
+    """metrics.jsonl, one object per line, and TensorBoard events beside it. Rank 0 only."""
+
+    def __init__(self, folder, step, use_tensorboard):
+        self.path = Path(folder) / "metrics.jsonl"
+        self._forget_after(step)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        self.board = None
+        if use_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only then needed
+
+            self.board = SummaryWriter(folder, purge_step=step + 1)
+
+    def _forget_after(self, step):
+        """Drop lines later than the step that the run goes on from, and a line cut short by a crash."""
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        utils.write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+
+    def write(self, step, values):
+        """One line {"step": step, **values}."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def close(self):
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+class _Interrupt:
+    """SIGINT and SIGTERM ask for an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = None
+        self._before = {}
+
+    def _handle(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(config, dataset, place):
+    """Train until `--total_step`, going on from the newest checkpoint. Returns the exit code: 0, 130 or 143.
+
+    Raises LockedError, CheckpointError, NonFiniteError, DataError.
+    """
+    folders = utils.RunFolders.of(config)
+    folders.create()
+    lock = None
+    if distributed.is_first():
+        lock = utils.lock_folder(folders.models)
+        if lock is None:
+            raise LockedError(f"--version {config.version}: another process is training in {folders.models}; "
+                              "wait for it, or use another --version")
+    try:
+        with _Interrupt() as interrupt:
+            return _train(config, dataset, place, folders, interrupt)
+    finally:
+        if lock:
+            lock.close()
+
+
+def _train(config, dataset, place, folders, interrupt):
+    trainer = Trainer(config, dataset, place)
+    _go_on(trainer, folders)
+    if trainer.step >= config.total_step:
+        say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}")
+        return 0
+    first = distributed.is_first()
+    real_images = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world)
+    journal = Journal(folders.logs, trainer.step, config.use_tensorboard) if first else None
+    progress = tqdm(total=config.total_step, initial=trainer.step, unit="step", dynamic_ncols=True, disable=not first,
+                    mininterval=0.5 if sys.stderr.isatty() else 10)
+    try:
+        if first:
+            utils.write_atomically(folders.models / "config.json", lambda path: path.write_text(as_json(config)))
+            _save_real_pictures(dataset, config, folders)
+        return _loop(trainer, real_images, journal, progress, interrupt)
+    finally:
+        progress.close()
+        real_images.close()
+        if journal:
+            journal.close()
+
+
+def _go_on(trainer, folders):
+    """Restore the checkpoint to go on from, if there is one, and say so."""
+    config = trainer.config
+    if config.pretrained_model is not None:
+        state = checkpoint.load_step(folders.models, config.pretrained_model)
+    else:
+        state = checkpoint.load_newest(folders.models, warn=say)
+    if state is None:
+        say(f"starting '{config.version}'; the same command again goes on from its newest checkpoint")
+        return
+    trainer.restore(state)
+    if distributed.is_first():
+        moved = checkpoint.set_aside_after(folders.models, trainer.step)
+        if moved:
+            say(f"later checkpoints ({', '.join(map(str, moved))}) moved to {folders.models / 'superseded'}")
+    distributed.barrier()
+    say(f"going on with '{config.version}' from step {trainer.step}")
+    for name, value in json.loads(as_json(config)).items():
+        if name in RUN_SETTINGS and name in state["config"] and state["config"][name] != value:
+            say(f"  --{name} is now {value}, was {state['config'][name]}")
+
+
+def _save_real_pictures(dataset, config, folders):
+    """real.png: as many real pictures as a sample grid shows, spread over the data set."""
+    shown = min(gallery.grid_side(config.imsize) ** 2, len(dataset))
+    pictures = torch.stack([dataset[i * len(dataset) // shown] for i in range(shown)])      # uint8
+    gallery.save_grid(pictures.float() / 127.5 - 1, folders.samples / "real.png")
+
+
+class _Window:
+    """Sums of the statistics since the last log line, on the device, and the time spent in steps."""
+
+    def __init__(self):
+        self.sums, self.steps, self.began = {}, 0, time.perf_counter()
+
+    def add(self, stats):
+        for name, value in stats.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def means(self):
+        """{name: float} over the window and all processes. This waits for the device; all processes must call it."""
+        values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
+        return dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
+
+    def leave_out(self, began):
+        """Take the time since `began` (records, checkpoints) out of the window's."""
+        self.began += time.perf_counter() - began
+
+
+def _loop(trainer, real_images, journal, progress, interrupt):
+    """Steps and records until the end or a signal. Returns the exit code."""
+    config, place, folders = trainer.config, trainer.place, trainer.folders
+    entropies = {}
+    good_until = trainer.step
+    window = _Window()
+    while trainer.step < config.total_step:
+        window.add(trainer.train_step(real_images))
+        progress.update()
+        step = trainer.step
+        last = step == config.total_step
+        log, show, save = (last or step % every == 0
+                           for every in (config.log_step, config.sample_step, config.model_save_step))
+        # processes must agree on the step to end at; they talk about it when they wait for each other anyway
+        stop = interrupt.signal is not None if place.world == 1 else log and distributed.any_process(
+            interrupt.signal is not None, place.device)
+        if not (log or show or save or stop):
+            continue
+
+        means = window.means()
+        if not all(map(math.isfinite, means.values())):
+            raise NonFiniteError(_not_finite(means, good_until, step, folders.models))
+        good_until = step
+        elapsed = time.perf_counter() - window.began
+        aside = time.perf_counter()
+        if show and journal:
+            entropies = trainer.write_pictures()
+        if log:
+            gammas = trainer.family.gammas(trainer.G, trainer.D)
+            scalars = {
+                **means, **{f"gamma/{layer}": gamma.item() for layer, gamma in gammas.items()}, **entropies,
+                "epoch": trainer.samples_seen / len(trainer.dataset),
+                "sec_per_step": elapsed / window.steps,
+                "images_per_sec": config.batch_size * config.d_iters * window.steps / elapsed,
+            }
+            if place.device.type == "cuda":
+                scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(place.device) / 2**30
+            if journal:
+                journal.write(step, scalars)
+            progress.set_postfix_str(_summary(scalars), refresh=False)
+            entropies = {}
+        if save or stop:
+            state = trainer.state()
+            if journal:
+                checkpoint.save(state, folders.models)
+                checkpoint.prune(folders.models, config.keep_checkpoints)
+        if log:
+            window = _Window()
+        else:
+            window.leave_out(aside)
+        if stop and not last:
+            say(f"\ninterrupted: step {step} is saved in {folders.models}; the same command goes on from there")
+            return 128 + (interrupt.signal or signal.SIGTERM)
+    progress.close()
+    say(f"done: {config.total_step} steps. Look at {folders.samples}{os.sep}, curves are in {folders.logs}")
+    return 0
+
+
+def _summary(scalars):
+    """The tail of the progress line: losses, gammas, memory."""
+    parts = [f"D {scalars['d_loss']:.3f} G {scalars['g_loss']:+.3f}"]
+    if "gp" in scalars:
+        parts.append(f"gp {scalars['gp']:.3f}")
+    gammas = [f"{name[6:]} {value:+.3f}" for name, value in scalars.items() if name.startswith("gamma/")]
+    if gammas:
+        parts.append("gamma " + " ".join(gammas))
+    if "gpu_memory_gib" in scalars:
+        parts.append(f"{scalars['gpu_memory_gib']:.1f} GiB")
+    return " | ".join(parts)
+
+
+def _not_finite(means, good_until, step, models):
+    names = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+    saved = checkpoint.steps_in(models)
+    newest = f"the checkpoint of step {saved[-1]} is good" if saved else "no checkpoint was written yet"
+    return (f"{names} became NaN or infinite between steps {good_until} and {step}; {newest}.\n"
+            "Try a lower --g_lr and --d_lr, or --sn both.")
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+def sample(config, place):
+    """Write `--num_samples` pictures and a grid by G_ema of a checkpoint; needs no data set. Returns exit code 0.
+
+    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
+    """
+    folders = utils.RunFolders.of(config)
+    if config.pretrained_model is not None:
+        state = checkpoint.load_step(folders.models, config.pretrained_model)
+    else:
+        state = checkpoint.load_newest(folders.models)
+    if state is None:
+        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to sample from.\n"
+                              "Train it first, or name a run with --version (and --model_save_path).")
+    G, _ = FAMILIES[config.model].build(config)
+    G.load_state_dict(state["G_ema"])
+    G.to(place.device).eval()
+    name = f"{state['step']:07d}_generated_seed{config.seed}"
+    folder = folders.samples / name
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(config.seed)
+    shown = []
+    with tqdm(total=config.num_samples, unit="picture", dynamic_ncols=True) as progress:
+        while progress.n < config.num_samples:
+            z = torch.randn(64, config.z_dim, generator=generator)      # always 64: z i is the same for any number
+            images = draw(G, z[:config.num_samples - progress.n], place.device)
+            for number, picture in enumerate(gallery.to_uint8(images), start=progress.n):
+                Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
+            shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
+            progress.update(len(images))
+    gallery.save_grid(torch.cat(shown), folders.samples / f"{name}.png")
+    say(f"{config.num_samples} pictures of step {state['step']} in {folder}{os.sep}, a grid of them in {folder}.png")
+    return 0
