@@ -1,9 +1,9 @@
 """Real pictures: the data set table, one decoder for every file, the decoded cache, resumable sampling.
 
-A data set maps an index to one uint8 picture (3, imsize, imsize); a new one is a function and a row of `DATASETS`.
-Training walks through sample numbers 0, 1, 2, ... over the whole life of a run: which picture number n shows, and
-whether it is mirrored, follows from the seed and n alone. So one integer in a checkpoint is enough to go on
-exactly, whatever --num_workers is.
+A data set maps an index to one uint8 picture (3, imsize, imsize); a new one is a function and a row of
+`DATASETS`. Training walks through sample numbers 0, 1, 2, ... over the whole life of a run: which picture
+number n shows, and whether it is mirrored, follows from the seed and n alone. So one integer in a checkpoint
+is enough to go on exactly, whatever --num_workers is.
 """
 
 import io
@@ -28,7 +28,7 @@ from toy_faces import draw_face
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-CELEBA_CROP = 160  # pixels: the face in an aligned 178x218 CelebA picture, as published 64-pixel results crop it
+CELEBA_CROP = 160  # pixels: the face in an aligned 178x218 CelebA picture, cropped as published
 TOY_LENGTH = 4096  # faces
 CACHE_BYTES = 2**30  # of decoded pictures; a larger data set is decoded again in every epoch
 # What Pillow raises on damaged bytes, beside DecompressionBombError.
@@ -39,17 +39,17 @@ DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError
 
 
 def decode(data: bytes, name: str, imsize: int, crop: int | None = None) -> torch.Tensor:
-    """The encoded picture `data` as uint8 (3, imsize, imsize): its central square, resized with Lanczos.
+    """The encoded picture `data` as uint8 (3, imsize, imsize): its central square, Lanczos-resized.
 
-    The square has the side `crop` if the picture is large enough, else it is the largest one. EXIF rotation is
-    honoured, transparency laid over white. Raises DataError, which calls the picture `name`.
+    The square has the side `crop` if the picture is large enough, else it is the largest one. EXIF rotation
+    is honoured, transparency laid over white. Raises DataError, which calls the picture `name`.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubts of Pillow's about large or oddly tagged pictures
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if crop is None:
-                    image.draft(None, (2 * imsize, 2 * imsize))  # JPEGs decode at 1/2, 1/4 or 1/8 with less work
+                    image.draft(None, (4 * imsize, 4 * imsize))  # large JPEGs decode at 1/2, 1/4, 1/8: faster
                 return _to_tensor(_rgb(_upright(image)), imsize, crop)
     except UnidentifiedImageError:
         reason = "it is no JPEG, PNG, WebP or BMP"
@@ -121,7 +121,7 @@ def find_pictures(folder: Path) -> list[str]:
     paths, others, seen = [], 0, {os.path.realpath(folder)}
     for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
         visible = {os.path.realpath(os.path.join(parent, s)): s for s in sorted(subfolders) if s[0] != "."}
-        subfolders[:] = [name for real, name in visible.items() if real not in seen]  # a link may lead back up
+        subfolders[:] = [name for real, name in visible.items() if real not in seen]  # no loops
         seen.update(visible)
         pictures = [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
         paths += [os.path.join(parent, name) for name in pictures]
@@ -220,17 +220,17 @@ def open_lsun(config) -> Dataset:
 
 
 def open_cifar10(config) -> Dataset:
-    from torchvision.datasets import CIFAR10  # takes a second to import, so only when asked for
-
-    root = Path(config.image_path)
-    if not (root / CIFAR10.base_folder).is_dir():
+    root, name = Path(config.image_path), "cifar-10-batches-py"
+    if not (root / name).is_dir():
         root = root / "CIFAR10"
-    if not (root / CIFAR10.base_folder).is_dir():
-        raise _missing(config, f"there is no folder {root / CIFAR10.base_folder}", "CIFAR10")
+    if not (root / name).is_dir():
+        raise _missing(config, f"there is no folder {root / name}", "CIFAR10")
+    from torchvision.datasets import CIFAR10  # takes a second to import, so only when needed
+
     try:
         pictures = CIFAR10(root, train=True, download=False).data  # (N, 32, 32, 3) uint8
     except RuntimeError:  # torchvision's word for a wrong checksum
-        raise _missing(config, f"{root / CIFAR10.base_folder} is damaged or incomplete", "CIFAR10") from None
+        raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
     read = partial(_read_array, pictures, imsize=config.imsize)
     return Pictures(read, len(pictures), f"{len(pictures)} pictures in {root}")
 
@@ -398,28 +398,28 @@ def _start_worker(worker: int):
 class RealBatches:
     """Endless iterator over batches of real pictures; `real_batches` builds it and says what they are."""
 
-    def __init__(
-        self, samples: Samples, first_sample: int, batch_size: int, share: slice, device: torch.device, workers: int
-    ):
-        self.samples_seen = first_sample  # by the caller, over all ranks; what workers prefetched does not count
-        self.samples, self.batch_size, self.share, self.device = samples, batch_size, share, device
+    def __init__(self, config, dataset: Dataset, first_sample: int, device: torch.device, rank, world):
+        self.samples_seen = first_sample  # by the caller, over all ranks; prefetched ones do not count
+        self.samples = Samples(dataset, config.seed, config.hflip)
+        self.batch_size, self.device, self.rank, self.world = config.batch_size, device, rank, world
         self.pin = device.type == "cuda"
         self._from_workers = None
-        if workers > 0:
+        if config.num_workers > 0:
             loader = DataLoader(
-                samples,
-                batch_sampler=map(self._numbers, count(first_sample, batch_size)),
-                num_workers=workers,
+                self.samples,
+                batch_sampler=map(self._numbers, count(first_sample, config.batch_size)),
+                num_workers=config.num_workers,
                 collate_fn=_as_is,
                 worker_init_fn=_start_worker,
                 pin_memory=self.pin,
-                generator=torch.Generator(),  # or it would draw from the global one, and resuming change the run
+                generator=torch.Generator(),  # or it draws from the global one, and resuming changes the run
             )
             self._from_workers = iter(loader)
 
     def _numbers(self, start: int) -> range:
         """This rank's share of the batch that begins with sample number `start`."""
-        return range(start, start + self.batch_size)[self.share]
+        share = self.batch_size // self.world
+        return range(start + self.rank * share, start + (self.rank + 1) * share)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self
@@ -455,20 +455,13 @@ class RealBatches:
 def real_batches(
     config, dataset: Dataset, first_sample: int, device: torch.device | str, rank: int = 0, world: int = 1
 ) -> RealBatches:
-    """Endless iterator over float32 batches (batch_size / world, 3, imsize, imsize) in [-1, 1] on `device`.
+    """Endless iterator over float32 (batch_size / world, 3, imsize, imsize) in [-1, 1] on `device`.
 
-    Batch t shows the sample numbers from first_sample + t * batch_size on, of which `rank` gets its contiguous
-    share. What an epoch leaves over opens the next one's first batch: no picture is dropped. Global random states
-    stay as they are. `samples_seen` is the first_sample to go on with; `close()` ends the workers.
+    Batch t shows the sample numbers from first_sample + t * batch_size on, of which `rank` gets its
+    contiguous share. What an epoch leaves over opens the next one's first batch: no picture is dropped.
+    Global random states stay as they are. `samples_seen` is the first_sample to go on with; `close()` ends
+    the workers.
     """
     if config.batch_size % world:
         raise UsageError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
-    share = config.batch_size // world
-    return RealBatches(
-        Samples(dataset, config.seed, config.hflip),
-        first_sample,
-        config.batch_size,
-        slice(rank * share, (rank + 1) * share),
-        torch.device(device),
-        config.num_workers,
-    )
+    return RealBatches(config, dataset, first_sample, torch.device(device), rank, world)

@@ -74,6 +74,7 @@ done_already
 [ ! -e "$target" ] || fail 3 "$target exists, but was not finished by this script: move it away or delete it"
 say "$id, terms of use: $terms"
 
+# Python runs as "python3 -IS": isolated, so that no module of the current folder stands in for one of its own.
 child='' owned=''
 run() {  # in the background, since bash answers a signal only after a foreground command has ended
     "$@" <&0 &
@@ -119,7 +120,7 @@ check_space() {
     fetched=$(size_of "$partial")
     missing=$((fetched < bytes ? bytes - fetched : 0))
     [ -z "$from" ] || missing=0
-    free=$(python3 -c 'import shutil, sys; print(shutil.disk_usage(sys.argv[1]).free)' "$to")
+    free=$(python3 -IS -c 'import shutil, sys; print(shutil.disk_usage(sys.argv[1]).free)' "$to")
     [ "$free" -ge $((missing + unpacked)) ] || fail 5 \
         "$to has $(gb "$free") free, needed are $(gb $((missing + unpacked))):" \
         "$(gb "$missing") to download and $(gb "$unpacked") unpacked. Free space, or choose another disk with --to."
@@ -133,7 +134,7 @@ why=''
 verify() {  # is $1 the archive of the table? If not, why says it.
     why="it is not a .${file##*.} archive, perhaps a web page saved under that name"
     is_archive "$1" || return 1
-    run python3 - "$1" "${hash%%:*}" >"$lock/answer" <<'EOF' || { why="it cannot be read"; return 1; }
+    run python3 -IS - "$1" "${hash%%:*}" >"$lock/answer" <<'EOF' || { why="it cannot be read"; return 1; }
 import hashlib, sys
 digest = hashlib.new(sys.argv[2], usedforsecurity=False)  # machines in FIPS mode have md5 on these terms only
 with open(sys.argv[1], "rb") as f:
@@ -148,9 +149,9 @@ EOF
 }
 
 fetch() {  # downloads $1 to $partial, going on from what is there; 1 when it cannot, and why says it
-    local at_start before now code http type attempt meter=-sS
+    local at_start before now most code http type attempt meter=-sS
     [ ! -t 2 ] || meter=-#
-    at_start=$(size_of "$partial") now=$at_start
+    at_start=$(size_of "$partial") now=$at_start most=$at_start
     for ((attempt = 0; attempt < tries && now < bytes; attempt++)); do
         run sleep $((attempt * pause))
         before=$now code=0 http='' type=''
@@ -159,7 +160,7 @@ fetch() {  # downloads $1 to $partial, going on from what is there; 1 when it ca
             --connect-timeout 20 --speed-limit 1000 --speed-time 60 --url "$1" >"$lock/answer" || code=$?
         read -r http type <"$lock/answer" || true
         now=$(size_of "$partial")
-        [ "$now" -le "$before" ] || attempt=0  # only tries that bring nothing count
+        [ "$now" -le "$most" ] || most=$now attempt=0  # only tries that get no further count
         why="incomplete, $now of $bytes bytes (curl error $code)"
         case $code in
             1 | 3 | 60) return 1 ;;  # protocol, URL, certificate: no second try helps
@@ -186,7 +187,7 @@ fetch() {  # downloads $1 to $partial, going on from what is there; 1 when it ca
 
 unpack() {  # $1 -> scratch -> target in one rename, so that a folder with .complete is a whole one
     local code=0
-    run python3 - "$1" "$file" "$scratch" "$target" "$hash" <<'EOF' || code=$?
+    run python3 -IS - "$1" "$file" "$scratch" "$target" "$hash" <<'EOF' || code=$?
 import os, stat, sys, tarfile, zipfile, zlib
 path, file, scratch, target, digest = sys.argv[1:]
 

@@ -83,7 +83,7 @@ def normalized_entropy(maps):
     p = maps.detach().float().flatten(2).nan_to_num(0.0, 0.0, 0.0).clamp(min=0)  # (B, Q, h*w)
     if p.size(2) == 1:
         return p.new_zeros(p.shape[:2])
-    return (-torch.xlogy(p, p).sum(2) / math.log(p.size(2))).clamp(0, 1)
+    return (torch.special.entr(p).sum(2) / math.log(p.size(2))).clamp(0, 1)
 
 
 def save_grid(images, path, columns=None):
@@ -117,8 +117,8 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
 
     images: (B, 3, S, S) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys.
     queries: (Q, 2) tensor or list, (y, x) as fractions of the image in [0, 1]. layer: its name; step: int;
-    gamma: the layer's residual weight; entropy: the layer's mean normalized entropy. The last two are only
-    printed.
+    gamma: the layer's residual weight; entropy: the layer's mean normalized entropy; numbers or one-element
+    tensors, only printed.
 
     The first column is the image with all query points. In the others the image is dimmed and the map,
     interpolated between the centres of its keys and divided by its own maximum, glows over it. Beneath each:
@@ -135,7 +135,8 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
     h, w = maps.shape[2:]
     cells = _enlarge(to_uint8(images))  # (B, cell, cell, 3)
     cell = cells.shape[1]
-    maps, gamma, entropy = maps.detach().float().cpu(), float(gamma), float(entropy)
+    maps = maps.detach().float().cpu()
+    gamma, entropy = (float(torch.as_tensor(number).detach()) for number in (gamma, entropy))
     colours = [QUERY_COLOURS[i % len(QUERY_COLOURS)] for i in range(Q)]
 
     title, small = _font(17), _font(13)

@@ -233,7 +233,7 @@ def parse(argv):
         for flag in flags:
             # a bare `--dry_run` means true, as people type it
             bare = {"nargs": "?", "const": True} if flag.type is boolean else {}
-            shown = "" if flag.default is None else f" (default: {_written(flag.default)})"
+            shown = "" if flag.default is None else f" (default: {written(flag.default)})"
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=_metavar(flag),
                                help=(flag.help + shown).replace("%", "%%"), **bare)
     namespace, unknown = parser.parse_known_args(argv)
@@ -250,7 +250,8 @@ def _metavar(flag):
     return kinds.get(flag.type, "NAME")
 
 
-def _written(value):
+def written(value):
+    """A setting as the command line writes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
@@ -269,7 +270,7 @@ def resolve(typed, find_saved=lambda folder: None):
     if "train" in typed and "mode" not in typed:
         typed["mode"] = "train" if typed["train"] else "sample"
     elif "train" in typed and typed["train"] != (typed["mode"] == "train"):
-        raise UsageError(f"--train {_written(typed['train'])} and --mode {typed['mode']} contradict each other")
+        raise UsageError(f"--train {written(typed['train'])} and --mode {typed['mode']} contradict each other")
     given = {**_read_file(typed["config"]), **typed} if typed.get("config") else typed
 
     values = {flag.name: flag.default for flag in _BY_NAME.values()}
@@ -311,7 +312,7 @@ def _as_flag(name, value, source):
     if value is None:
         return None
     try:
-        return flag.type(_written(value))
+        return flag.type(written(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise UsageError(f"{source}: {name} {value!r} is no value for --{name} ({error})") from None
 
@@ -351,8 +352,8 @@ def validate(values):
     for name, there in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
         wrong = [size for size in values[name] if size not in there]
         if wrong:
-            raise UsageError(f"--{name} {_written(values[name])}: at --imsize {imsize} the feature sizes are "
-                             f"{_written(there)}; there is no {wrong[0]}")
+            raise UsageError(f"--{name} {written(values[name])}: at --imsize {imsize} the feature sizes are "
+                             f"{written(there)}; there is no {wrong[0]}")
     _check_version(values["version"])
     if values["dataset"] == "folder" and values["image_path"] == _BY_NAME["image_path"].default:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
@@ -387,9 +388,9 @@ def _check_device(values):
 
 def _check_fixed(values, saved, version):
     for name in FIXED:
-        if name in saved and _written(values[name]) != _written(saved[name]):
-            raise UsageError(f"--{name} {_written(values[name])}: run '{version}' was started with "
-                             f"{_written(saved[name])}; use that, or another --version")
+        if name in saved and written(values[name]) != written(saved[name]):
+            raise UsageError(f"--{name} {written(values[name])}: run '{version}' was started with "
+                             f"{written(saved[name])}; use that, or another --version")
 
 
 def as_json(config):

@@ -1,12 +1,12 @@
 """Cartoon faces drawn by code: the embedded data set behind `--dataset toy`.
 
-A face shows at a glance whether distant pixels agree: two eyes of one iris colour, two equal lenses, eyebrows of
-the colour of the hair, both pupils looking the same way. Those long-range ties are what self-attention is for,
-and these pictures show them after minutes on a CPU, with nothing to download.
+A face shows at a glance whether distant pixels agree: two eyes of one iris colour, two equal lenses, eyebrows
+of the colour of the hair, both pupils looking the same way. Those long-range ties are what self-attention is
+for, and these pictures show them after minutes on a CPU, with nothing to download.
 
-`face_traits` says who a face is, from its index alone; `draw_face` paints it at any size, so that one index is
-the same person at 32 and at 256 pixels. All lengths are head units, thousandths of the picture's side: x from the
-middle of the face, y from the top of the picture. Light falls from the upper left.
+`face_traits` says who a face is, from its index alone; `draw_face` paints it at any size, so that one index
+is the same person at 32 and at 256 pixels. All lengths are head units, thousandths of the picture's side: x
+from the middle of the face, y from the top of the picture. Light falls from the upper left.
 """
 
 import operator
@@ -39,13 +39,14 @@ FRAMES = _palette("2c2834 2c2834 703c24 ba343c 1c687a 3a4292")
 JEWELS = _palette("face60 ecf0f6 e25868 50bebe")
 WHITE, INK, ROSE, UMBER, LIP, THROAT, TONGUE = _palette("fffdfa 281e26 ec545c 581e22 cc3042 7e2630 e86a6c")
 
-FRINGES = {  # every hair style, with the fringes that suit it
+FRINGES = {  # every hair style with the fringes that suit it
     "short": ("swept", "swept", "back", "bangs", "spiky"), "quiff": ("quiff",), "buzz": ("back",),
     "bob": ("bangs", "swept", "curtain"), "long": ("bangs", "swept", "curtain", "back"),
     "bun": ("back", "bangs", "curtain"), "buns": ("bangs", "curtain"), "afro": ("back",), "curly": ("back",),
     "bald": ("none",),
 }
-STYLES = 3 * (*FRINGES,)[:5] + 2 * ("bob", "long", "bun", "buns", "afro", "curly") + ("short", "bald")
+STYLES = 4 * ("short", "bob", "long") + 3 * ("quiff", "bun", "afro", "curly")
+STYLES += ("buns", "buns", "buzz", "bald")
 BEARDED = ("short", "quiff", "buzz", "bald", "curly")
 MOUTHS = 2 * ("smile", "open", "grin", "lips") + ("smile", "open", "neutral")
 NECKLINES = ("crew", "stripes", "collar", "vneck", "hood", "turtle")
@@ -94,7 +95,7 @@ def _pick(u: float, options):
 
 
 def _pick_apart(u: float, colours: tuple[RGB, ...], others: tuple[RGB, ...], gap: int) -> RGB:
-    """A colour that differs from each of `others` by `gap` at least, so that neighbouring shapes stay legible."""
+    """A colour at least `gap` away from each of `others`, so that neighbouring shapes stay legible."""
     return _pick(u, [c for c in colours
                      if all(abs(c[0] - o[0]) + abs(c[1] - o[1]) + abs(c[2] - o[2]) >= gap for o in others)])
 
@@ -138,11 +139,12 @@ def face_traits(index: int) -> Face:
 def _spline(count: int, closed: bool, steps: int = 8) -> np.ndarray:
     """The matrix that turns `count` points into a Catmull-Rom curve through them."""
     t = np.arange(steps)[:, None] / steps
-    weights = np.hstack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2]) / 2
+    weights = np.hstack([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2])
     matrix = np.zeros((count if closed else count - 1, steps, count))
     for i, block in enumerate(matrix):
         for j in range(4):
-            block[:, (i + j - 1) % count if closed else min(max(i + j - 1, 0), count - 1)] += weights[:, j]
+            near = i + j - 1
+            block[:, near % count if closed else min(max(near, 0), count - 1)] += weights[:, j] / 2
     matrix = matrix.reshape(-1, count)
     return matrix if closed else np.vstack([matrix, np.eye(count)[-1]])
 
@@ -152,75 +154,74 @@ def _dots(text: str) -> np.ndarray:
     return np.array([[float(number) for number in dot.split(",")] for dot in text.split()])
 
 
-def _curve(text: str) -> np.ndarray:
+def _curve(text: str, closed: bool = False) -> np.ndarray:
     dots = _dots(text)
-    return _spline(len(dots), False) @ dots
+    return _spline(len(dots), closed) @ dots
 
 
-def _blob(text: str) -> np.ndarray:
-    dots = _dots(text)
-    return _spline(len(dots), True) @ dots
-
-
-def _arch(text: str) -> np.ndarray:
-    """A symmetric curve from the right to the left, of which the right half is given, up to its point at x = 0."""
-    dots = _dots(text)
-    return _spline(2 * len(dots) - 1, False) @ np.vstack([dots, dots[-2::-1] * (-1, 1)])
-
-
-def _outline(text: str) -> np.ndarray:
-    """A closed symmetric shape, of which the right half is given, from one point at x = 0 to the other."""
-    dots = _dots(text)
-    return _spline(2 * len(dots) - 2, True) @ np.vstack([dots, dots[-2:0:-1] * (-1, 1)])
+def _mirrored(text: str, closed: bool = False) -> np.ndarray:
+    """The symmetric curve whose right half is given; its last point, and a closed one's first, has x = 0."""
+    right = _dots(text)
+    dots = np.vstack([right, right[-2 : 0 if closed else None : -1] * (-1, 1)])
+    return _spline(len(dots), closed) @ dots
 
 
 @lru_cache(maxsize=64)
 def _brush(text: str) -> np.ndarray:
     """The outline of a line with round ends, painted through "x,y,width ..." points."""
     dots = _dots(text)
-    path, along = (turn @ dots for turn in (_spline(len(dots), False), np.gradient(_spline(len(dots), False), axis=0)))
-    along = along[:, :2] / np.hypot(along[:, :1], along[:, 1:2]) * path[:, 2:] / 2
+    path, width = np.hsplit(_spline(len(dots), False) @ dots, [2])
+    along = np.gradient(path, axis=0)
+    along *= width / 2 / np.hypot(*along.T)[:, None]
     across = along[:, ::-1] * (-1, 1)
     turn = np.linspace(-np.pi / 2, np.pi / 2, 7)[:, None]
     tip, tail = (np.cos(turn) * along[end] + np.sin(turn) * across[end] for end in (-1, 0))
-    path = path[:, :2]
     return np.vstack([path - across, path[-1] + tip, (path + across)[::-1], path[0] - tail])
 
 
 def _balls(y: float, rx: float, ry: float, count: int, droop: float, radius: float) -> list:
-    """Balls of curly hair (x, y, radius) on an arch about (0, y) whose ends hang `droop` degrees below its middle."""
+    """Balls of curly hair (x, y, radius) on an arch about (0, y), its ends `droop` degrees below y."""
     turns = np.deg2rad(np.linspace(-droop, 180 + droop, count))
     return [(float(rx * np.cos(t)), float(y - ry * np.sin(t)), radius) for t in turns]
 
 
-HEAD = _outline("0,165 130,185 215,265 243,400 241,530 215,630 184,705 101,773 0,795")
-WIDER_JAW = _outline("0,0 0,0 0,0 0,0 0,0 0.45,0 1,0 0.55,0 0,0")  # what one unit of `jaw`, or `chin`, adds
-LOWER_CHIN = _outline("0,0 0,0 0,0 0,0 0,0 0,0 0,0 0,1 0,1")
+HEAD = _mirrored("0,165 130,185 215,265 243,400 241,530 215,630 184,705 101,773 0,795", closed=True)
+# What one unit of `jaw`, or of `chin`, adds to the points of the head.
+WIDER_JAW = _mirrored("0,0 0,0 0,0 0,0 0,0 0.45,0 1,0 0.55,0 0,0", closed=True)
+LOWER_CHIN = _mirrored("0,0 0,0 0,0 0,0 0,0 0,0 0,0 0,1 0,1", closed=True)
 NECK = _dots("-82,700 82,700 88,875 -88,875")
-CHIN_SHADOW = np.vstack([NECK[:2], _arch("84,790 50,838 0,852")])
-SHOULDERS = _outline("0,860 90,862 210,890 320,940 375,1020 400,1250 0,1300")
-TURTLENECK = _outline("0,834 90,822 110,850 135,885 0,905")
+CHIN_SHADOW = np.vstack([NECK[:2], _mirrored("84,790 50,838 0,852")])
+SHOULDERS = _mirrored("0,860 90,862 210,890 320,940 375,1020 400,1250 0,1300", closed=True)
+OPEN_NECK, COLLAR = _dots("-105,868 105,868 0,970"), _dots("78,828 150,878 85,975 0,905")
+TURTLENECK = _mirrored("0,834 90,822 110,850 135,885 0,905", closed=True)
 STRIPES = [_dots("-262,915 262,915 312,939 -312,939"), _dots("-342,968 342,968 360,992 -360,992")]
-BEARD = np.vstack([_arch("240,465 232,620 188,735 100,808 0,830"),
-                   _arch("224,480 192,615 120,655 60,642 0,648")[::-1]])
-BACK_HAIR = {"bob": _outline("0,200 200,220 250,400 280,600 275,710 200,745 0,720"),
-             "long": _outline("0,200 200,220 250,400 280,600 310,850 310,1100 0,1200")}
+BEARD = np.vstack([_mirrored("240,465 232,620 188,735 100,808 0,830"),
+                   _mirrored("224,480 192,615 120,655 60,642 0,648")[::-1]])
+LIPS = _mirrored("0,684 24,674 68,680 36,715 0,722", closed=True)
+OPEN_MOUTH = np.vstack([_mirrored("80,672 0,682")[::-1], _mirrored("80,672 55,720 0,742")])
+TEETH = {"open": np.vstack([_mirrored("69,672 0,682")[::-1], _mirrored("66,680 45,694 0,700")]),
+         "grin": np.vstack([_mirrored("69,672 0,682")[::-1], _mirrored("66,680 45,720 0,726")])}
+BACK_HAIR = {"bob": _mirrored("0,200 200,220 250,400 280,600 275,710 200,745 0,720", closed=True),
+             "long": _mirrored("0,200 200,220 250,400 280,600 310,850 310,1100 0,1200", closed=True)}
 LOCKS = {  # over the ears
-    "bob": _blob("205,270 262,360 294,540 288,700 238,752 198,715 224,600 222,450"),
-    "long": _blob("205,270 262,360 288,550 315,800 300,1020 250,1050 200,930 205,780 228,620 222,450"),
+    "bob": _curve("205,270 262,360 294,540 288,700 238,752 198,715 224,600 222,450", closed=True),
+    "long": _curve("205,270 262,360 288,550 315,800 300,1020 250,1050 200,930 205,780 228,620 222,450",
+                   closed=True),
 }
-CROWN = _arch("250,500 262,390 230,235 130,150 0,125")
+CROWN = _mirrored("250,500 262,390 230,235 130,150 0,125")
 CROWNS = {
-    "buzz": _arch("243,470 246,390 218,255 130,180 0,158"),
+    "buzz": _mirrored("243,470 246,390 218,255 130,180 0,158"),
     "quiff": _curve("250,500 262,390 240,250 215,125 80,70 -80,80 -200,150 -245,260 -262,390 -250,500"),
 }
 HAIRLINES = {  # from the right temple to the left one
-    "back": _arch("226,480 212,370 150,285 0,250"),
-    "bangs": _arch("222,480 206,400 150,365 60,375 45,335 30,374 0,376"),
-    "swept": np.vstack([_curve("226,480 216,410 140,375 20,320 -90,225"), _curve("-90,225 -150,310 -210,375 -226,480")]),
-    "curtain": np.vstack([_curve("224,500 208,420 130,345 50,300 0,210"), _curve("0,210 -50,300 -130,345 -208,420 -224,500")]),
-    "spiky": _dots("226,480 205,350 165,385 135,310 75,370 45,300 -20,355 -55,295 -110,360 -140,310 -185,380 -210,340 "
-                   "-226,480"),
+    "back": _mirrored("226,480 212,370 150,285 0,250"),
+    "bangs": _mirrored("222,480 206,400 150,365 60,375 45,335 30,374 0,376"),
+    "swept": np.vstack([_curve("226,480 216,410 140,375 20,320 -90,225"),
+                        _curve("-90,225 -150,310 -210,375 -226,480")]),
+    "curtain": np.vstack([_curve("224,500 208,420 130,345 50,300 0,210"),
+                          _curve("0,210 -50,300 -130,345 -208,420 -224,500")]),
+    "spiky": _dots("226,480 205,350 165,385 135,310 75,370 45,300 -20,355 -55,295 -110,360 -140,310 -185,380 "
+                   "-210,340 -226,480"),
     "quiff": _curve("226,480 214,360 170,270 40,262 -90,240 -180,300 -214,370 -226,480"),
 }
 CURLS = {"afro": (_balls(355, 310, 245, 17, 40, 62), _balls(430, 220, 205, 9, -5, 45)),
@@ -303,14 +304,14 @@ def _body(pen: _Pen, face: Face) -> None:
     if face.neckline != "turtle":
         pen.oval(face.skin, 0, 868, 108, 46)
     if face.neckline in ("vneck", "collar"):
-        pen.fill(face.skin, _dots("-105,868 105,868 0,970"))
+        pen.fill(face.skin, OPEN_NECK)
     pen.fill(face.skin, NECK)
     pen.fill(_mix(face.skin, UMBER, 0.27), CHIN_SHADOW)
     if face.neckline == "turtle":
         pen.fill(shade, TURTLENECK)
     for side in SIDES:
         if face.neckline == "collar":
-            pen.fill(_mix(face.shirt, WHITE, 0.8), _dots("78,828 150,878 85,975 0,905"), side=side)
+            pen.fill(_mix(face.shirt, WHITE, 0.8), COLLAR, side=side)
         elif face.neckline == "vneck":
             pen.fill(shade, _brush("112,868,22 56,922,22 0,975,22"), side=side)
         elif face.neckline == "hood":
@@ -355,18 +356,17 @@ def _mouth(pen: _Pen, face: Face) -> None:
     elif face.mouth == "neutral":
         pen.fill(line, _brush("-45,688,16 0,698,19 45,688,16"))
     elif face.mouth == "lips":
-        pen.fill(lips, _outline("0,684 24,674 68,680 36,715 0,722"))
+        pen.fill(lips, LIPS)
         pen.fill(_mix(lips, UMBER, 0.5), _brush("-64,680,8 0,700,12 64,680,8"))
     else:
-        top, teeth = _arch("80,672 0,682")[::-1], "66,680 45,694 0,700" if face.mouth == "open" else "66,680 45,720 0,726"
-        pen.fill(THROAT, np.vstack([top, _arch("80,672 55,720 0,742")]))
+        pen.fill(THROAT, OPEN_MOUTH)
         if face.mouth == "open":
             pen.oval(TONGUE, 0, 728, 36, 14)
-        pen.fill(WHITE, np.vstack([top * (0.86, 1), _arch(teeth)]))
+        pen.fill(WHITE, TEETH[face.mouth])
 
 
 def _eyes(pen: _Pen, face: Face) -> None:
-    lid, brow, (gx, gy) = _mix(face.hair, INK, 0.7), _mix(face.hair, UMBER, 0.22), face.gaze
+    lid, brow, (gx, gy) = _mix(INK, face.hair, 0.12), _mix(face.hair, UMBER, 0.22), face.gaze
     for side in SIDES:
         x, y = side * face.spacing, 510
         if face.glasses != "none":
@@ -408,8 +408,8 @@ def _hair(pen: _Pen, face: Face) -> None:
 def draw_face(index: int, imsize: int) -> np.ndarray:
     """The person number `index` as an (imsize, imsize, 3) uint8 RGB picture.
 
-    `imsize` is any side of at least 16 pixels; features are laid out to be legible from 32 on. Raises ValueError
-    for a smaller side or a negative index, TypeError for an index that is no integer.
+    `imsize` is any side of at least 16 pixels; features are laid out to be legible from 32 on. Raises
+    ValueError for a smaller side or a negative index, TypeError for an index that is no integer.
     """
     if imsize < 16:
         raise ValueError(f"a toy face needs at least 16 pixels a side, got {imsize}")
@@ -419,4 +419,4 @@ def draw_face(index: int, imsize: int) -> np.ndarray:
     pen = _Pen(canvas, face)
     for layer in (_back_hair, _body, _head, _mouth, _eyes, _hair):
         layer(pen, face)
-    return np.asarray(canvas.reduce(fold))
+    return np.array(canvas.reduce(fold))  # not asarray: that one is read-only

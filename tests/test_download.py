@@ -62,7 +62,8 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves `files` {path: bytes}; `requests` lists (path, Range header). Prefixes of a path misbehave:
 
     /cut half of what is asked, then the connection drops · /hang half, then silence · /dead no answer ·
-    /norange the whole file whatever was asked · /page an HTML page · /busy 503 at first · /404
+    /norange the whole file whatever was asked · /halfnorange half of it, then the connection drops ·
+    /page an HTML page · /busy 503 at first · /404
     """
 
     daemon_threads = True
@@ -86,7 +87,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(404 if how == "404" else 503)
             return
         body = PAGE if how == "page" else self.server.files[name]
-        start = int(asked[len("bytes="):-1]) if asked and how not in ("norange", "page") else 0
+        start = int(asked[len("bytes="):-1]) if asked and how not in ("norange", "halfnorange", "page") else 0
         if start >= len(body):
             self.send_error(416)
             return
@@ -97,7 +98,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         rest = body[start:]
-        self.wfile.write(rest[: (len(rest) + 1) // 2] if how in ("cut", "hang") else rest)
+        self.wfile.write(rest[: (len(rest) + 1) // 2] if how in ("cut", "hang", "halfnorange") else rest)
         self.wfile.flush()
         if how == "hang":
             self.server.closing.wait(20)
@@ -189,6 +190,12 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "nothing happened within 10 s"
         time.sleep(0.01)
+
+
+def ended_process():
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
 
 
 # The shipped script -------------------------------------------------------------------------------
@@ -321,6 +328,12 @@ def test_server_that_cannot_resume_sends_it_all_again(bench):
     bench.part.write_bytes(CELEBA[:100])
     bench.source("CelebA", urls=["/norange/img_align_celeba.zip"])
     assert bench.run("CelebA")[0] == 0
+
+
+def test_server_that_cannot_resume_and_always_drops_is_given_up(bench):
+    bench.source("CelebA", urls=["/halfnorange/img_align_celeba.zip"])
+    assert bench.run("CelebA")[0] == 3
+    assert len(bench.server.requests) < 10
 
 
 def test_web_page_does_not_cost_the_bytes_already_here(bench):
@@ -457,27 +470,28 @@ def test_lock_and_half_unpacked_folder_of_a_killed_run_do_not_stop_the_next(benc
     os.killpg(running.pid, signal.SIGKILL)
     running.communicate(timeout=5)
     assert ".CelebA.lock" in bench.left()
-    (bench.to / ".CelebA.unpack" / "img_align_celeba").mkdir(parents=True)
+    half = bench.to / ".CelebA.unpack" / "img_align_celeba" / "half.jpg"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
     bench.source("CelebA", urls=["/img_align_celeba.zip"])
     assert bench.run("CelebA")[0] == 0
-    assert not any(name.startswith(".") for name in bench.left())
+    assert bench.left() == ["CelebA", "CelebA/img_align_celeba", "CelebA/img_align_celeba/.complete",
+                            "CelebA/img_align_celeba/000001.jpg"]
 
 
-@pytest.mark.parametrize("owner", ["elsewhere 1\n", ""])
+@pytest.mark.parametrize("owner", ["elsewhere {pid}\n", ""])
 def test_lock_that_cannot_be_judged_is_respected_and_named(bench, owner):
     lock = bench.to / ".CelebA.lock"
     lock.mkdir(parents=True)
-    (lock / "owner").write_text(owner)
+    (lock / "owner").write_text(owner.format(pid=ended_process()))
     code, text = bench.run("CelebA")
     assert code == 6 and f"delete {lock}" in text and lock.exists() and bench.server.requests == []
 
 
 def test_one_of_many_takes_over_a_stale_lock(bench):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
     host = subprocess.run(["bash", "-c", "echo $HOSTNAME"], capture_output=True, text=True).stdout.strip()
     (bench.to / ".CelebA.lock").mkdir(parents=True)
-    (bench.to / ".CelebA.lock" / "owner").write_text(f"{host} {dead.pid}\n")
+    (bench.to / ".CelebA.lock" / "owner").write_text(f"{host} {ended_process()}\n")
     bench.source("CelebA", archive=LARGE, urls=["/hang/img_align_celeba.zip"])
     running = [bench.start("CelebA") for _ in range(4)]
     wait_for(lambda: sum(p.poll() is not None for p in running) == 3)

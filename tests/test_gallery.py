@@ -275,7 +275,7 @@ def test_every_row_shows_its_own_image_and_attention_does_not_bury_it(tmp_path):
 
 
 def test_one_broken_key_does_not_hide_the_others(tmp_path):
-    maps = one_hot(1, 1, 8, 8, 6, 6)
+    maps = one_hot(1, 1, 8, 8, 6, 6) / 4
     maps[0, 0, 0, 0] = float("nan")
     page = write_attention(tmp_path / "a.png", torch.zeros(1, 3, 64, 64), maps, [(0.05, 0.5)])
     light = luminance(inside(page, framed(page, gallery.QUERY_COLOURS[0])[0]))

@@ -1,0 +1,31 @@
+"""A room imports only from layers below its own (the table of the design)."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = {
+    "parameter": 0, "utils": 0, "distributed": 0, "spectral": 0, "diffaug": 0, "toy_faces": 0,
+    "sagan_models": 1, "fastgan_models": 1, "losses": 1, "data_loader": 1, "checkpoint": 1, "gallery": 1,
+    "metrics": 1, "metadata": 2, "trainer": 3, "main": 4,
+}
+
+
+def imports_of(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+def test_imports_go_downwards_only():
+    rooms = {path.stem: path for path in ROOT.glob("*.py")}
+    assert set(rooms) <= set(LAYERS), "a new room needs a layer"
+    upwards = [
+        f"{room} (layer {LAYERS[room]}) imports {other} (layer {LAYERS[other]})"
+        for room, path in rooms.items()
+        for other in imports_of(path.read_text(encoding="utf-8"))
+        if other in rooms and LAYERS[other] >= LAYERS[room]
+    ]
+    assert not upwards

@@ -1,0 +1,64 @@
+"""Objectives against numbers worked out by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from losses import Hinge, WassersteinGP, gradient_penalty
+from sagan_models import Discriminator
+
+
+class LinearD(nn.Module):
+    """D(x) = w . x + 1"""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return (x * self.weight).flatten(1).sum(1) + 1
+
+
+def test_penalty_of_a_linear_d_has_the_closed_form():
+    torch.manual_seed(0)
+    D = LinearD(torch.randn(3, 4, 4))
+    norm = D.weight.detach().norm()
+    penalty = gradient_penalty(D, torch.randn(6, 3, 4, 4), torch.randn(6, 3, 4, 4))
+    assert penalty.item() == pytest.approx((norm.item() - 1) ** 2, rel=1e-5)
+    penalty.backward()
+    assert torch.allclose(D.weight.grad, 2 * (norm - 1) * D.weight.detach() / norm, atol=1e-4)
+
+
+def test_penalty_is_per_sample_not_of_the_batch():
+    class TwoSlopes(nn.Module):
+        def forward(self, x):       # slope 0 where x < 0, slope 2 per pixel elsewhere
+            return torch.where(x[:, 0, 0, 0] < 0, 0 * x.sum((1, 2, 3)), 2 * x[:, 0, 0, 0])
+
+    x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)
+    assert gradient_penalty(TwoSlopes(), x, x).item() == pytest.approx(1.0)    # mean of (0-1)^2 and (2-1)^2
+
+
+def test_hinge_by_hand():
+    D = LinearD(torch.ones(1, 1, 1))
+    real, fake = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1), torch.tensor([-3.0, -0.5]).view(2, 1, 1, 1)
+    loss, stats = Hinge().d_loss(D, real, [fake])       # D: real 2, 0; fake -2, 0.5
+    assert loss.item() == pytest.approx((0 + 1) / 2 + (0 + 1.5) / 2)
+    assert stats["d_real"].item() == 1 and stats["d_fake"].item() == -0.75
+    assert Hinge().g_loss(D, [fake])[0].item() == 0.75
+
+
+def test_wgan_gp_is_one_loss():
+    D = LinearD(torch.tensor([[[3.0]]]))
+    real, fake = torch.tensor([1.0]).view(1, 1, 1, 1), torch.tensor([0.5]).view(1, 1, 1, 1)
+    loss, stats = WassersteinGP(10.0).d_loss(D, real, [fake])
+    assert stats["gp"].item() == pytest.approx(4)
+    assert loss.item() == pytest.approx(2.5 - 4 + 10 * 4)
+
+
+def test_the_penalty_reaches_through_large_attention():
+    """32 x 32 positions take the fused kernel elsewhere, which has no second derivative."""
+    D = Discriminator(64, 4, attention=(32,), sn=False)
+    with torch.no_grad():
+        D.attention["d32"].gamma.fill_(0.5)
+    gradient_penalty(D, torch.rand(2, 3, 64, 64), torch.rand(2, 3, 64, 64)).backward()
+    assert D.attention["d32"].query.weight.grad.abs().sum() > 0

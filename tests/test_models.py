@@ -1,0 +1,105 @@
+"""SAGAN's networks: published sizes, every imsize, attention by the written formula."""
+
+import copy
+
+import pytest
+import torch
+
+from parameter import resolve
+from sagan_models import Discriminator, Generator, SelfAttention, attend, build
+
+
+def count(net):
+    return sum(weight.numel() for weight in net.parameters())
+
+
+def test_parameter_counts_are_the_published_models():
+    G, D = build(resolve({}))
+    assert (count(G), count(D)) == (3_832_885, 3_175_299)
+
+
+@pytest.mark.parametrize("imsize", [32, 64, 128, 256])
+def test_every_size_gives_pictures_and_one_logit_each(imsize):
+    config = resolve({"imsize": imsize, "g_conv_dim": 3, "d_conv_dim": 5, "z_dim": 7})
+    G, D = build(config)
+    (image,) = G(torch.randn(2, 7))
+    assert image.shape == (2, 3, imsize, imsize) and image.abs().max() <= 1
+    assert D(image).shape == (2,)
+
+
+def test_a_batch_of_one_trains():
+    G, D = build(resolve({"imsize": 32, "g_conv_dim": 4, "d_conv_dim": 4}))
+    D(G(torch.randn(1, 128))[0]).sum().backward()
+    assert all(weight.grad is not None for weight in G.parameters())
+
+
+def test_attention_sits_where_the_flags_say():
+    G = Generator(64, 8, 4, attention=(8, 32))
+    D = Discriminator(64, 4, attention=(16,))
+    queries = torch.tensor([[0.5, 0.5]])
+    image = G(torch.randn(2, 8))[0]
+    assert {name: tuple(maps.shape) for name, maps in G.attention_maps(torch.randn(2, 8), queries).items()} == {
+        "g8": (2, 1, 8, 8), "g32": (2, 1, 32, 32)}
+    assert {name: tuple(maps.shape) for name, maps in D.attention_maps(image, queries).items()} == {
+        "d16": (2, 1, 16, 16)}
+
+
+def written_formula(layer, x):
+    """SAGAN section 3, position by position."""
+    B, C, H, W = x.shape
+    out = torch.zeros_like(x)
+    for b in range(B):
+        q, k, v = (conv(x[b:b + 1])[0].reshape(-1, H * W) for conv in (layer.query, layer.key, layer.value))
+        for j in range(H * W):
+            scores = torch.stack([torch.dot(q[:, j], k[:, i]) for i in range(H * W)])
+            beta = torch.exp(scores - scores.max())
+            beta = beta / beta.sum()
+            out[b, :, j // W, j % W] = (v * beta).sum(1)
+    return layer.gamma * out + x
+
+
+def test_attention_equals_the_written_formula():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(16), 2 * torch.randn(2, 16, 5, 4)
+    assert torch.equal(layer(x), x), "gamma starts at 0"
+    with torch.no_grad():
+        layer.gamma.fill_(0.7)
+        assert torch.allclose(layer(x), written_formula(layer, x), atol=1e-5)
+
+
+def test_the_fused_kernel_gives_the_plain_numbers_and_gradients():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 1024, 4), torch.randn(2, 1024, 4), torch.randn(2, 1024, 32)
+    weight = torch.randn(2, 1024, 32)
+    results = []
+    for formula in (attend, lambda q, k, v: torch.softmax(q @ k.transpose(1, 2), -1) @ v):
+        inputs = [t.clone().requires_grad_(True) for t in (q, k, v)]
+        out = formula(*inputs)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    for fused, plain in zip(*results, strict=True):
+        assert torch.allclose(fused, plain, atol=2e-5)
+
+
+def test_a_map_is_what_the_forward_pass_weighs_with():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(8), torch.randn(2, 8, 6, 6)
+    queries = torch.tensor([[0.0, 0.0], [0.99, 0.5], [1.0, 1.0]])
+    maps = layer.maps(x, queries)                                       # (2, 3, 6, 6)
+    assert torch.allclose(maps.sum((2, 3)), torch.ones(2, 3), atol=1e-6)
+    with torch.no_grad():
+        layer.gamma.fill_(1.0)
+        looked_at = (layer(x) - x).flatten(2)                           # (2, 8, 36)
+        value = layer.value(x).flatten(2)
+    for number, position in enumerate((0, 5 * 6 + 3, 35)):
+        expected = (value * maps[:, number].flatten(1)[:, None]).sum(2)
+        assert torch.allclose(looked_at[:, :, position], expected, atol=1e-5)
+
+
+def test_sampling_does_not_depend_on_batch_mates_and_changes_nothing():
+    G = Generator(32, 8, 4, attention=(8,)).eval()
+    before = copy.deepcopy(G.state_dict())
+    z = torch.randn(5, 8)
+    with torch.no_grad():
+        alone, together = G(z[:1])[0], G(z)[0][:1]
+    assert torch.allclose(alone, together, atol=1e-5)
+    assert all(torch.equal(before[name], tensor) for name, tensor in G.state_dict().items())

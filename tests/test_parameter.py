@@ -1,0 +1,134 @@
+"""The command line: what is refused, with which code and words, and what is filled in."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import parameter
+from parameter import FLAGS, UsageError, resolve
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--imsize 48", "--imsize 48: must be 32, 64, 128 or 256"),
+    ("--imsize 512", "--imsize 512"),
+    ("--g_attn 64", "--g_attn 64: at --imsize 64 the feature sizes are 4,8,16,32"),
+    ("--d_attn 8,5", "there is no 5"),
+    ("--g_attn big", "--g_attn: 'big' is no list of sizes"),
+    ("--batch_size 0", "--batch_size 0: must be at least 1"),
+    ("--total_step -1", "--total_step -1: must be at least 1"),
+    ("--sample_step 0", "--sample_step 0"),
+    ("--d_iters 0", "--d_iters 0"),
+    ("--g_conv_dim 0", "--g_conv_dim 0"),
+    ("--num_samples 0", "--num_samples 0"),
+    ("--num_workers -1", "--num_workers -1"),
+    ("--g_lr 0", "--g_lr 0.0"),
+    ("--g_lr nan", "--g_lr nan"),
+    ("--beta1 1.0", "--beta1 1.0: must be in [0, 1)"),
+    ("--beta2 -0.1", "--beta2 -0.1: must be in [0, 1)"),
+    ("--version ../../x", "--version '../../x'"),
+    ("--version /etc/x", "--version '/etc/x'"),
+    ("--version ..", "--version '..'"),
+    ("--device cuda:99", "--device cuda:99"),
+    ("--device tpu", "--device tpu: use auto, cpu, cuda or cuda:N"),
+    ("--imgsize 64", "unknown flag --imgsize: did you mean --imsize?"),
+    ("--batch-size 64", "did you mean --batch_size?"),
+    ("--xyzzy 1", "unknown flag --xyzzy"),
+    ("--dataset lsum", "'lsum' is not one of celeb, lsun, cifar10, folder, toy; did you mean lsun?"),
+    ("--model qgan", "--model: 'qgan'"),
+    ("--adv_loss wgan", "did you mean wgan-gp?"),
+    ("--train maybe", "--train: 'maybe' is neither true nor false"),
+    ("--imsize big", "--imsize: invalid int value: 'big'"),
+    ("--imsize", "--imsize: expected one argument"),
+    ("--dataset folder", "--image_path DIR"),
+    ("--train false --mode train", "contradict"),
+    ("--config nowhere.json", "--config nowhere.json"),
+    ("--parallel true --device cpu", "--parallel true: needs two or more CUDA devices"),
+])
+def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
+    code, out, err = run(*flags.split(), tiny=False)
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) <= 2 and "Traceback" not in err
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("word", ["true", "1", "yes", "True", "YES"])
+def test_booleans_that_mean_true(word):
+    assert parameter.parse(["--use_tensorboard", word]) == {"use_tensorboard": True}
+
+
+@pytest.mark.parametrize("word", ["false", "0", "no", "False"])
+def test_booleans_that_mean_false(word):
+    assert parameter.parse(["--use_tensorboard", word]) == {"use_tensorboard": False}
+
+
+def test_the_published_settings_are_the_defaults():
+    config = resolve(parameter.parse(["--adv_loss", "hinge", "--version", "sagan_celeb"]))
+    assert (config.dataset, config.imsize, config.z_dim, config.batch_size) == ("celeb", 64, 128, 64)
+    assert (config.g_conv_dim, config.d_conv_dim, config.g_attn, config.d_attn) == (64, 64, (16, 32), (4, 8))
+    assert (config.g_lr, config.d_lr, config.beta1, config.beta2) == (1e-4, 4e-4, 0.0, 0.9)
+    assert (config.d_iters, config.sn, config.lr_decay) == (1, "both", 1.0)
+
+
+def test_wgan_gp_brings_its_own_defaults_and_flags_win():
+    config = resolve({"adv_loss": "wgan-gp"})
+    assert (config.d_iters, config.sn, config.lambda_gp) == (5, "none", 10.0)
+    config = resolve({"adv_loss": "wgan-gp", "d_iters": 2, "sn": "d"})
+    assert (config.d_iters, config.sn) == (2, "d")
+
+
+def test_attention_moves_with_the_image_size():
+    found = {imsize: (resolve({"imsize": imsize}).g_attn, resolve({"imsize": imsize}).d_attn)
+             for imsize in (32, 64, 128, 256)}
+    assert found == {32: ((8, 16), (4, 8)), 64: ((16, 32), (4, 8)), 128: ((32, 64), (8, 16)),
+                     256: ((64, 128), (16, 32))}
+
+
+def test_a_preset_fills_only_what_was_left_unset():
+    preset = parameter.PRESETS["sagan"]["cpu"]
+    config = resolve({"preset": "cpu", "g_lr": 0.5})
+    assert config.g_lr == 0.5
+    assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
+
+
+def test_the_config_is_read_only():
+    config = resolve({})
+    with pytest.raises(AttributeError):
+        config.imsize = 32
+
+
+def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
+    original = resolve({"imsize": 128, "g_attn": (8,), "hflip": True, "adv_loss": "wgan-gp"})
+    (tmp_path / "c.json").write_text(parameter.as_json(original))
+    again = resolve({"config": str(tmp_path / "c.json"), "batch_size": 3})
+    assert (again.imsize, again.g_attn, again.hflip, again.d_iters, again.batch_size) == (128, (8,), True, 5, 3)
+    (tmp_path / "c.json").write_text(json.dumps({"imsiz": 3}))
+    with pytest.raises(UsageError, match="unknown setting 'imsiz'"):
+        resolve({"config": str(tmp_path / "c.json")})
+
+
+def test_every_flag_of_the_command_line_we_follow_is_there():
+    names = ("model adv_loss imsize z_dim g_conv_dim d_conv_dim lambda_gp version total_step d_iters batch_size "
+             "num_workers g_lr d_lr lr_decay beta1 beta2 pretrained_model train parallel dataset use_tensorboard "
+             "image_path log_path model_save_path sample_path attn_path log_step sample_step model_save_step").split()
+    assert set(names) <= set(resolve({}).__dict__)
+
+
+def test_readme_and_help_list_the_same_flags_and_defaults(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("--help", tiny=False)
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \|", README.read_text(encoding="utf-8"), re.M)
+    documented = dict(rows)
+    flags = {flag.name: flag for group in FLAGS.values() for flag in group}
+    assert list(documented) == list(flags)
+    for name, flag in flags.items():
+        assert f"--{name} " in shown
+        if flag.default is not None:
+            assert documented[name].strip("`") == parameter.written(flag.default), name

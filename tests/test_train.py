@@ -1,0 +1,349 @@
+"""The real command at a tiny size: what it writes, that it goes on exactly, how it ends."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+import checkpoint
+import trainer
+
+MAIN = str(Path(__file__).parent.parent / "main.py")
+
+
+def lines(version):
+    return [json.loads(line) for line in Path("logs", version, "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(thing, path=""):
+    """{path: tensor or number} of every leaf of a checkpoint."""
+    if isinstance(thing, dict):
+        return {k: v for name, part in thing.items() for k, v in tensors(part, f"{path}/{name}").items()}
+    if isinstance(thing, (list, tuple)):
+        return {k: v for name, part in enumerate(thing) for k, v in tensors(part, f"{path}/{name}").items()}
+    return {path: thing}
+
+
+def assert_same_state(a, b):
+    a, b = (tensors({k: v for k, v in state.items() if k != "config"}) for state in (a, b))
+    assert a.keys() == b.keys()
+    different = [name for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor)
+                                            else a[name] == b[name])]
+    assert not different
+
+
+def state(version, step):
+    return checkpoint.load(checkpoint.path_of(Path("models", version), step))
+
+
+def test_a_run_writes_what_the_readme_promises(run):
+    code, out, err = run("--version", "a", "--total_step", 4, "--sample_step", 2, "--log_step", 2,
+                         "--model_save_step", 2, "--use_tensorboard", "true")
+    assert code == 0
+    names = {f"{step:07d}_{kind}.png" for step in (2, 4)
+             for kind in ("fake", "attn_g8", "attn_g16", "attn_d4", "attn_d8")}
+    assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
+    for path in Path("samples/a").glob("*.png"):
+        Image.open(path).load()
+    assert Image.open("samples/a/0000004_fake.png").width >= 8 * 64, "8 x 8 faces, enlarged for the screen"
+    assert sorted(os.listdir("models/a")) == [".lock", "0000002.pth", "0000004.pth", "config.json"]
+    first, last = lines("a")
+    assert (first["step"], last["step"]) == (2, 4)
+    assert {"d_loss", "g_loss", "gamma/g8", "gamma/g16", "gamma/d4", "gamma/d8", "sec_per_step", "images_per_sec",
+            "entropy/g8"} <= first.keys()
+    assert 0 <= last["entropy/g16"] <= 1 and last["images_per_sec"] == pytest.approx(4 / last["sec_per_step"])
+
+
+def test_tensorboard_events_hold_the_same_numbers(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run("--version", "a", "--total_step", 3, "--log_step", 1, "--use_tensorboard", "yes")
+    events = EventAccumulator("logs/a").Reload()
+    assert [event.value for event in events.Scalars("d_loss")] == pytest.approx([line["d_loss"] for line in lines("a")])
+    assert [event.step for event in events.Scalars("gamma/g16")] == [1, 2, 3]
+
+
+def test_no_tensorboard_events_unless_asked(run):
+    run("--version", "a", "--total_step", 1)
+    assert os.listdir("logs/a") == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--num_workers", "2", "--hflip", "true"), ("--adv_loss", "wgan-gp", "--d_iters", "2"),
+    ("--lr_decay", "0.5", "--batch_size", "7"),
+], ids=["plain", "workers", "wgan-gp", "epochs"])
+def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
+    flags = ("--dataset", "folder", "--image_path", pictures, *flags)
+    run("--version", "straight", "--total_step", 6, *flags)
+    run("--version", "resumed", "--total_step", 3, *flags)
+    code, out, _ = run("--version", "resumed", "--total_step", 6, *flags)
+    assert code == 0 and "going on with 'resumed' from step 3" in out
+    assert_same_state(state("straight", 6), state("resumed", 6))
+
+
+def test_training_does_change_between_those_steps(run):
+    run("--version", "a", "--total_step", 6, "--model_save_step", 3)
+    with pytest.raises(AssertionError):
+        assert_same_state(state("a", 3), state("a", 6))
+
+
+def test_seeds_differ_and_the_same_seed_does_not(run):
+    for version, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("--version", version, "--total_step", 2, "--seed", seed)
+    assert_same_state(state("a", 2), state("b", 2))
+    with pytest.raises(AssertionError):
+        assert_same_state(state("a", 2), state("c", 2))
+
+
+def test_records_change_no_weight(run):
+    run("--version", "quiet", "--total_step", 6)
+    run("--version", "loud", "--total_step", 6, "--sample_step", 1, "--log_step", 1, "--model_save_step", 1)
+    assert_same_state(state("quiet", 6), state("loud", 6))
+
+
+def test_learning_rates_decay_by_epoch(run, pictures):
+    run("--version", "a", "--total_step", 7, "--lr_decay", "0.5", "--dataset", "folder", "--image_path", pictures)
+    # 12 pictures, batches of 4: steps 1-3 are epoch 0, 4-6 epoch 1, 7 epoch 2
+    assert state("a", 7)["g_optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-4 * 0.25)
+    assert lines("a")[-1]["epoch"] == pytest.approx(28 / 12)
+
+
+def test_d_iters_counts_batches_and_gp_is_logged(run):
+    run("--version", "a", "--total_step", 2, "--adv_loss", "wgan-gp", "--d_iters", 3, "--log_step", 1)
+    saved = state("a", 2)
+    assert saved["samples_seen"] == 2 * 3 * 4
+    assert saved["d_optimizer"]["state"][0]["step"] == 6 and saved["g_optimizer"]["state"][0]["step"] == 2
+    assert all(line["gp"] >= 0 for line in lines("a"))
+    assert not any("parametrizations" in name for name in saved["D"]), "--sn auto: none for wgan-gp"
+
+
+def test_spectral_norm_follows_the_flag(run):
+    run("--version", "a", "--total_step", 1, "--sn", "g")
+    saved = state("a", 1)
+    assert any("parametrizations" in name for name in saved["G"])
+    assert not any("parametrizations" in name for name in saved["D"])
+
+
+def test_sampling_needs_no_flags_and_no_data(run, pictures):
+    run("--version", "a", "--total_step", 2, "--dataset", "folder", "--image_path", pictures, "--g_conv_dim", 6)
+    shutil.rmtree(pictures)
+    code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 70, tiny=False)
+    assert code == 0
+    folder = Path("samples/a/0000002_generated_seed0")
+    assert len(list(folder.glob("*.png"))) == 70 and folder.with_name(folder.name + ".png").exists()
+    first = np.asarray(Image.open(folder / "000000.png"))
+    assert first.shape == (32, 32, 3)
+    run("--version", "a", "--mode", "sample", "--num_samples", 1, tiny=False)
+    assert np.array_equal(first, np.asarray(Image.open(folder / "000000.png"))), "picture i is the same for any number"
+
+
+def test_samples_come_from_the_average(run):
+    run("--version", "a", "--total_step", 3, "--g_lr", "0.05")
+    saved = state("a", 3)
+    assert not torch.equal(saved["G"]["to_rgb.weight"], saved["G_ema"]["to_rgb.weight"])
+    run("--version", "a", "--train", "false", "--num_samples", 3, tiny=False)
+    G, _ = trainer.FAMILIES["sagan"].build(trainer_config("a"))
+    G.load_state_dict(saved["G_ema"])
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))[:3]
+    with torch.no_grad():
+        expected = ((G.eval()(z)[0] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    written = [np.asarray(Image.open(f"samples/a/0000003_generated_seed0/00000{i}.png")) for i in range(3)]
+    assert np.abs(np.stack(written).astype(int) - expected).max() <= 1
+
+
+def trainer_config(version):
+    from parameter import resolve
+    return resolve({"version": version}, checkpoint.saved_config)
+
+
+def test_a_resumed_run_needs_no_flags_and_keeps_its_shape(run):
+    run("--version", "a", "--total_step", 2)
+    code, _, _ = run("--version", "a", "--total_step", 3, tiny=False)
+    assert code == 0 and state("a", 3)["config"]["g_conv_dim"] == 4
+    code, _, err = run("--version", "a", "--imsize", 64, tiny=False)
+    assert code == 2 and "--imsize 64: run 'a' was started with 32" in err
+
+
+def test_changed_settings_are_said(run):
+    run("--version", "a", "--total_step", 1)
+    _, out, _ = run("--version", "a", "--total_step", 2, "--g_lr", "0.001")
+    assert "--g_lr is now 0.001, was 0.0001" in out
+    assert state("a", 2)["g_optimizer"]["param_groups"][0]["lr"] == 0.001
+
+
+def test_a_finished_run_says_so(run):
+    run("--version", "a", "--total_step", 2)
+    code, out, _ = run("--version", "a", "--total_step", 2)
+    assert code == 0 and "has reached step 2 of --total_step 2" in out
+
+
+def test_pretrained_model_starts_from_that_step_and_loses_nothing(run):
+    run("--version", "a", "--total_step", 4, "--model_save_step", 1, "--log_step", 1)
+    code, out, _ = run("--version", "a", "--total_step", 3, "--pretrained_model", 2, "--log_step", 1)
+    assert code == 0 and "from step 2" in out
+    assert checkpoint.steps_in("models/a") == [1, 2, 3]
+    assert checkpoint.steps_in("models/a/superseded") == [3, 4]
+    assert [line["step"] for line in lines("a")] == [1, 2, 3]
+    assert_same_state(state("a", 3), checkpoint.load("models/a/superseded/0000003.pth"))
+    code, _, err = run("--version", "a", "--pretrained_model", 77)
+    assert code == 5 and "--pretrained_model 77" in err and "1, 2, 3" in err
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(run):
+    run("--version", "a", "--total_step", 4, "--model_save_step", 2)
+    path = Path("models/a/0000004.pth")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1                                           # one flipped bit
+    path.write_bytes(data)
+    code, out, _ = run("--version", "a", "--total_step", 5)
+    assert code == 0 and "0000004.pth is damaged" in out and "from step 2" in out
+    for other in checkpoint.steps_in("models/a"):
+        checkpoint.path_of("models/a", other).write_bytes(b"<html>quota</html>")
+    code, _, err = run("--version", "a", "--total_step", 6)
+    assert code == 5 and "every checkpoint" in err
+
+
+def test_old_checkpoints_are_pruned(run):
+    run("--version", "a", "--total_step", 6, "--model_save_step", 1, "--keep_checkpoints", 2)
+    assert checkpoint.steps_in("models/a") == [5, 6]
+    run("--version", "b", "--total_step", 3, "--model_save_step", 1, "--keep_checkpoints", 0)
+    assert checkpoint.steps_in("models/b") == [1, 2, 3]
+
+
+def test_a_non_finite_loss_ends_with_4_and_keeps_the_good_checkpoint(run):
+    wgan = ("--version", "a", "--adv_loss", "wgan-gp", "--d_iters", "1")
+    run(*wgan, "--total_step", 2)
+    good = state("a", 2)
+    code, _, err = run(*wgan, "--total_step", 20, "--lambda_gp", "1e39", "--log_step", 5, "--model_save_step", 3)
+    assert code == 4 and "NaN or infinite between steps" in err and len(err.strip().splitlines()[-2:]) == 2
+    assert_same_state(state("a", 2), good)
+
+
+def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    run("--version", "a", "--total_step", 1)
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = run("--version", "a", "--total_step", 2)
+    assert code == 5 and "0000002.pth" in err and "Free some space" in err
+    assert sorted(os.listdir("models/a")) == [".lock", "0000001.pth", "config.json"]
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ((), ("CelebA", "bash download.sh CelebA", "--dataset toy")),
+    (("--dataset", "lsun"), ("bash download.sh LSUN",)),
+    (("--dataset", "cifar10"), ("bash download.sh CIFAR10",)),
+    (("--dataset", "folder", "--image_path", "nowhere"), ("--image_path", "nowhere")),
+])
+def test_missing_data_ends_with_3_in_two_lines_and_writes_nothing(run, flags, words):
+    code, _, err = run("--device", "cpu", *flags, tiny=False)
+    assert code == 3
+    assert all(word in err for word in words) and len(err.strip().splitlines()) <= 2
+    assert os.listdir() == []
+
+
+def test_fewer_pictures_than_a_batch_ends_with_3(run, pictures):
+    code, _, err = run("--dataset", "folder", "--image_path", pictures, "--batch_size", 13)
+    assert code == 3 and "--batch_size" in err and "12" in err
+    assert os.listdir() == ["pictures"]
+
+
+def test_dry_run_prints_and_writes_nothing(run):
+    code, out, _ = run("--dataset", "toy", "--dry_run", tiny=False)
+    assert code == 0
+    assert "G parameters: 3832885\n" in out and "D parameters: 3175299\n" in out
+    config = json.loads(out[:out.rindex("}") + 1])
+    assert config["g_attn"] == [16, 32] and config["sn"] == "both"
+    assert "4096" in out and "device: " in out
+    assert os.listdir() == []
+
+
+def test_attention_maps_go_where_asked(run):
+    run("--version", "a", "--total_step", 1, "--attn_path", "maps", "--sample_path", "s", "--log_path", "l",
+        "--model_save_path", "m")
+    assert sorted(os.listdir("maps/a"))[0] == "0000001_attn_d4.png"
+    assert sorted(os.listdir("s/a")) == ["0000001_fake.png", "real.png"]
+    assert sorted(os.listdir()) == ["l", "m", "maps", "s"]
+
+
+def test_a_run_without_attention(run):
+    code, _, _ = run("--version", "a", "--total_step", 1, "--g_attn", "none", "--d_attn", "none")
+    assert code == 0 and not list(Path("samples/a").glob("*attn*"))
+
+
+def test_no_checkpoint_to_sample_from_ends_with_5(run):
+    code, _, err = run("--version", "nobody", "--train", "false", tiny=False)
+    assert code == 5 and "--version nobody" in err and os.listdir() == []
+
+
+def start(*flags, **more):
+    return subprocess.Popen([sys.executable, MAIN, *TINY, *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not Path(path).exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_saves_first(tmp_path, monkeypatch, number, code):
+    monkeypatch.chdir(tmp_path)
+    process = start("--version", "a", "--num_workers", 1, "--sample_step", 5, start_new_session=True)
+    wait_for("samples/a/0000005_fake.png")
+    os.killpg(process.pid, number)                      # as a terminal does it: the workers get it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    (step,) = checkpoint.steps_in("models/a")
+    assert f"step {step} is saved" in out and "Traceback" not in err
+    assert state("a", step)["step"] == step
+
+
+def test_a_second_process_in_the_same_folder_ends_with_6(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = start("--version", "a", "--sample_step", 5)
+    try:
+        wait_for("samples/a/0000005_fake.png")
+        other = start("--version", "a")
+        _, err = other.communicate(timeout=60)
+        assert other.returncode == 6 and "another process is training" in err
+    finally:
+        process.kill()
+        process.communicate()
+    after_a_kill = start("--version", "a", "--total_step", 1)
+    out, err = after_a_kill.communicate(timeout=60)
+    assert after_a_kill.returncode == 0, err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(tmp_path, monkeypatch):
+    """Real torchrun, gloo: the batch is shared out, the weights stay equal, resume is exact."""
+    monkeypatch.chdir(tmp_path)
+
+    def torchrun(*flags):
+        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                               MAIN, *TINY, *flags], capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    straight = torchrun("--version", "straight", "--total_step", "4")
+    assert straight.returncode == 0, straight.stderr
+    assert straight.stdout.count("starting 'straight'") == 1
+    torchrun("--version", "resumed", "--total_step", "2")
+    torchrun("--version", "resumed", "--total_step", "4")
+    assert_same_state(state("straight", 4), state("resumed", 4))
+    assert state("straight", 4)["samples_seen"] == 16 and len(state("straight", 4)["random"]) == 2
+    odd = torchrun("--version", "odd", "--batch_size", "5")
+    assert odd.returncode != 0 and "--batch_size 5 must be a multiple of the 2 processes" in odd.stderr
