@@ -7,7 +7,6 @@ goes wrong with the disk leaves as OSError.
 """
 
 import math
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+
+from utils import write_atomically
 
 # Query colours: light, because they stand on photographs and on a dark page, and apart in lightness as well
 # as in hue, because that is what a colour-blind reader has left (under simulated full protan-, deuter- and
@@ -264,10 +265,5 @@ def _sprite(radius, colour):
 def _write(image, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        # Level 6, Pillow's default, takes up to 2.6 times as long for files at most a seventh smaller.
-        image.save(part, format="PNG", compress_level=2)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # Level 6, Pillow's default, takes up to 2.6 times as long for files at most a seventh smaller.
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=2))

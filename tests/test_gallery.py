@@ -1,5 +1,7 @@
 """What a reader of a run's pictures can see in them: every check below opens the PNG and looks at pixels."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -407,7 +409,7 @@ def test_a_rename_that_fails_leaves_no_litter(tmp_path, monkeypatch, error):
     def refuse(*_):
         raise error
 
-    monkeypatch.setattr(gallery.os, "replace", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(OSError, match="read-only"):
         draw_grid(tmp_path / "picture.png")
     assert not list(tmp_path.iterdir())

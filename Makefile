@@ -1,0 +1,33 @@
+# make demo    set up .venv, train on toy faces, say where to look
+# make test    set up .venv, run the whole suite
+# make lint    ruff over everything
+
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	$(PY) main.py --dataset toy --imsize 32 --preset cpu --version demo --total_step 3000
+
+test: .venv/ready-for-tests
+	$(PY) -m pytest
+
+lint: .venv/ready-for-tests
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed; name one: make demo PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/ready: requirements.txt .venv/bin/python
+	$(PY) -m pip install --quiet -r requirements.txt
+	@touch $@
+
+.venv/ready-for-tests: tests/requirements.txt .venv/ready
+	$(PY) -m pip install --quiet -r tests/requirements.txt
+	@touch $@
