@@ -79,12 +79,22 @@ def load_newest(folder, warn=print):
     return None
 
 
-def load_step(folder, step):
-    """The state of exactly this step (`--pretrained_model`). Raises CheckpointError naming those there are."""
+def require_step(folder, step):
+    """Raise CheckpointError, naming those there are, unless `folder` has a checkpoint of `step` (--pretrained_model)."""
     steps = steps_in(folder)
     if step not in steps:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
         raise CheckpointError(f"--pretrained_model {step}: no such checkpoint in {folder}; {there}")
+
+
+def load_asked(folder, step, warn=print):
+    """The state of `step`, or, where that is None, the newest whole one (None if there is none).
+
+    Raises CheckpointError: somebody who asks for one step does not want another.
+    """
+    if step is None:
+        return load_newest(folder, warn)
+    require_step(folder, step)
     return load(path_of(folder, step))
 
 

@@ -51,7 +51,7 @@ def run(argv):
     import utils
 
     config = parameter.resolve(typed, checkpoint.saved_config)
-    if config.parallel and not distributed.launched():
+    if config.parallel and config.mode == "train" and not distributed.launched():
         distributed.relaunch(__file__, argv)
     place = distributed.start(config)
     try:
@@ -61,7 +61,7 @@ def run(argv):
             describe(config, dataset, place)
             return 0
         if config.mode == "sample":
-            return trainer.sample(config, place)
+            return trainer.sample(config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: on a CPU, --preset cpu learns several times faster than the published settings")
         return trainer.train(config, dataset, place)

@@ -1,7 +1,7 @@
 """Every flag of the program, the presets, and the checks on them; also the exit codes.
 
     typed  = parse(argv)              what the user wrote, nothing else
-    config = resolve(typed, find)     command line > the run's own saved config > --config > preset > default
+    config = resolve(typed, find)     command line > --config > the run's own saved config > preset > default
 
 A `Config` is read-only from then on. This room imports no other.
 """
@@ -179,10 +179,10 @@ PRESETS = {
     },
 }
 
-# A checkpoint's tensors belong to these: a resumed run cannot change them.
-FIXED = ("model", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "g_attn", "d_attn", "sn", "adv_loss")
+# What a run was started with for good: its checkpoints' tensors belong to these (a preset fills in several).
+FIXED = ("model", "preset", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "g_attn", "d_attn", "sn", "adv_loss")
 # What describes one call, not the run: never taken over from a saved config.
-_PER_CALL = ("config", "preset", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples",
+_PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples",
              "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
 # What a checkpoint's run was made with: worth a word when it changes from one call to the next.
 RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "optimization") for flag in FLAGS[title]
@@ -223,7 +223,7 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv):
     """{flag: value} of what `argv` holds and nothing else. Raises UsageError."""
     parser = _Parser(
-        prog="python main.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="python main.py", usage="python main.py [--flag VALUE ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train SAGAN and look at what it attends to. The same command again goes on with the run.",
         epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
                "6 run folder in use, 130/143 interrupted after saving",
@@ -282,7 +282,7 @@ def resolve(typed, find_saved=lambda folder: None):
     saved = find_saved(Path(values["model_save_path"]) / values["version"])
     if saved:
         values.update({name: _as_flag(name, value, "the run's saved config") for name, value in saved.items()
-                       if name in _BY_NAME and name not in _PER_CALL and name not in typed})
+                       if name in _BY_NAME and name not in _PER_CALL and name not in given})
     _fill_in(values)
     validate(values)
     if saved:

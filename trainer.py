@@ -138,6 +138,11 @@ class Trainer:
             "fixed_z": self.fixed_z, "random": states,
         }
 
+    def is_finite(self):
+        """Whether every weight is a number; waits for the device. A checkpoint that is not would be worthless."""
+        weights = [*self.G.parameters(), *self.D.parameters()]
+        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+
     def restore(self, state):
         """Go on from what `state()` returned."""
         for name in ("G", "D", "G_ema", "g_optimizer", "d_optimizer"):
@@ -192,16 +197,21 @@ class Journal:
             self.board = SummaryWriter(folder, purge_step=step + 1)
 
     def _forget_after(self, step):
-        """Drop lines later than the step that the run goes on from, and a line cut short by a crash."""
+        """Move lines later than the step that the run goes on from to superseded.jsonl: they will be written anew.
+
+        A line that a crash cut short is dropped.
+        """
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        kept, later = [], []
+        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+                (kept if json.loads(line)["step"] <= step else later).append(line)
             except (ValueError, KeyError, TypeError):
                 continue
+        if later:
+            with open(self.path.with_name("superseded.jsonl"), "a", encoding="utf-8") as file:
+                file.writelines(later)
         utils.write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
 
     def write(self, step, values):
@@ -247,6 +257,8 @@ def train(config, dataset, place):
     Raises LockedError, CheckpointError, NonFiniteError, DataError.
     """
     folders = utils.RunFolders.of(config)
+    if config.pretrained_model is not None:
+        checkpoint.require_step(folders.models, config.pretrained_model)    # before anything is written
     folders.create()
     lock = None
     if distributed.is_first():
@@ -288,10 +300,7 @@ def _train(config, dataset, place, folders, interrupt):
 def _go_on(trainer, folders):
     """Restore the checkpoint to go on from, if there is one, and say so."""
     config = trainer.config
-    if config.pretrained_model is not None:
-        state = checkpoint.load_step(folders.models, config.pretrained_model)
-    else:
-        state = checkpoint.load_newest(folders.models, warn=say)
+    state = checkpoint.load_asked(folders.models, config.pretrained_model, warn=say)
     if state is None:
         say(f"starting '{config.version}'; the same command again goes on from its newest checkpoint")
         return
@@ -355,8 +364,11 @@ def _loop(trainer, real_images, journal, progress, interrupt):
             continue
 
         means = window.means()
-        if not all(map(math.isfinite, means.values())):
-            raise NonFiniteError(_not_finite(means, good_until, step, folders.models))
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        if (save or stop) and not wrong and not trainer.is_finite():
+            wrong = ["a weight"]                        # the losses of this step were computed before its update
+        if wrong:
+            raise NonFiniteError(_not_finite(wrong, good_until, step, folders.models))
         good_until = step
         elapsed = time.perf_counter() - window.began
         aside = time.perf_counter()
@@ -406,8 +418,8 @@ def _summary(scalars):
     return " | ".join(parts)
 
 
-def _not_finite(means, good_until, step, models):
-    names = ", ".join(name for name, value in means.items() if not math.isfinite(value))
+def _not_finite(wrong, good_until, step, models):
+    names = ", ".join(wrong)
     saved = checkpoint.steps_in(models)
     newest = f"the checkpoint of step {saved[-1]} is good" if saved else "no checkpoint was written yet"
     return (f"{names} became NaN or infinite between steps {good_until} and {step}; {newest}.\n"
@@ -423,10 +435,7 @@ def sample(config, place):
     Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
     """
     folders = utils.RunFolders.of(config)
-    if config.pretrained_model is not None:
-        state = checkpoint.load_step(folders.models, config.pretrained_model)
-    else:
-        state = checkpoint.load_newest(folders.models)
+    state = checkpoint.load_asked(folders.models, config.pretrained_model)
     if state is None:
         raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to sample from.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")

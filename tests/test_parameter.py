@@ -112,6 +112,16 @@ def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
         resolve({"config": str(tmp_path / "c.json")})
 
 
+def test_command_line_then_config_file_then_saved_run_then_preset(tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"g_lr": 0.02, "d_lr": 0.02}))
+    saved = {**json.loads(parameter.as_json(resolve({"preset": "cpu", "version": "a"}))),
+             "g_lr": 0.03, "d_lr": 0.03, "beta2": 0.33}
+    config = resolve({"version": "a", "config": str(tmp_path / "c.json"), "g_lr": 0.01}, lambda folder: saved)
+    assert (config.g_lr, config.d_lr, config.beta2, config.preset) == (0.01, 0.02, 0.33, "cpu")
+    with pytest.raises(UsageError, match="--preset published: run 'a' was started with cpu"):
+        resolve({"version": "a", "preset": "published"}, lambda folder: saved)
+
+
 def test_every_flag_of_the_command_line_we_follow_is_there():
     names = {
         "model", "adv_loss", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "lambda_gp", "version", "total_step",

@@ -194,6 +194,7 @@ def test_pretrained_model_starts_from_that_step_and_loses_nothing(run):
     assert checkpoint.steps_in("models/a") == [1, 2, 3]
     assert checkpoint.steps_in("models/a/superseded") == [3, 4]
     assert [line["step"] for line in lines("a")] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in open("logs/a/superseded.jsonl")] == [3, 4]
     assert_same_state(state("a", 3), checkpoint.load("models/a/superseded/0000003.pth"))
     code, _, err = run("--version", "a", "--pretrained_model", 77)
     assert code == 5 and "--pretrained_model 77" in err and "1, 2, 3" in err
@@ -227,6 +228,15 @@ def test_a_non_finite_loss_ends_with_4_and_keeps_the_good_checkpoint(run):
     code, _, err = run(*wgan, "--total_step", 20, "--lambda_gp", "1e39", "--log_step", 5, "--model_save_step", 3)
     assert code == 4 and "NaN or infinite between steps" in err and len(err.strip().splitlines()[-2:]) == 2
     assert_same_state(state("a", 2), good)
+
+
+def test_weights_that_are_no_numbers_are_not_saved(run, monkeypatch):
+    def blow_up(G_ema, G, decay):
+        next(G.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr("utils.ema_update", blow_up)
+    code, _, err = run("--version", "a", "--total_step", 1)
+    assert code == 4 and "a weight became NaN" in err and checkpoint.steps_in("models/a") == []
 
 
 def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
@@ -280,6 +290,11 @@ def test_attention_maps_go_where_asked(run):
 def test_a_run_without_attention(run):
     code, _, _ = run("--version", "a", "--total_step", 1, "--g_attn", "none", "--d_attn", "none")
     assert code == 0 and not list(Path("samples/a").glob("*attn*"))
+
+
+def test_a_step_that_is_not_there_writes_nothing(run):
+    code, _, err = run("--version", "a", "--pretrained_model", 5)
+    assert code == 5 and "--pretrained_model 5: no such checkpoint" in err and os.listdir() == []
 
 
 def test_no_checkpoint_to_sample_from_ends_with_5(run):
