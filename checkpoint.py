@@ -80,7 +80,7 @@ def load_newest(folder, warn=print):
 
 
 def require_step(folder, step):
-    """Raise CheckpointError, naming those there are, unless `folder` has a checkpoint of `step` (--pretrained_model)."""
+    """Raise CheckpointError, naming those there are, unless `folder` has a checkpoint of `step`."""
     steps = steps_in(folder)
     if step not in steps:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"

@@ -6,6 +6,7 @@ number n shows, and whether it is mirrored, follows from the seed and n alone. S
 is enough to go on exactly, whatever --num_workers is.
 """
 
+import atexit
 import io
 import os
 import shutil
@@ -361,7 +362,7 @@ class Samples(Dataset):
     """Sample numbers -> pictures; each worker process gets a copy of this."""
 
     def __init__(self, dataset: Dataset, seed: int, hflip: bool):
-        self.dataset, self.seed, self.hflip = dataset, seed % 2**64, hflip
+        self.dataset, self.seed, self.hflip = dataset, seed, hflip
 
     def fetch(self, numbers: range) -> torch.Tensor:
         """uint8 (len(numbers), 3, imsize, imsize). Raises DataError at an unreadable picture."""
@@ -415,6 +416,7 @@ class RealBatches:
                 generator=torch.Generator(),  # or it draws from the global one, and resuming changes the run
             )
             self._from_workers = iter(loader)
+            atexit.register(self.close)  # deaf to SIGTERM, they would keep a failed program from ending
 
     def _numbers(self, start: int) -> range:
         """This rank's share of the batch that begins with sample number `start`."""
@@ -449,7 +451,11 @@ class RealBatches:
 
     def close(self):
         """Stops the workers. A later `next` goes on in this process."""
-        self._from_workers = None  # its destructor ends and joins them
+        if self._from_workers is not None:
+            atexit.unregister(self.close)
+            # Its destructor would do, but for tracebacks that keep it alive.
+            self._from_workers._shutdown_workers()
+            self._from_workers = None
 
 
 def real_batches(
@@ -460,7 +466,7 @@ def real_batches(
     Batch t shows the sample numbers from first_sample + t * batch_size on, of which `rank` gets its
     contiguous share. What an epoch leaves over opens the next one's first batch: no picture is dropped.
     Global random states stay as they are. `samples_seen` is the first_sample to go on with; `close()` ends
-    the workers.
+    the workers, and so does the end of the program.
     """
     if config.batch_size % world:
         raise UsageError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")

@@ -223,7 +223,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv):
     """{flag: value} of what `argv` holds and nothing else. Raises UsageError."""
     parser = _Parser(
-        prog="python main.py", usage="python main.py [--flag VALUE ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        prog="python main.py", usage="python main.py [--flag VALUE ...]",
+        allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train SAGAN and look at what it attends to. The same command again goes on with the run.",
         epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
                "6 run folder in use, 130/143 interrupted after saving",

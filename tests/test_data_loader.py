@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import signal
+import subprocess
 import sys
 from collections import Counter
 from functools import partial
@@ -248,9 +249,10 @@ HUGE += (60000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + b"\0" * 24
         (encode(gradient((90, 90)), "PNG")[:-200], ""),
         (b"<html>quota exceeded</html>", "no JPEG, PNG, WebP or BMP"),
         (b"", "no JPEG, PNG, WebP or BMP"),
+        (encode(gradient(), "GIF"), "no JPEG, PNG, WebP or BMP"),
         (HUGE, "pixels"),
     ],
-    ids=["half-jpeg", "half-png", "html", "empty", "bomb"],
+    ids=["half-jpeg", "half-png", "html", "empty", "other-kind", "bomb"],
 )
 def test_an_unreadable_picture_is_named(tmp_path, data, reason, num_workers):
     bad = fill(tmp_path, 7) / "bad.jpg"
@@ -326,6 +328,8 @@ def test_an_empty_or_ambiguous_lsun_is_refused(tmp_path):
     fill_lmdb(tmp_path / "dogs_lmdb", 4)
     (line,) = refused(make_config(tmp_path, dataset="lsun"))
     assert "cats_lmdb, dogs_lmdb" in line and "--image_path" in line
+    fill_lmdb(tmp_path / "church_outdoor_train_lmdb", 5)
+    assert len(build_dataset(make_config(tmp_path, dataset="lsun"))) == 5
 
 
 def test_lsun_without_the_lmdb_package(tmp_path, monkeypatch):
@@ -498,16 +502,34 @@ def test_workers_outlive_signals_and_end_with_close(ten, monkeypatch):
     assert not multiprocessing.active_children()
 
 
+def test_workers_end_with_the_program(ten):
+    program = f"""
+from types import SimpleNamespace
+from data_loader import build_dataset, real_batches
+
+config = SimpleNamespace(dataset="folder", image_path={str(ten)!r}, imsize=16, batch_size=4)
+vars(config).update(num_workers=2, seed=0, hflip=False)
+batches = real_batches(config, build_dataset(config), 0, "cpu")
+next(batches)
+raise SystemExit(3)
+"""
+    command, root = [sys.executable, "-c", program], Path(data_loader.__file__).parent
+    # Returns when the last worker has gone too: they hold the other end of the pipe.
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 3 and not ended.stderr
+
+
 def read_or_die(index: int, parent: int) -> torch.Tensor:
     if index == 5 and os.getpid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
     return torch.zeros(3, 16, 16, dtype=torch.uint8)
 
 
-def test_a_killed_worker_is_reported():
+def test_a_killed_worker_is_reported_and_the_other_ends():
     dataset = Pictures(partial(read_or_die, parent=os.getpid()), 10, "10 pictures")
-    with pytest.raises(DataError, match="--num_workers 0"):
-        take(real_batches(make_config(num_workers=1), dataset, 0, "cpu"), 5)
+    with pytest.raises(DataError, match="--num_workers 0") as caught:
+        take(real_batches(make_config(num_workers=2), dataset, 0, "cpu"), 5)
+    assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
 
 
 @pytest.mark.slow

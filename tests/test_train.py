@@ -194,7 +194,8 @@ def test_pretrained_model_starts_from_that_step_and_loses_nothing(run):
     assert checkpoint.steps_in("models/a") == [1, 2, 3]
     assert checkpoint.steps_in("models/a/superseded") == [3, 4]
     assert [line["step"] for line in lines("a")] == [1, 2, 3]
-    assert [json.loads(line)["step"] for line in open("logs/a/superseded.jsonl")] == [3, 4]
+    superseded = Path("logs/a/superseded.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in superseded] == [3, 4]
     assert_same_state(state("a", 3), checkpoint.load("models/a/superseded/0000003.pth"))
     code, _, err = run("--version", "a", "--pretrained_model", 77)
     assert code == 5 and "--pretrained_model 77" in err and "1, 2, 3" in err
