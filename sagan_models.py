@@ -73,7 +73,8 @@ def attend(q, k, v):
     if not q.is_cuda:
         # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is
         q, k = (F.pad(t, (0, C - t.shape[2])) for t in (q, k))
-    q, k, v = (t.unsqueeze(1) for t in (q, k, v))                       # one head: (B, 1, N, ·)
+    # CRUCIAL: other strides than contiguous ones silently take the path that holds the N x N matrix
+    q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
 
 

@@ -29,7 +29,9 @@ def test_every_size_gives_pictures_and_one_logit_each(imsize):
 
 def test_a_batch_of_one_trains():
     G, D = build(resolve({"imsize": 32, "g_conv_dim": 4, "d_conv_dim": 4}))
-    D(G(torch.randn(1, 128))[0]).sum().backward()
+    logits = D(G(torch.randn(1, 128))[0])
+    assert logits.shape == (1,)
+    logits.sum().backward()
     assert all(weight.grad is not None for weight in G.parameters())
 
 
@@ -78,6 +80,20 @@ def test_the_fused_kernel_gives_the_plain_numbers_and_gradients():
         results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
     for fused, plain in zip(*results, strict=True):
         assert torch.allclose(fused, plain, atol=2e-5)
+
+
+def test_training_never_holds_the_square_matrix():
+    """Attention at 64 x 64: nothing that is kept for the backward pass has N * N elements, N = 4096."""
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    layer, x = SelfAttention(16), torch.randn(1, 16, 64, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert max(kept) < 4096 * 4096 / 8
 
 
 def test_a_map_is_what_the_forward_pass_weighs_with():
