@@ -175,7 +175,8 @@ _BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group}
 PRESETS = {
     "sagan": {
         "published": {},
-        "cpu": {"batch_size": 16, "num_workers": 0},
+        "cpu": {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
+                "num_workers": 0},
     },
 }
 

@@ -48,6 +48,7 @@ FAMILIES = {
 }
 
 ATTENTION_ROWS = 4          # generated images shown in each attention picture
+SETTLING_IMAGES = 256       # that G_ema's batch statistics are measured on before it is looked at or saved
 _STATE_FORMAT = 1
 
 
@@ -66,9 +67,10 @@ class Trainer:
         betas = (config.beta1, config.beta2)
         self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas, fused=True)
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas, fused=True)
-        # its own generator: the fixed z of a run depend on the seed alone
-        shown = gallery.grid_side(config.imsize) ** 2
-        self.fixed_z = torch.randn(shown, config.z_dim, generator=torch.Generator().manual_seed(config.seed))
+        # their own generator: the fixed z of a run depend on the seed alone
+        generator = torch.Generator().manual_seed(config.seed)
+        self.fixed_z = torch.randn(gallery.grid_side(config.imsize) ** 2, config.z_dim, generator=generator)
+        self.settling_z = torch.randn(SETTLING_IMAGES, config.z_dim, generator=generator).to(place.device)
         utils.seed_everything(config.seed + place.rank)     # processes start from equal weights and draw unequal z
         self.step = 0
         self.samples_seen = 0
@@ -130,6 +132,7 @@ class Trainer:
     def state(self):
         """Everything needed to go on, bit for bit. With several processes every one of them must call this."""
         states = distributed.gather(utils.random_states(self.place.device))
+        self._settle()
         return {
             "format": _STATE_FORMAT, "step": self.step, "samples_seen": self.samples_seen,
             "config": json.loads(as_json(self.config)),
@@ -137,6 +140,10 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_z, "random": states,
         }
+
+    def _settle(self):
+        with utils.forked_random_state(self.place.device):
+            utils.settle_batch_statistics(self.G_ema, self.settling_z)
 
     def is_finite(self):
         """Whether every weight is a number; waits for the device. A checkpoint that is not would be worthless."""
@@ -158,6 +165,7 @@ class Trainer:
     @torch.no_grad()
     def write_pictures(self):
         """The grid of G_ema at the fixed z, and a picture per attention layer. Returns {"entropy/<layer>": float}."""
+        self._settle()
         with utils.forked_random_state(self.place.device):
             images = draw(self.G_ema, self.fixed_z, self.place.device)
             gallery.save_grid(images, self.folders.samples / f"{self.step:07d}_fake.png")

@@ -127,3 +127,23 @@ def ema_update(G_ema, G, decay):
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - decay)
     for averaged, buffer in zip(G_ema.buffers(), G.buffers(), strict=True):
         averaged.copy_(buffer)
+
+
+@torch.no_grad()
+def settle_batch_statistics(G_ema, z, batch=64):
+    """Measure G_ema's batch-norm statistics on its own images of z (N, z_dim), and leave it in eval mode.
+
+    CRUCIAL for the picture: the statistics copied from G belong to G's weights, not to their average ("standing
+    statistics", Brock et al. 2019, arXiv 1809.11096, appendix E). `ema_update` copies over them at the next step.
+    """
+    norms = [layer for layer in G_ema.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None                           # a plain mean over the batches
+        layer.train()
+    for part in z.split(batch):
+        G_ema(part)
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()

@@ -7,6 +7,7 @@ import torch
 
 from parameter import resolve
 from sagan_models import Discriminator, Generator, SelfAttention, attend, build
+from utils import settle_batch_statistics
 
 
 def count(net):
@@ -109,6 +110,17 @@ def test_a_map_is_what_the_forward_pass_weighs_with():
     for number, position in enumerate((0, 5 * 6 + 3, 35)):
         expected = (value * maps[:, number].flatten(1)[:, None]).sum(2)
         assert torch.allclose(looked_at[:, :, position], expected, atol=1e-5)
+
+
+def test_settled_statistics_are_those_of_the_net_itself():
+    """After settling, eval mode gives what the same net gives in training mode on a large batch."""
+    torch.manual_seed(0)
+    G, z = Generator(32, 8, 8, attention=(8,)), torch.randn(256, 8)
+    settle_batch_statistics(G.eval(), z, batch=256)
+    assert not any(layer.training for layer in G.modules())
+    with torch.no_grad():
+        settled, own = G(z)[0], G.train()(z)[0]
+    assert (settled - own).abs().max() < 0.02 * own.abs().max()
 
 
 def test_sampling_does_not_depend_on_batch_mates_and_changes_nothing():

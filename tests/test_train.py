@@ -344,22 +344,51 @@ def test_a_second_process_in_the_same_folder_ends_with_6(tmp_path, monkeypatch):
     assert after_a_kill.returncode == 0, err
 
 
+def torchrun(script, *flags):
+    """A real torchrun with two processes on the CPU (gloo)."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path, monkeypatch):
-    """Real torchrun, gloo: the batch is shared out, the weights stay equal, resume is exact."""
+    """The batch is shared out, z differ, resume is exact, and a mistake is said."""
     monkeypatch.chdir(tmp_path)
-
-    def torchrun(*flags):
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               MAIN, *TINY, *flags], capture_output=True, text=True, timeout=120,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    straight = torchrun("--version", "straight", "--total_step", "4")
+    straight = torchrun(MAIN, *TINY, "--version", "straight", "--total_step", 4)
     assert straight.returncode == 0, straight.stderr
     assert straight.stdout.count("starting 'straight'") == 1
-    torchrun("--version", "resumed", "--total_step", "2")
-    torchrun("--version", "resumed", "--total_step", "4")
+    torchrun(MAIN, *TINY, "--version", "resumed", "--total_step", 2)
+    torchrun(MAIN, *TINY, "--version", "resumed", "--total_step", 4)
     assert_same_state(state("straight", 4), state("resumed", 4))
-    assert state("straight", 4)["samples_seen"] == 16 and len(state("straight", 4)["random"]) == 2
-    odd = torchrun("--version", "odd", "--batch_size", "5")
+    assert state("straight", 4)["samples_seen"] == 16
+    one, other = (states["torch"] for states in state("straight", 4)["random"])
+    assert not torch.equal(one, other), "the processes draw different z"
+    odd = torchrun(MAIN, *TINY, "--version", "odd", "--batch_size", 5)
     assert odd.returncode != 0 and "--batch_size 5 must be a multiple of the 2 processes" in odd.stderr
+
+
+@pytest.mark.slow
+def test_processes_start_equal_and_average_gradients(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text("""
+import torch, distributed
+from parameter import resolve
+place = distributed.start(resolve({"device": "cpu"}))
+torch.manual_seed(place.rank)
+net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+distributed.broadcast(net)
+for weight in net.parameters():
+    weight.grad = torch.full_like(weight, place.rank + 1.0)
+distributed.average_gradients(list(net.parameters()))
+assert all((weight.grad == 1.5).all() for weight in net.parameters())
+weights = distributed.gather([weight.tolist() for weight in net.parameters()])
+assert weights[0] == weights[1]
+assert distributed.mean_over_processes(torch.tensor(float(place.rank))).item() == 0.5
+assert distributed.any_process(place.rank == 1, place.device)
+distributed.say("checked")
+distributed.stop()
+""")
+    result = torchrun(script)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "checked\n"
