@@ -76,6 +76,13 @@ def sizes(text):
         raise argparse.ArgumentTypeError(f"'{text}' is no list of sizes such as 16,32, nor none") from None
 
 
+def policies(text):
+    """'color,translation' -> ("color", "translation"); 'none' -> ()."""
+    if str(text).lower() == "none":
+        return ()
+    return tuple(_POLICY(part) for part in text.split(","))
+
+
 def one_of(*names):
     """A converter that accepts these names and suggests the nearest one for others."""
 
@@ -88,6 +95,8 @@ def one_of(*names):
 
     return convert
 
+
+_POLICY = one_of("color", "translation", "cutout")
 
 # --------------------------------------------------------------------------------------------------------- flags
 
@@ -144,6 +153,8 @@ FLAGS = {
     "optimization": (
         Flag("adv_loss", one_of("hinge", "wgan-gp"), "hinge", "adversarial loss: hinge | wgan-gp"),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0),
+        Flag("augment", policies, (), "DiffAugment on all that D sees, for small data sets: any of "
+             "color,translation,cutout, or none"),
         Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
         Flag("d_iters", int, _AUTO, "updates of D per step (default: 1 for hinge, 5 for wgan-gp)", 1),
         Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
@@ -248,7 +259,7 @@ def parse(argv):
 
 
 def _metavar(flag):
-    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES"}
+    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES"}
     return kinds.get(flag.type, "NAME")
 
 

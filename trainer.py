@@ -27,6 +27,7 @@ import losses
 import sagan_models
 import utils
 from data_loader import real_batches
+from diffaug import augment
 from distributed import say
 from parameter import RUN_SETTINGS, CheckpointError, LockedError, NonFiniteError, as_json
 from spectral import power_iterate, shared_weights
@@ -92,7 +93,7 @@ class Trainer:
                 fake = self.generate(real.size(0))
             power_iterate(D)
             with shared_weights():
-                d_loss, d_stats = self.objective.d_loss(D, real, [image.detach() for image in fake])
+                d_loss, d_stats = self.objective.d_loss(self.judge, real, [image.detach() for image in fake])
             self._update(d_loss, self.d_optimizer)
 
         # G phase: minimize g_loss(G). D's gradients are not wanted: freezing it halves the backward pass.
@@ -100,7 +101,7 @@ class Trainer:
         if not reuse_fake:
             fake = self.generate(real.size(0))
         with shared_weights():
-            g_loss, g_stats = self.objective.g_loss(D, fake)
+            g_loss, g_stats = self.objective.g_loss(self.judge, fake)
         self._update(g_loss, self.g_optimizer)
 
         # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
@@ -108,6 +109,10 @@ class Trainer:
         self.step += 1
         self.samples_seen = real_images.samples_seen
         return {"d_loss": d_loss.detach(), "g_loss": g_loss.detach(), **d_stats, **g_stats}
+
+    def judge(self, images):
+        """What D says of the images as it sees them, augmented: real and fake alike, in both phases."""
+        return self.D(augment(images, self.config.augment))
 
     def generate(self, count):
         """[images, ...] of fresh z, largest first."""

@@ -2,12 +2,21 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main
 
 TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
         "--z_dim", "8", "--num_workers", "0", "--device", "cpu", "--preset", "published")
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ README = Path(__file__).parent.parent / "README.md"
     ("--dataset lsum", "'lsum' is not one of celeb, lsun, cifar10, folder, toy; did you mean lsun?"),
     ("--model qgan", "--model: 'qgan'"),
     ("--adv_loss wgan", "did you mean wgan-gp?"),
+    ("--augment colour", "--augment: 'colour' is not one of color, translation, cutout; did you mean color?"),
     ("--train maybe", "--train: 'maybe' is neither true nor false"),
     ("--imsize big", "--imsize: invalid int value: 'big'"),
     ("--imsize", "--imsize: expected one argument"),

@@ -80,8 +80,8 @@ def test_no_tensorboard_events_unless_asked(run):
 
 @pytest.mark.parametrize("flags", [
     (), ("--num_workers", "2", "--hflip", "true"), ("--adv_loss", "wgan-gp", "--d_iters", "2"),
-    ("--lr_decay", "0.5", "--batch_size", "7"),
-], ids=["plain", "workers", "wgan-gp", "epochs"])
+    ("--lr_decay", "0.5", "--batch_size", "7"), ("--augment", "color,translation,cutout"),
+], ids=["plain", "workers", "wgan-gp", "epochs", "augment"])
 def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
     flags = ("--dataset", "folder", "--image_path", pictures, *flags)
     run("--version", "straight", "--total_step", 6, *flags)
@@ -89,6 +89,18 @@ def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
     code, out, _ = run("--version", "resumed", "--total_step", 6, *flags)
     assert code == 0 and "going on with 'resumed' from step 3" in out
     assert_same_state(state("straight", 6), state("resumed", 6))
+
+
+@pytest.mark.gpu
+def test_the_same_on_cuda(run):
+    flags = ("--device", "cuda", "--deterministic", "true", "--imsize", "64", "--g_conv_dim", "16")
+    run("--version", "straight", "--total_step", 6, *flags)
+    run("--version", "resumed", "--total_step", 3, *flags)
+    code, _, _ = run("--version", "resumed", "--total_step", 6, *flags)
+    assert code == 0 and lines("resumed")[-1]["gpu_memory_gib"] > 0
+    assert_same_state(state("straight", 6), state("resumed", 6))
+    code, _, _ = run("--version", "straight", "--train", "false", "--device", "cuda", tiny=False)
+    assert code == 0
 
 
 def test_training_does_change_between_those_steps(run):
@@ -109,6 +121,13 @@ def test_records_change_no_weight(run):
     run("--version", "quiet", "--total_step", 6)
     run("--version", "loud", "--total_step", 6, "--sample_step", 1, "--log_step", 1, "--model_save_step", 1)
     assert_same_state(state("quiet", 6), state("loud", 6))
+
+
+def test_augmentation_reaches_training(run):
+    run("--version", "plain", "--total_step", 2)
+    run("--version", "augmented", "--total_step", 2, "--augment", "translation")
+    with pytest.raises(AssertionError):
+        assert_same_state(state("plain", 2), state("augmented", 2))
 
 
 def test_learning_rates_decay_by_epoch(run, pictures):

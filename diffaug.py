@@ -1,0 +1,58 @@
+"""DiffAugment: the same kinds of differentiable augmentation on real and fake images (Zhao et al. 2020,
+arXiv 2006.10738), so that D cannot learn a small training set by heart and G is not taught the augmentation.
+
+    augment(images, ("color", "translation"))      images (B, 3, H, W) in [-1, 1]; same shape, gradient kept
+
+Every image draws its own amounts from the global random state. A new policy is one function and one row of `POLICIES`.
+"""
+
+import torch
+from torch.nn import functional as F
+
+SHIFT = 1 / 8       # of the side: the furthest that `translation` moves an image
+CUT = 1 / 2         # of the side: the square that `cutout` blanks
+
+
+def color(x):
+    """Brightness by ±0.5, saturation by 0 to 2, contrast by 0.5 to 1.5."""
+    B = x.size(0)
+    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=x.device, dtype=x.dtype)
+    x = x + (brightness - 0.5)
+    grey = x.mean(1, keepdim=True)                                      # (B, 1, H, W)
+    x = (x - grey) * (2 * saturation) + grey
+    level = x.mean((1, 2, 3), keepdim=True)                             # (B, 1, 1, 1)
+    return (x - level) * (contrast + 0.5) + level
+
+
+def translation(x):
+    """A shift by up to 1/8 of each side; what moves in is 0, mid grey."""
+    B, _, H, W = x.size()
+    down, right = round(H * SHIFT), round(W * SHIFT)
+    padded = F.pad(x, (right, right, down, down))                       # (B, 3, H + 2 down, W + 2 right)
+    top = torch.randint(0, 2 * down + 1, (B, 1), device=x.device)
+    left = torch.randint(0, 2 * right + 1, (B, 1), device=x.device)
+    rows = top + torch.arange(H, device=x.device)                       # (B, H)
+    columns = left + torch.arange(W, device=x.device)                   # (B, W)
+    image = torch.arange(B, device=x.device)
+    # the indexed axes come first: (B, H, W, 3)
+    return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def cutout(x):
+    """A square of half the side, anywhere (partly outside too), becomes 0, mid grey."""
+    B, _, H, W = x.size()
+    centre_y = torch.randint(0, H + 1, (B, 1), device=x.device)
+    centre_x = torch.randint(0, W + 1, (B, 1), device=x.device)
+    in_rows = (torch.arange(H, device=x.device) - centre_y + 0.5).abs() < H * CUT / 2       # (B, H)
+    in_columns = (torch.arange(W, device=x.device) - centre_x + 0.5).abs() < W * CUT / 2    # (B, W)
+    return x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])                  # (B, 1, H, W)
+
+
+POLICIES = {"color": color, "translation": translation, "cutout": cutout}
+
+
+def augment(images, policies):
+    """Apply the named `policies` in their order; () leaves the images as they are."""
+    for name in policies:
+        images = POLICIES[name](images)
+    return images

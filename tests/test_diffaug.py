@@ -1,0 +1,50 @@
+"""DiffAugment: what each policy does to a picture, and that training can use it."""
+
+import pytest
+import torch
+
+from diffaug import augment, color, cutout, translation
+
+
+@pytest.mark.parametrize("policy", ["color", "translation", "cutout"])
+def test_every_image_gets_its_own_amount_and_its_gradient(policy):
+    torch.manual_seed(0)
+    one = torch.rand(1, 3, 32, 32) - 0.5
+    x = one.repeat(8, 1, 1, 1).requires_grad_(True)
+    out = augment(x, (policy,))
+    assert out.shape == x.shape
+    assert len({tuple(image.flatten().tolist()) for image in out}) > 4
+    out.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_color_keeps_shapes_and_moves_levels_within_bounds():
+    torch.manual_seed(0)
+    x = torch.zeros(256, 3, 4, 4)
+    shifts = color(x)[:, 0, 0, 0]
+    assert -0.5 <= shifts.min() < -0.4 and 0.4 < shifts.max() <= 0.5
+    edge = torch.zeros(256, 3, 2, 2)
+    edge[..., 0] = 1.0                                  # grey: saturation leaves it, contrast stretches it
+    stretched = color(edge)
+    heights = (stretched[..., 0] - stretched[..., 1])[:, 0, 0]
+    assert 0.5 <= heights.min() < 0.6 and 1.4 < heights.max() <= 1.5
+
+
+def test_translation_shifts_by_at_most_an_eighth_and_fills_with_grey():
+    torch.manual_seed(0)
+    x = torch.zeros(200, 3, 32, 32)
+    x[:, :, 16, 16] = 1.0
+    spots = translation(x)[:, 0].nonzero()[:, 1:] - 16
+    assert len(spots) == 200 and spots.min() == -4 and spots.max() == 4
+    assert (translation(torch.ones(200, 3, 32, 32)) == 0).any()
+
+
+def test_cutout_blanks_half_the_side():
+    torch.manual_seed(0)
+    blank = (cutout(torch.ones(200, 3, 32, 32))[:, 0] == 0).sum((1, 2))
+    assert blank.max() == 16 * 16 and blank.min() >= 8 * 8 - 16
+
+
+def test_none_changes_nothing():
+    x = torch.rand(2, 3, 8, 8)
+    assert augment(x, ()) is x
