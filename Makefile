@@ -8,7 +8,7 @@ PY = .venv/bin/python
 .PHONY: demo test lint clean
 
 demo: .venv/ready
-	$(PY) main.py --dataset toy --imsize 32 --preset cpu --version demo --total_step 3000
+	$(PY) main.py --dataset toy --imsize 32 --preset cpu --version demo --total_step 5000 --sample_step 250
 
 test: .venv/ready-for-tests
 	$(PY) -m pytest
