@@ -69,7 +69,7 @@ def run(argv):
         if config.mode == "sample":
             return trainer.sample(config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
-            distributed.say("note: on a CPU, --preset cpu learns several times faster than the published settings")
+            distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
         return trainer.train(config, dataset, place)
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size or --imsize, "
