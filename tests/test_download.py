@@ -144,7 +144,7 @@ class Bench:
             self.script.write_text(text)
         command = ["bash", self.script, *map(str, arguments), "--to", self.to]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env=environment(self.home), **options)
+                                env=environment(self.home), **{"preexec_fn": heed_signals, **options})
 
     def run(self, *arguments, **options):
         """Exit code and everything printed."""
@@ -190,6 +190,12 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "nothing happened within 10 s"
         time.sleep(0.01)
+
+
+def heed_signals():
+    """A suite started by nohup or in the background ignores these, and bash cannot trap what it was born ignoring."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def ended_process():
