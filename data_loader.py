@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from parameter import DataError, UsageError
+from parameter import DataError
 from toy_faces import draw_face
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -468,6 +468,4 @@ def real_batches(
     Global random states stay as they are. `samples_seen` is the first_sample to go on with; `close()` ends
     the workers, and so does the end of the program.
     """
-    if config.batch_size % world:
-        raise UsageError(f"--batch_size {config.batch_size} must be a multiple of the {world} processes")
     return RealBatches(config, dataset, first_sample, torch.device(device), rank, world)

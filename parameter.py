@@ -370,6 +370,9 @@ def validate(values):
     _check_version(values["version"])
     if values["dataset"] == "folder" and values["image_path"] == _BY_NAME["image_path"].default:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
+    world = _processes()
+    if values["batch_size"] % world:
+        raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of the {world} processes")
     _check_device(values)
 
 
@@ -377,6 +380,11 @@ def _check_version(version):
     if not version or len(version) > 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
         raise UsageError(f"--version {version!r}: use a plain name of up to 100 characters, without / \\ : "
                          "and not beginning with . or -")
+
+
+def _processes():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_device(values):
@@ -393,8 +401,7 @@ def _check_device(values):
         if number >= count:
             there = f"CUDA devices here: {count}" if count else "no CUDA device here"
             raise UsageError(f"--device {device}: {there}; use --device auto or cpu")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if values["parallel"] and world == 1 and (count < 2 or device == "cpu"):
+    if values["parallel"] and _processes() == 1 and (count < 2 or device == "cpu"):
         raise UsageError(f"--parallel true: needs two or more CUDA devices, found {count}; leave it out, or start "
                          "processes yourself with torchrun --nproc_per_node=2 main.py ...")
 

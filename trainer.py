@@ -291,7 +291,8 @@ def _train(config, dataset, place, folders, interrupt):
     trainer = Trainer(config, dataset, place)
     _go_on(trainer, folders)
     if trainer.step >= config.total_step:
-        say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}")
+        say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}; "
+            f"a larger one goes on. Look at {folders.samples}{os.sep}")
         return 0
     first = distributed.is_first()
     real_images = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world)
@@ -411,7 +412,8 @@ def _loop(trainer, real_images, journal, progress, interrupt):
         else:
             window.leave_out(aside)
         if stop and not last:
-            say(f"\ninterrupted: step {step} is saved in {folders.models}; the same command goes on from there")
+            progress.close()
+            say(f"interrupted: step {step} is saved in {folders.models}; the same command goes on from there")
             return 128 + (interrupt.signal or signal.SIGTERM)
     progress.close()
     say(f"done: {config.total_step} steps. Look at {folders.samples}{os.sep}, curves are in {folders.logs}")

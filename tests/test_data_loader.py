@@ -22,7 +22,7 @@ from PIL import Image
 
 import data_loader
 from data_loader import DATASETS, DecodedCache, Pictures, build_dataset, decode, describe, real_batches
-from parameter import DataError, UsageError
+from parameter import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -460,11 +460,6 @@ def test_ranks_share_the_global_batch(ten, num_workers):
     whole = take(open_batches(ten, **changes), 6).view(6, 4, 3, 16, 16)
     parts = [take(open_batches(ten, rank=r, world=2, **changes), 6).view(6, 2, 3, 16, 16) for r in (0, 1)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused(ten):
-    with pytest.raises(UsageError, match="--batch_size 4 must be a multiple of the 3 processes"):
-        open_batches(ten, world=3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

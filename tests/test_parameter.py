@@ -97,6 +97,12 @@ def test_a_preset_fills_only_what_was_left_unset():
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
 
 
+def test_a_batch_that_processes_cannot_share_is_refused(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code, _, err = run("--batch_size", 4)
+    assert code == 2 and "--batch_size 4 must be a multiple of the 3 processes" in err and os.listdir() == []
+
+
 def test_the_config_is_read_only():
     config = resolve({})
     with pytest.raises(AttributeError):

@@ -270,6 +270,13 @@ def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
     assert sorted(os.listdir("models/a")) == [".lock", "0000001.pth", "config.json"]
 
 
+def test_an_output_folder_that_is_a_file_ends_with_5(run):
+    Path("s").write_text("mine")
+    code, _, err = run("--version", "a", "--total_step", 1, "--sample_path", "s")
+    assert code == 5 and "cannot write s" in err and "--sample_path" in err and "Traceback" not in err
+    assert Path("s").read_text() == "mine"
+
+
 @pytest.mark.parametrize(("flags", "words"), [
     ((), ("CelebA", "bash download.sh CelebA", "--dataset toy")),
     (("--dataset", "lsun"), ("bash download.sh LSUN",)),
