@@ -148,6 +148,7 @@ def _read_file(paths: list[str], index: int, imsize: int, crop: int | None) -> t
 
 
 def open_folder(config) -> Dataset:
+    """Any folder of pictures, `--image_path` itself. Raises DataError."""
     try:
         return _files(Path(config.image_path), config.imsize)
     except DataError as error:
@@ -162,6 +163,7 @@ def _missing(config, problem: object, name: str) -> DataError:
 
 
 def open_celeb(config) -> Dataset:
+    """CelebA's aligned pictures below `{image_path}/CelebA`, the central 160 px of each. Raises DataError."""
     try:
         return _files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
     except DataError as error:
@@ -221,6 +223,7 @@ def open_lsun(config) -> Dataset:
 
 
 def open_cifar10(config) -> Dataset:
+    """The 50,000 training pictures of CIFAR-10 as torchvision reads them. Raises DataError."""
     root, name = Path(config.image_path), "cifar-10-batches-py"
     if not (root / name).is_dir():
         root = root / "CIFAR10"
@@ -241,6 +244,7 @@ def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
 
 
 def open_toy(config) -> Dataset:
+    """Faces drawn by code: nothing to download."""
     read = partial(_draw, imsize=config.imsize)
     return Pictures(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px")
 
