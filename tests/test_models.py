@@ -116,6 +116,8 @@ def test_settled_statistics_are_those_of_the_net_itself():
     """After settling, eval mode gives what the same net gives in training mode on a large batch."""
     torch.manual_seed(0)
     G, z = Generator(32, 8, 8, attention=(8,)), torch.randn(256, 8)
+    for _ in range(3):
+        G(5 * torch.randn(16, 8))                       # statistics of something else
     settle_batch_statistics(G.eval(), z, batch=256)
     assert not any(layer.training for layer in G.modules())
     with torch.no_grad():
