@@ -400,6 +400,21 @@ def _start_worker(worker: int):
     torch.set_num_threads(1)
 
 
+def normalize(pictures: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 in [-1, 1], same shape and device."""
+    return pictures.float().div_(127.5).sub_(1)
+
+
+def worker_death(error: RuntimeError) -> DataError | None:
+    """The DataError for a loader process that died, None for any other error.
+
+    torch raises it in the main thread wherever that happens to be, not only where batches are awaited.
+    """
+    if str(error).startswith("DataLoader worker"):
+        return DataError(f"--num_workers: {error}\nuse fewer workers, or --num_workers 0")
+    return None
+
+
 class RealBatches:
     """Endless iterator over batches of real pictures; `real_batches` builds it and says what they are."""
 
@@ -440,26 +455,32 @@ class RealBatches:
             pictures = self.samples.fetch(self._numbers(self.samples_seen))
             pictures = pictures.pin_memory() if self.pin else pictures
         self.samples_seen += self.batch_size
-        return pictures.to(self.device, non_blocking=True).float().div_(127.5).sub_(1)
+        return normalize(pictures.to(self.device, non_blocking=True))
 
     def _receive(self) -> torch.Tensor:
         try:
             pictures = next(self._from_workers)
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError(f"--num_workers: {error}\nuse fewer workers, or --num_workers 0") from error
+            raise worker_death(error) or error from None
         if isinstance(pictures, str):
             raise DataError(pictures)
         return pictures
 
     def close(self):
         """Stops the workers. A later `next` goes on in this process."""
-        if self._from_workers is not None:
-            atexit.unregister(self.close)
+        if self._from_workers is None:
+            return
+        atexit.unregister(self.close)
+        workers, self._from_workers = self._from_workers, None
+        try:
             # Its destructor would do, but for tracebacks that keep it alive.
-            self._from_workers._shutdown_workers()
-            self._from_workers = None
+            workers._shutdown_workers()
+        except RuntimeError as error:
+            if worker_death(error) is None:
+                raise
+            for process in workers._workers:  # one died in the middle of this: torch gave up on the others
+                process.join(10)
+                process.kill()
 
 
 def real_batches(

@@ -13,7 +13,7 @@ import errno
 import sys
 
 import parameter
-from parameter import CheckpointError, DataError, Failure
+from parameter import CheckpointError, Failure
 
 
 def main(argv):
@@ -23,12 +23,6 @@ def main(argv):
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
-    except RuntimeError as error:
-        # torch raises this wherever the main thread happens to be when a loader process dies
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        print(f"error: {error}\nUse fewer --num_workers, or 0.", file=sys.stderr)
-        return DataError.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -74,6 +68,8 @@ def run(argv):
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size or --imsize, "
                       "or drop the largest attention (--g_attn)") from None
+    except RuntimeError as error:
+        raise data_loader.worker_death(error) or error from None
     finally:
         distributed.stop()
 

@@ -298,6 +298,8 @@ def resolve(typed, find_saved=lambda folder: None):
                        if name in _BY_NAME and name not in _PER_CALL and name not in given})
     _fill_in(values)
     validate(values)
+    if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given}:
+        raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
     if saved:
         _check_fixed(values, saved, values["version"])
     return Config.of(values)
@@ -367,9 +369,6 @@ def validate(values):
         if wrong:
             raise UsageError(f"--{name} {written(values[name])}: at --imsize {imsize} the feature sizes are "
                              f"{written(there)}; there is no {wrong[0]}")
-    _check_version(values["version"])
-    if values["dataset"] == "folder" and values["image_path"] == _BY_NAME["image_path"].default:
-        raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
     world = _processes()
     if values["batch_size"] % world:
         raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of the {world} processes")

@@ -26,7 +26,7 @@ import gallery
 import losses
 import sagan_models
 import utils
-from data_loader import real_batches
+from data_loader import normalize, real_batches
 from diffaug import augment
 from distributed import say
 from parameter import RUN_SETTINGS, CheckpointError, LockedError, NonFiniteError, as_json
@@ -50,7 +50,6 @@ FAMILIES = {
 
 ATTENTION_ROWS = 4          # generated images shown in each attention picture
 SETTLING_IMAGES = 256       # that G_ema's batch statistics are measured on before it is looked at or saved
-_STATE_FORMAT = 1
 
 
 class Trainer:
@@ -137,16 +136,16 @@ class Trainer:
     def state(self):
         """Everything needed to go on, bit for bit. With several processes every one of them must call this."""
         states = distributed.gather(utils.random_states(self.place.device))
-        self._settle()
         return {
-            "format": _STATE_FORMAT, "step": self.step, "samples_seen": self.samples_seen,
+            "step": self.step, "samples_seen": self.samples_seen,
             "config": json.loads(as_json(self.config)),
             "G": self.G.state_dict(), "D": self.D.state_dict(), "G_ema": self.G_ema.state_dict(),
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_z, "random": states,
         }
 
-    def _settle(self):
+    def settle(self):
+        """Make G_ema fit to be looked at or saved; see `utils.settle_batch_statistics`."""
         with utils.forked_random_state(self.place.device):
             utils.settle_batch_statistics(self.G_ema, self.settling_z)
 
@@ -170,7 +169,6 @@ class Trainer:
     @torch.no_grad()
     def write_pictures(self):
         """The grid of G_ema at the fixed z, and a picture per attention layer. Returns {"entropy/<layer>": float}."""
-        self._settle()
         with utils.forked_random_state(self.place.device):
             images = draw(self.G_ema, self.fixed_z, self.place.device)
             gallery.save_grid(images, self.folders.samples / f"{self.step:07d}_fake.png")
@@ -334,7 +332,7 @@ def _save_real_pictures(dataset, config, folders):
     """real.png: as many real pictures as a sample grid shows, spread over the data set."""
     shown = min(gallery.grid_side(config.imsize) ** 2, len(dataset))
     pictures = torch.stack([dataset[i * len(dataset) // shown] for i in range(shown)])      # uint8
-    gallery.save_grid(pictures.float() / 127.5 - 1, folders.samples / "real.png")
+    gallery.save_grid(normalize(pictures), folders.samples / "real.png")
 
 
 class _Window:
@@ -386,6 +384,8 @@ def _loop(trainer, real_images, journal, progress, interrupt):
         good_until = step
         elapsed = time.perf_counter() - window.began
         aside = time.perf_counter()
+        if show or save or stop:
+            trainer.settle()
         if show and journal:
             entropies = trainer.write_pictures()
         if log:

@@ -527,6 +527,22 @@ def test_a_killed_worker_is_reported_and_the_other_ends():
     assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
 
 
+def test_a_worker_that_dies_during_the_close_does_not_fail_it(ten):
+    batches = open_batches(ten, num_workers=2)
+    next(batches)
+    workers = batches._from_workers
+    shut_down = workers._shutdown_workers
+
+    def interrupted():
+        del workers._shutdown_workers  # once: the destructor calls it too
+        shut_down()
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    workers._shutdown_workers = interrupted
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
 @pytest.mark.slow
 def test_spawned_workers_do_the_same(tmp_path, monkeypatch):
     """As on macOS and Windows, and (by forkserver) on Linux from Python 3.14 on."""

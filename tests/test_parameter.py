@@ -97,6 +97,10 @@ def test_a_preset_fills_only_what_was_left_unset():
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
 
 
+def test_a_folder_of_pictures_may_be_called_data():
+    assert resolve({"dataset": "folder", "image_path": "./data"}).image_path == "./data"
+
+
 def test_a_batch_that_processes_cannot_share_is_refused(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, err = run("--batch_size", 4)
