@@ -1,4 +1,4 @@
-"""Real pictures: the data set table, one decoder for every file, the decoded cache, resumable sampling.
+"""Real pictures: the data set table, their fingerprint, the decoded cache, resumable sampling.
 
 A data set maps an index to one uint8 picture (3, imsize, imsize); a new one is a function and a row of
 `DATASETS`. Training walks through sample numbers 0, 1, 2, ... over the whole life of a run: which picture
@@ -7,13 +7,10 @@ is enough to go on exactly, whatever --num_workers is.
 """
 
 import atexit
-import io
+import hashlib
 import os
 import shutil
 import signal
-import struct
-import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import count
@@ -21,88 +18,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+import toy_faces
+from decode import decode, find_pictures, planes, read_picture, to_tensor
 from parameter import DataError
-from toy_faces import draw_face
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 CELEBA_CROP = 160  # pixels: the face in an aligned 178x218 CelebA picture, cropped as published
 TOY_LENGTH = 4096  # faces
 CACHE_BYTES = 2**30  # of decoded pictures; a larger data set is decoded again in every epoch
-# What Pillow raises on damaged bytes, beside DecompressionBombError.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
-
-
-# ---- one picture ----
-
-
-def decode(data: bytes, name: str, imsize: int, crop: int | None = None) -> torch.Tensor:
-    """The encoded picture `data` as uint8 (3, imsize, imsize): its central square, Lanczos-resized.
-
-    The square has the side `crop` if the picture is large enough, else it is the largest one. EXIF rotation
-    is honoured, transparency laid over white. Raises DataError, which calls the picture `name`.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts of Pillow's about large or oddly tagged pictures
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if crop is None:
-                    image.draft(None, (4 * imsize, 4 * imsize))  # large JPEGs decode at 1/2, 1/4, 1/8: faster
-                return _to_tensor(_rgb(_upright(image)), imsize, crop)
-    except UnidentifiedImageError:
-        reason = "it is no JPEG, PNG, WebP or BMP"
-    except Image.DecompressionBombError:
-        reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    except DAMAGE as error:
-        reason = str(error) or type(error).__name__
-    raise DataError(f"cannot use the picture {name}: {reason}; delete or replace it")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # here, so that damaged pixels are not taken for a damaged tag
-    try:
-        return ImageOps.exif_transpose(image)
-    except DAMAGE:
-        return image  # a damaged tag beside sound pixels
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB; 16 bits keep their high byte, transparent pixels turn white."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion would clip at 255
-        grey = np.asarray(image)
-        white = grey == image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _to_tensor(image: Image.Image, imsize: int, crop: int | None = None) -> torch.Tensor:
-    side = min(image.size)
-    if crop is not None and crop <= side:
-        side = crop
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((imsize, imsize), Image.Resampling.LANCZOS)
-    return _planes(image)
-
-
-def _planes(picture: Image.Image | np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
 
 
 # ---- the data sets ----
 
 
 class Pictures(Dataset):
-    """`length` pictures, of which `read(index)` gives one as uint8 (3, imsize, imsize)."""
+    """`length` pictures, of which `read(index)` gives one as uint8 (3, imsize, imsize).
 
-    def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str):
-        self.read, self.length, self.summary = read, length, summary
+    `sources` are the paths of the files that they come from, always in the same order.
+    """
+
+    def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str, sources: Sequence[str]):
+        self.read, self.length, self.summary, self.sources = read, length, summary, sources
 
     def __len__(self) -> int:
         return self.length
@@ -111,40 +49,14 @@ class Pictures(Dataset):
         return self.read(index)
 
 
-def find_pictures(folder: Path) -> list[str]:
-    """The paths of all pictures below `folder`, sorted, without hidden ones; DataError if there is none."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is a file" if os.path.exists(folder) else f"there is no folder {folder}")
-
-    def refuse(error: OSError):
-        raise DataError(f"cannot read {error.filename} ({error.strerror})")
-
-    paths, others, seen = [], 0, {os.path.realpath(folder)}
-    for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        visible = {os.path.realpath(os.path.join(parent, s)): s for s in sorted(subfolders) if s[0] != "."}
-        subfolders[:] = [name for real, name in visible.items() if real not in seen]  # no loops
-        seen.update(visible)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        paths += [os.path.join(parent, name) for name in pictures]
-        others += len(names) - len(pictures)
-    if not paths:
-        problem = f"holds {others} files, but no picture ({' '.join(SUFFIXES)})" if others else "is empty"
-        raise DataError(f"{folder} {problem}")
-    return sorted(paths)
-
-
 def _files(folder: Path, imsize: int, crop: int | None = None) -> Dataset:
     paths = find_pictures(folder)
     read = partial(_read_file, paths, imsize=imsize, crop=crop)
-    return Pictures(read, len(paths), f"{len(paths)} pictures in {folder}")
+    return Pictures(read, len(paths), f"{len(paths)} pictures in {folder}", paths)
 
 
 def _read_file(paths: list[str], index: int, imsize: int, crop: int | None) -> torch.Tensor:
-    try:
-        data = Path(paths[index]).read_bytes()
-    except OSError as error:  # perhaps not the picture's fault, so no word about deleting it
-        raise DataError(f"cannot read {paths[index]}: {error.strerror}") from error
-    return decode(data, paths[index], imsize, crop)
+    return read_picture(paths[index], imsize, crop)
 
 
 def open_folder(config) -> Dataset:
@@ -219,7 +131,7 @@ def open_lsun(config) -> Dataset:
     if not keys:
         raise _missing(config, f"{file} holds no pictures", "LSUN")
     read = partial(_read_lmdb, folder, keys, imsize=config.imsize)
-    return Pictures(read, len(keys), f"{len(keys)} pictures in {found[0]}")
+    return Pictures(read, len(keys), f"{len(keys)} pictures in {found[0]}", [str(file)])
 
 
 def open_cifar10(config) -> Dataset:
@@ -236,21 +148,22 @@ def open_cifar10(config) -> Dataset:
     except RuntimeError:  # torchvision's word for a wrong checksum
         raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
     read = partial(_read_array, pictures, imsize=config.imsize)
-    return Pictures(read, len(pictures), f"{len(pictures)} pictures in {root}")
+    sources = [str(root / name / file) for file, _ in CIFAR10.train_list]
+    return Pictures(read, len(pictures), f"{len(pictures)} pictures in {root}", sources)
 
 
 def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
-    return _to_tensor(Image.fromarray(pictures[index]), imsize)
+    return to_tensor(Image.fromarray(pictures[index]), imsize)
 
 
 def open_toy(config) -> Dataset:
     """Faces drawn by code: nothing to download."""
     read = partial(_draw, imsize=config.imsize)
-    return Pictures(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px")
+    return Pictures(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px", [toy_faces.__file__])
 
 
 def _draw(index: int, imsize: int) -> torch.Tensor:
-    return _planes(draw_face(index, imsize))
+    return planes(toy_faces.draw_face(index, imsize))
 
 
 DATASETS = {  # --dataset: how to open it
@@ -281,6 +194,23 @@ def describe(dataset: Dataset, config) -> str:
     return f"{config.dataset}: {dataset.summary}"
 
 
+def fingerprint(dataset: Dataset, config) -> str:
+    """Hex sha256 of what decides which picture index i shows: the files, their order, how they are cut and sized.
+
+    Files are told apart by absolute path, size and time of change; their content is not read (200,000 files
+    take seconds). So a changed file of the same size whose time was set back passes, and a moved or copied
+    folder counts as another. Raises DataError if a file has gone.
+    """
+    digest = hashlib.sha256(repr((config.dataset, config.imsize, CELEBA_CROP, len(dataset))).encode())
+    for path in dataset.sources:
+        try:
+            file = os.stat(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}") from error
+        digest.update(repr((os.path.abspath(path), file.st_size, file.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
 # ---- the decoded cache ----
 
 
@@ -288,7 +218,7 @@ class DecodedCache(Dataset):
     """Keeps each picture from its first use on; `shared` among this process and its workers."""
 
     def __init__(self, dataset: Dataset, imsize: int, shared: bool):
-        self.dataset, self.summary = dataset, dataset.summary
+        self.dataset, self.summary, self.sources = dataset, dataset.summary, dataset.sources
         self.pictures = torch.empty(len(dataset), 3, imsize, imsize, dtype=torch.uint8)
         self.filled = torch.zeros(len(dataset), dtype=torch.bool)
         self._full = False

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import DATASETS, DecodedCache, Pictures, build_dataset, decode, describe, real_batches
+from data_loader import DATASETS, DecodedCache, Pictures, build_dataset, describe, fingerprint, real_batches
+from decode import decode, find_pictures
 from parameter import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -159,7 +160,7 @@ def test_folders_are_searched_in_depth_and_in_order(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("not a picture")
     (tmp_path / "a/deep/up").symlink_to(tmp_path, target_is_directory=True)  # a loop
-    found = [os.path.relpath(path, tmp_path) for path in data_loader.find_pictures(tmp_path)]
+    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path)]
     assert found == ["a/deep/er/x.Png", "b/1.webp", "b/2.JPG", "c.jpeg", "d.bmp"]
 
 
@@ -405,6 +406,62 @@ def test_opening_writes_nothing(tmp_path, cifar10, monkeypatch):
     assert state() == before
 
 
+# ---- their fingerprint ----
+
+
+def test_the_sources_are_the_files_that_the_pictures_come_from(tmp_path, cifar10):
+    fill(tmp_path / "CelebA/img", 4)
+    fill_lmdb(tmp_path / "cats_lmdb", 4)
+    cifar10(tmp_path / "CIFAR10")
+    pictures = [f"CelebA/img/{index:03}.png" for index in range(4)]
+    batches = [f"CIFAR10/cifar-10-batches-py/data_batch_{n}" for n in range(1, 6)]
+    expected = dict(celeb=pictures, lsun=["cats_lmdb/data.mdb"], cifar10=batches)
+    for name, files in expected.items():
+        dataset = build_dataset(make_config(tmp_path, dataset=name))
+        assert isinstance(dataset, DecodedCache)
+        assert [os.path.relpath(path, tmp_path) for path in dataset.sources] == files
+    (source,) = build_dataset(make_config(dataset="toy")).sources
+    assert Path(source).name == "toy_faces.py"
+
+
+def test_the_fingerprint_is_that_of_the_pictures(tmp_path, monkeypatch):
+    folder, elsewhere = fill(tmp_path / "a", 6), fill(tmp_path / "b", 6)
+    for path in [*folder.iterdir(), *elsewhere.iterdir()]:
+        os.utime(path, ns=(10**18, 10**18))
+
+    def now(path=folder, **changes):
+        config = make_config(path, **changes)
+        return fingerprint(build_dataset(config), config)
+
+    seen = [now()]
+    assert len(seen[0]) == 64 and int(seen[0], 16)
+    assert now(batch_size=2, num_workers=2, hflip=True, seed=8) == seen[0]
+    assert fingerprint(data_loader._files(folder, 16), make_config(folder)) == seen[0]  # without a cache, too
+    monkeypatch.chdir(tmp_path)
+    assert now("a") == now("b/../a") == seen[0]
+
+    seen += [now(elsewhere), now(imsize=32)]
+    os.utime(folder / "003.png", ns=(10**18, 10**18 + 1))
+    seen.append(now())
+    with open(folder / "003.png", "ab") as file:
+        file.write(b"x")
+    os.utime(folder / "003.png", ns=(10**18, 10**18 + 1))
+    seen.append(now())
+    (folder / "004.png").rename(folder / "040.png")
+    seen.append(now())
+    (folder / "040.png").unlink()
+    seen.append(now())
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_picture_that_vanished_has_no_fingerprint(tmp_path):
+    config = make_config(fill(tmp_path, 4))
+    dataset = build_dataset(config)
+    (tmp_path / "002.png").unlink()
+    with pytest.raises(DataError, match="002.png: No such file"):
+        fingerprint(dataset, config)
+
+
 # ---- sampling ----
 
 
@@ -487,13 +544,13 @@ def test_workers_outlive_signals_and_end_with_close(ten, monkeypatch):
     monkeypatch.setattr(data_loader, "CACHE_BYTES", 0)
     expected = take(open_batches(ten), 9)
     batches = open_batches(ten, num_workers=2)
-    first = next(batches)
+    first = [next(batches), next(batches)]  # one from each worker: both have started
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
-    assert torch.equal(torch.cat([first, take(batches, 8)]), expected)  # take closes
+    assert torch.equal(torch.cat([*first, take(batches, 7)]), expected)  # take closes
     assert not multiprocessing.active_children()
 
 
@@ -521,7 +578,7 @@ def read_or_die(index: int, parent: int) -> torch.Tensor:
 
 
 def test_a_killed_worker_is_reported_and_the_other_ends():
-    dataset = Pictures(partial(read_or_die, parent=os.getpid()), 10, "10 pictures")
+    dataset = Pictures(partial(read_or_die, parent=os.getpid()), 10, "10 pictures", [])
     with pytest.raises(DataError, match="--num_workers 0") as caught:
         take(real_batches(make_config(num_workers=2), dataset, 0, "cpu"), 5)
     assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
