@@ -4,6 +4,7 @@ One visible all-reduce of the flattened gradients per update, rather than DDP's 
 second backward, which that wrapper does not allow.
 """
 
+import datetime
 import os
 import sys
 from dataclasses import dataclass
@@ -107,6 +108,20 @@ def barrier():
     """Wait for the others."""
     if dist.is_initialized():
         dist.barrier()
+
+
+def after_first(first, others):
+    """first() on rank 0; on every other process others() once that has ended, however long it takes, or failed."""
+    if not dist.is_initialized():
+        return first()
+    # a group of its own: in the usual one the others give up after ten minutes
+    waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    try:
+        result = first() if is_first() else None
+    finally:
+        dist.barrier(waiting)
+        dist.destroy_process_group(waiting)
+    return result if is_first() else others()
 
 
 def is_first():

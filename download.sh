@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Fetches a data set, checks it against a known hash and unpacks it where the program looks for it.
+# Fetches a data set or weights, checks them against a known hash and unpacks them where the program looks for them.
 # Needs bash, curl and python3. Nothing is unpacked, and nothing gets its final name, before its hash is right.
 #
 # A new source is one line of the table:
 #   name | part | folder under --to | archive | its bytes | bytes unpacked | hash | terms | URLs, tried in order
-# The folder ends with the archive's own top folder. "Bytes unpacked" is rounded up, file system blocks included:
-# it serves the free-space check alone. Third parties' copies and plain http are safe because of the hash.
+# The folder ends with the archive's own top folder; a .pth is no archive and is copied into it as it is. "Bytes
+# unpacked" is rounded up, file system blocks included: it serves the free-space check alone. Third parties' copies
+# and plain http are safe because of the hash.
 # Exit codes: 0 done, 2 usage, 3 data, 5 disk, 6 another download of the same set is running, 1 anything else.
 set -euo pipefail
 set -f  # URLs hold question marks
@@ -14,6 +15,7 @@ table='
 CelebA||CelebA/img_align_celeba|img_align_celeba.zip|1443490838|2000000000|sha256:46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74|non-commercial research only, do not redistribute (https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html)|https://drive.usercontent.google.com/download?id=0B7EVK8r0v71pZjFTYXZWM3FlRnM&export=download&confirm=t https://s3.amazonaws.com/pytorch-tutorial-assets/img_align_celeba.zip https://cseweb.ucsd.edu/~weijian/static/datasets/celeba/img_align_celeba.zip
 LSUN|church_outdoor|LSUN/church_outdoor_train_lmdb|church_outdoor_train_lmdb.zip|2448463466|3000000000|sha256:91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a|no licence is stated; third parties own the pictures: research only, do not redistribute (https://www.yf.io/p/lsun)|http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip
 CIFAR10||CIFAR10/cifar-10-batches-py|cifar-10-python.tar.gz|170498071|187000000|md5:c58f30108f718f92721af3b95e74349a|no licence is stated; the authors ask to be cited (https://www.cs.toronto.edu/~kriz/cifar.html)|https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz
+VGG16||VGG16|vgg16-397923af.pth|553433881|554000000|sha256:397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0|weights of torchvision, trained on ImageNet, whose pictures are for non-commercial research (https://github.com/pytorch/vision#pre-trained-model-license)|https://download.pytorch.org/models/vgg16-397923af.pth
 '
 tries=5  # per URL
 pause=3  # seconds; the n-th retry waits n times as long
@@ -28,7 +30,7 @@ usage() {
     echo '  --to DIR          where the data sets live (default: data)'
     echo '  --mirror URL      another copy of the archive, tried first'
     echo '  --from-file FILE  use an archive that you downloaded yourself, in a browser for instance'
-    echo 'Data sets (NAME PART, size of the download):'
+    echo 'Data sets and weights (NAME PART, size of the download):'
     local n p archive_bytes
     while IFS='|' read -r n p _ _ archive_bytes _; do
         [ -z "$n" ] || printf '  %-24s %s\n' "$n $p" "$(gb "$archive_bytes")"
@@ -126,13 +128,16 @@ check_space() {
         "$(gb "$missing") to download and $(gb "$unpacked") unpacked. Free space, or choose another disk with --to."
 }
 
-is_archive() {
-    case $file:$(head -c 2 "$1" | od -An -tx1 | tr -d ' \n') in *.zip:504b | *.gz:1f8b) ;; *) return 1 ;; esac
+is_archive() {  # torch.save wrote pickles (protocol 2) at first, zips later
+    case $file:$(head -c 2 "$1" | od -An -tx1 | tr -d ' \n') in
+        *.zip:504b | *.gz:1f8b | *.pth:8002 | *.pth:504b) ;;
+        *) return 1 ;;
+    esac
 }
 
 why=''
 verify() {  # is $1 the archive of the table? If not, why says it.
-    why="it is not a .${file##*.} archive, perhaps a web page saved under that name"
+    why="it is not a .${file##*.} file, perhaps a web page saved under that name"
     is_archive "$1" || return 1
     run python3 -IS - "$1" "${hash%%:*}" >"$lock/answer" <<'EOF' || { why="it cannot be read"; return 1; }
 import hashlib, sys
@@ -171,7 +176,7 @@ fetch() {  # downloads $1 to $partial, going on from what is there; 1 when it ca
                 case $type in text/*) return 1 ;; esac  # a web page must not cost the bytes we have
                 rm -f "$partial"; at_start=0 now=0 ;;
             *)  if [ "$now" -gt 0 ] && ! is_archive "$partial"; then
-                    why="it sent ${type:-something} instead of a .${file##*.} archive (a quota or error page?)"
+                    why="it sent ${type:-something} instead of a .${file##*.} file (a quota or error page?)"
                     rm -f "$partial"
                     return 1
                 fi
@@ -188,7 +193,7 @@ fetch() {  # downloads $1 to $partial, going on from what is there; 1 when it ca
 unpack() {  # $1 -> scratch -> target in one rename, so that a folder with .complete is a whole one
     local code=0
     run python3 -IS - "$1" "$file" "$scratch" "$target" "$hash" <<'EOF' || code=$?
-import os, stat, sys, tarfile, zipfile, zlib
+import os, shutil, stat, sys, tarfile, zipfile, zlib
 path, file, scratch, target, digest = sys.argv[1:]
 
 def fail(code, message):
@@ -200,19 +205,22 @@ def check(name, is_plain):
     if parts[0] == "" or ":" in parts[0] or ".." in parts or not is_plain:
         fail(3, f"{file} holds {name!r}, a link or a path out of its folder: not unpacked; please report it")
 
+top = os.path.join(scratch, os.path.basename(target))
 try:
     if file.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 check(info.filename, stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR))
             archive.extractall(scratch)
+    elif file.endswith(".pth"):
+        os.makedirs(top)
+        shutil.copyfile(path, os.path.join(top, file))
     else:
         with tarfile.open(path) as archive:
             for member in archive:
                 check(member.name, member.isfile() or member.isdir())
             # Pythons before 3.10.12 have no filters; the check above holds without one.
             archive.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-    top = os.path.join(scratch, os.path.basename(target))
     if not os.path.isdir(top):
         fail(3, f"{file} holds no folder {os.path.basename(target)}: please report it")
     with open(os.path.join(top, ".complete"), "w") as f:
@@ -249,7 +257,7 @@ else
         "no source gave $file. Run the same command again later (it resumes), or add --mirror URL, or" \
         "download it in a browser, from ${urls%% *} for instance, and add --from-file FILE."
 fi
-say "hash is right; unpacking"
+say "hash is right; unpacking into $target"
 unpack "$archive"
 [ -n "$from" ] || rm -f "$partial"
 say "$id is ready in $target"

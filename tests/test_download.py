@@ -56,6 +56,7 @@ CELEBA = make_zip(FACES)
 LARGE = make_zip({"img_align_celeba/000001.jpg": os.urandom(400_000)})  # curl buffers less before it writes
 LSUN = make_zip({f"church_outdoor_train_lmdb/{name}.mdb": os.urandom(300) for name in ("data", "lock")})
 CIFAR = make_tar({"cifar-10-batches-py/data_batch_1": os.urandom(300)})
+VGG = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + os.urandom(400_000)  # as torch.save began files before 1.6
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -120,6 +121,7 @@ class Bench:
                      LSUN, "sha256", ["/church_outdoor_train_lmdb.zip"]],
             "CIFAR10": ["", "CIFAR10/cifar-10-batches-py", "cifar-10-python.tar.gz", CIFAR,
                         "md5", ["/cifar-10-python.tar.gz"]],
+            "VGG16": ["", "VGG16", "vgg16-397923af.pth", VGG, "sha256", ["/vgg16-397923af.pth"]],
         }
         self.unpacked = 4000
         self.part = self.to / "img_align_celeba.zip.part"
@@ -224,7 +226,7 @@ def test_usage_errors_exit_2_and_touch_nothing(tmp_path, arguments, message):
     code, text = shipped(tmp_path, *arguments)
     assert code == 2 and message in text
     if not arguments or "unknown data set" in message:
-        assert all(name in text for name in ("CelebA", "LSUN church_outdoor", "CIFAR10"))
+        assert all(name in text for name in ("CelebA", "LSUN church_outdoor", "CIFAR10", "VGG16"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,6 +242,7 @@ def test_mirror_and_from_file_exclude_each_other(tmp_path):
         ("CelebA", 1443490838, "sha256:46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74"),
         ("LSUN", 2448463466, "sha256:91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a"),
         ("CIFAR10", 170498071, "md5:c58f30108f718f92721af3b95e74349a"),
+        ("VGG16", 553433881, "sha256:397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
     ],
 )
 def test_shipped_table_holds_the_published_sizes_and_hashes(row, size, digest):
@@ -306,6 +309,79 @@ def test_from_file_needs_no_network_and_keeps_the_file(bench, tmp_path):
     assert bench.run("CelebA", "--from-file", mine)[0] == 0
     assert bench.server.requests == [] and mine.read_bytes() == CELEBA
     assert (bench.to / "CelebA" / "img_align_celeba" / ".complete").exists() and not bench.part.exists()
+
+
+# A single file, which is not unpacked -------------------------------------------------------------
+
+WEIGHTS = "VGG16/vgg16-397923af.pth"
+WHOLE = ["VGG16", "VGG16/.complete", WEIGHTS]
+
+
+def test_weights_land_where_the_program_reads_them_and_a_second_run_does_nothing(bench):
+    code, text = bench.run("VGG16")
+    assert code == 0 and "the terms of VGG16" in text
+    assert bench.left() == WHOLE and (bench.to / WEIGHTS).read_bytes() == VGG
+    asked = list(bench.server.requests)
+    code, text = bench.run("VGG16")
+    assert code == 0 and "is complete in" in text and bench.server.requests == asked
+
+
+@pytest.mark.parametrize("beginning", [b"PK\3\4", b"\x80\x02"])
+def test_weights_from_a_file_are_copied(bench, tmp_path, beginning):
+    content = beginning + VGG[2:]
+    bench.source("VGG16", archive=content)
+    mine = tmp_path / "my weights.pth"
+    mine.write_bytes(content)
+    assert bench.run("VGG16", "--from-file", mine)[0] == 0
+    assert bench.server.requests == [] and bench.left() == WHOLE
+    assert mine.read_bytes() == content == (bench.to / WEIGHTS).read_bytes()
+    assert not mine.samefile(bench.to / WEIGHTS)
+
+
+def test_weights_are_resumed_and_come_from_a_mirror(bench):
+    bench.source("VGG16", urls=["/hang/vgg16-397923af.pth"])
+    part = bench.to / "vgg16-397923af.pth.part"
+    running = bench.start("VGG16")
+    wait_for(lambda: part.exists() and part.stat().st_size > 0)
+    assert bench.run("VGG16")[0] == 6
+    running.terminate()
+    running.communicate(timeout=5)
+    here = part.stat().st_size
+    assert running.returncode == 143 and bench.left() == [part.name] and 0 < here < len(VGG)
+    assert bench.run("VGG16", "--mirror", bench.server.url("/mirror/vgg16-397923af.pth"))[0] == 0
+    assert bench.server.requests[-1] == ("/mirror/vgg16-397923af.pth", f"bytes={here}-")
+    assert bench.left() == WHOLE and (bench.to / WEIGHTS).read_bytes() == VGG
+
+
+@pytest.mark.parametrize("how", ["page", "flipped"])
+def test_other_weights_are_refused(bench, how):
+    bench.source("VGG16", urls=["/page/vgg16-397923af.pth" if how == "page" else "/vgg16-397923af.pth"])
+    bench.server.files["vgg16-397923af.pth"] = VGG[:-1] + bytes([VGG[-1] ^ 1])
+    code, text = bench.run("VGG16")
+    message = "text/html instead of a .pth" if how == "page" else "wrong sha256"
+    assert code == 3 and message in text and "--from-file" in text and bench.left() == []
+
+
+def test_a_web_page_saved_as_weights_is_refused(bench, tmp_path):
+    mine = tmp_path / "vgg16-397923af.pth"
+    mine.write_bytes(PAGE)
+    code, text = bench.run("VGG16", "--from-file", mine)
+    assert code == 3 and "perhaps a web page" in text and bench.left() == []
+
+
+def test_space_for_both_copies_of_the_weights_is_checked(bench):
+    bench.unpacked = HUGE
+    assert bench.run("VGG16")[0] == 5 and bench.server.requests == []
+
+
+def test_disk_full_while_copying_weights_keeps_the_download(bench):
+    part = bench.to / "vgg16-397923af.pth.part"
+    bench.to.mkdir()
+    part.write_bytes(VGG)
+    limit = (len(VGG) // 2, len(VGG) // 2)
+    code, text = bench.run("VGG16", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert code == 5 and "the archive is kept" in text and bench.left() == [part.name]
+    assert bench.run("VGG16")[0] == 0 and bench.server.requests == [] and bench.left() == WHOLE
 
 
 # Resuming -----------------------------------------------------------------------------------------

@@ -1,0 +1,215 @@
+"""Metadata: what G is fed beside the noise (SLAE-FastGAN, doi 10.12677/CSA.2023.132019, section 3.2).
+
+A row of metadata is the deep VGG-16 features of one training picture, averaged per channel over space, so that it
+says what is there and not whose face it is. Rows are taken from the pictures once and cached as they are; a `Bank`
+holds them standardized, travels in the checkpoint and is what training and sampling draw from.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+import checkpoint
+import vgg
+from data_loader import fingerprint, normalize
+from distributed import after_first, say
+from parameter import CheckpointError, DataError
+from utils import write_atomically
+
+MAX_ROWS = 4096         # in a bank: 4 MB of a checkpoint
+PROCEDURE = 1           # to be raised when `_extract`, or how pictures are decoded, changes: caches are made anew
+LARGEST = 256           # pixels: larger pictures are reduced to this before VGG-16, which was trained at 224
+BATCH = 16              # pictures
+
+
+# ------------------------------------------------------------------------------------------------------- the bank
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """`rows` (N, 512) float16: metadata of training pictures, each dimension with mean 0 and variance 1 over all
+    of them (0 where they do not differ). `layer` and `weights` (`vgg.identity`) are what they were seen through,
+    `pictures` is the fingerprint of the data set.
+    """
+
+    rows: torch.Tensor
+    layer: str
+    weights: str
+    pictures: str
+
+    @classmethod
+    def from_state(cls, state):
+        """The bank that `state()` was taken of; None for None, a run without metadata."""
+        return None if state is None else cls(**state)
+
+    def state(self):
+        """A dict that a checkpoint can hold: `weights_only=True` loads it."""
+        return {"rows": self.rows.cpu(), "layer": self.layer, "weights": self.weights, "pictures": self.pictures}
+
+    def to(self, device):
+        """This bank with its rows on `device`."""
+        return replace(self, rows=self.rows.to(device))
+
+    def draw(self, count, how, generator=None):
+        """Metadata float32 (count, 512) on the bank's device, with the rows' mean 0 and covariance.
+
+        `how` is one of "bank" (one picture's), "mix" (of 2 or 3 pictures), "gauss" (normal). Drawn from
+        `generator`, which is of the bank's device, or else from that device's global random state. Never waits
+        for the device.
+        """
+        return HOW[how](self.rows, count, generator)
+
+
+def _one_each(rows, count, generator):
+    chosen = torch.randint(len(rows), (count,), generator=generator, device=rows.device)
+    return rows[chosen].float()
+
+
+def _mixtures(rows, count, generator):
+    """Convex mixtures, divided by the 2-norm of their weights: or a mean of k rows has 1 / k of their variance."""
+    device = rows.device
+    chosen = torch.randint(len(rows), (count, 3), generator=generator, device=device)
+    weights = torch.empty(count, 3, device=device).exponential_(generator=generator)    # uniform on the simplex
+    weights[:, 2] *= torch.randint(2, (count,), generator=generator, device=device)     # every other one: of two
+    weights /= weights.norm(dim=1, keepdim=True)
+    return (weights[:, :, None] * rows[chosen].float()).sum(1)
+
+
+def _normal(rows, count, generator):
+    """Normal with the rows' covariance, without computing it: a random combination of all of them."""
+    rows = rows.float()
+    coefficients = torch.randn(count, len(rows), generator=generator, device=rows.device)
+    return coefficients @ (rows - rows.mean(0)) / len(rows) ** 0.5
+
+
+HOW = {"bank": _one_each, "mix": _mixtures, "gauss": _normal}       # --metadata_sample
+
+
+class Latents:
+    """What G is fed: z ~ N(0, 1), followed by 512 numbers of metadata where there is a `bank`.
+
+    `how` is the way that samples draw them, one of `HOW`; in training each is one picture's.
+    """
+
+    def __init__(self, z_dim, bank=None, how="mix", device="cpu"):
+        self.z_dim, self.how, self.device = z_dim, how, device
+        self.bank = None if bank is None else bank.to(device)
+        self._on_cpu = None if bank is None else bank.to("cpu")
+
+    def state(self):
+        """The bank's, for a checkpoint; None without one."""
+        return None if self.bank is None else self.bank.state()
+
+    def training(self, count):
+        """(count, z_dim) or (count, z_dim + 512) on the device, from its global random state."""
+        z = torch.randn(count, self.z_dim, device=self.device)
+        return z if self.bank is None else torch.cat([z, self.bank.draw(count, "bank")], 1)
+
+    def sampling(self, count, generator):
+        """The same for samples, on the CPU, from a CPU `generator`."""
+        z = torch.randn(count, self.z_dim, generator=generator)
+        return z if self.bank is None else torch.cat([z, self._on_cpu.draw(count, self.how, generator)], 1)
+
+
+# --------------------------------------------------------------------------------------- taking it from pictures
+
+
+def find_bank(config, dataset, device):
+    """The Bank of `dataset` on `device`, from the cache below `config.cache_path` or, where that has none, freshly
+    taken and cached. Says which.
+
+    The cache is used if the pictures (`data_loader.fingerprint`), VGG-16's weights, the layer and the procedure
+    are all the same. Of several processes the first takes it and the others read it: all come here. Global random
+    states stay as they are. Raises DataError, UsageError.
+    """
+    # the fingerprint before the pictures: one that changes meanwhile belongs to another fingerprint
+    origin = {"pictures": fingerprint(dataset, config), "weights": vgg.identity(config.vgg_weights),
+              "layer": config.metadata_layer, "procedure": PROCEDURE}
+    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+    path = Path(config.cache_path, "metadata", f"{key[:16]}.pt")
+    averages = after_first(lambda: _read_or_take(path, origin, config, dataset, device),
+                           lambda: _read(path, origin, len(dataset)))
+    if averages is None:
+        raise DataError(f"--cache_path {config.cache_path}: the first process left no {path}.\n"
+                        "Unless it said why, name a folder that all processes share.")
+    return Bank(_standardize(averages), origin["layer"], origin["weights"], origin["pictures"]).to(device)
+
+
+def same_pictures(bank, config, dataset):
+    """Whether `dataset` shows the pictures that `bank` was taken from. Raises DataError if a file has gone."""
+    return bank.pictures == fingerprint(dataset, config)
+
+
+def _read_or_take(path, origin, config, dataset, device):
+    averages = _read(path, origin, len(dataset))
+    if averages is None:
+        say(f"metadata: taking {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, this once")
+        averages = _extract(config, dataset, device)
+        _write(path, {"origin": origin, "averages": averages}, needed=dist.is_initialized())
+        return averages
+    say(f"metadata: {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, read from {path}")
+    if config.vgg_weights == "random":
+        vgg.warn_of_random()
+    return averages
+
+
+@torch.no_grad()
+def _extract(config, dataset, device):
+    """The layer's averages over space, float16 (len(dataset), 512), of every picture in order, without flips."""
+    net = vgg.load(config.vgg_weights, "--metadata false")[: vgg.LAYERS[config.metadata_layer]].to(device)
+    averages = torch.empty(len(dataset), vgg.WIDTH, dtype=torch.float16)
+    with tqdm(total=len(dataset), unit="picture", desc="metadata", dynamic_ncols=True) as progress:
+        for indices in torch.arange(len(dataset)).split(BATCH):
+            images = normalize(torch.stack([dataset[index] for index in indices.tolist()]).to(device))
+            if images.shape[-1] > LARGEST:
+                images = interpolate(images, size=(LARGEST, LARGEST), mode="bilinear", antialias=True)
+            averages[indices] = net(vgg.normalize(images)).mean((2, 3)).half().cpu()
+            progress.update(len(indices))
+    if not averages.isfinite().all():
+        raise DataError(f"--vgg_weights {config.vgg_weights}: these weights give numbers that are not finite")
+    return averages
+
+
+def _standardize(averages):
+    """Rows float16 (at most MAX_ROWS, 512), evenly spread over `averages`; all count for mean and variance."""
+    kept = torch.arange(min(len(averages), MAX_ROWS)) * len(averages) // min(len(averages), MAX_ROWS)
+    spread, mean = torch.std_mean(averages.float(), 0, correction=0)
+    flat = spread <= 2**-10 * mean.abs()                # no more than float16's rounding makes
+    rows = (averages[kept].float() - mean) / spread
+    return rows.masked_fill(flat, 0).half()
+
+
+def _read(path, origin, count):
+    """The averages in the cache file, or None if there is none that is whole and of this origin; says why."""
+    if not path.exists():
+        return None
+    try:
+        cache = checkpoint.load(path)                   # checks the file's checksums, too
+    except CheckpointError as error:
+        say(f"metadata: the cache {error}; taking it anew")
+        return None
+    averages = cache.get("averages") if isinstance(cache, dict) and cache.get("origin") == origin else None
+    if (not isinstance(averages, torch.Tensor) or averages.dtype != torch.float16
+            or averages.shape != (count, vgg.WIDTH)):
+        say(f"metadata: the cache {path} is of other pictures, weights or another program; taking it anew")
+        return None
+    return averages
+
+
+def _write(path, cache, needed):
+    """Write the cache file. Where the disk refuses, says so, or raises DataError if other processes need it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda temporary: torch.save(cache, temporary))
+    except (OSError, RuntimeError) as error:            # a full disk comes as RuntimeError out of torch.save
+        problem = f"cannot write {path} ({(str(error).splitlines() or [type(error).__name__])[0]})"
+        if needed:
+            raise DataError(f"--cache_path: {problem}, from where the other processes read it; free some space, "
+                            "or name another folder") from None
+        say(f"metadata: {problem}; going on without, and taking it again next time (--cache_path moves it)")

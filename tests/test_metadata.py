@@ -1,0 +1,510 @@
+"""Metadata: what is taken from pictures and when, the bank's statistics, what G is fed."""
+
+import os
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metadata
+import vgg
+from data_loader import build_dataset, fingerprint, normalize
+from metadata import HOW, Bank, Latents, find_bank, same_pictures
+from parameter import DataError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return tmp_path
+
+
+def paint(path, seed, size=40):
+    noise = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def folder(home):
+    (home / "pictures").mkdir()
+    for number in range(5):
+        paint(home / "pictures" / f"{number}.png", number)
+    return home / "pictures"
+
+
+def make_config(folder, **changes):
+    values = dict(dataset="folder", image_path=str(folder), imsize=16, batch_size=2, num_workers=0)
+    values |= dict(vgg_weights="random", metadata_layer="relu5_3", cache_path="cache")
+    return SimpleNamespace(**{**values, **changes})
+
+
+def find(folder, **changes):
+    config = make_config(folder, **changes)
+    return find_bank(config, build_dataset(config), "cpu")
+
+
+def same(one, other):
+    return torch.equal(one.rows, other.rows) and one.state().keys() == other.state().keys() and all(
+        one.state()[key] == other.state()[key] for key in ("layer", "weights", "pictures"))
+
+
+@pytest.fixture
+def extractions(monkeypatch):
+    """A list that grows by one whenever VGG is loaded, that is whenever pictures are looked at."""
+    loaded, load = [], vgg.load
+    monkeypatch.setattr(vgg, "load", lambda *words: loaded.append(words) or load(*words))
+    return loaded
+
+
+def cache_file():
+    (path,) = Path("cache/metadata").iterdir()
+    return path
+
+
+# ---- what is taken ----
+
+
+@pytest.mark.parametrize("layer", ["relu5_3", "relu4_3"])
+def test_rows_are_the_standardized_averages_of_the_layer(folder, layer):
+    config = make_config(folder, metadata_layer=layer)
+    dataset = build_dataset(config)
+    bank = find_bank(config, dataset, "cpu")
+    images = normalize(torch.stack([dataset[index] for index in range(5)]))
+    features = vgg.load("random", "")[: vgg.LAYERS[layer]](vgg.normalize(images))
+    averages = features.mean((2, 3)).half().double()    # they are kept in half precision
+    spread = averages.std(0, correction=0)
+    apart = spread > averages.mean(0) * 1e-3
+    assert 300 < apart.sum() < 512                      # some channels answer to nothing here
+    expected = (averages - averages.mean(0)) / spread
+    assert bank.rows.dtype == torch.float16 and bank.rows.shape == (5, 512)
+    assert torch.allclose(bank.rows.double()[:, apart], expected[:, apart], atol=2e-3)
+    assert not bank.rows[:, ~apart].any()
+    assert (bank.layer, bank.weights) == (layer, "random")
+    assert bank.pictures == fingerprint(dataset, config)
+
+
+def test_more_pictures_than_a_batch_keep_their_order(folder):
+    for number in range(5, 40):
+        paint(folder / f"{number}.png", number)
+    rows = find(folder).rows.float()
+    config = make_config(folder)
+    dataset = build_dataset(config)
+    images = vgg.normalize(normalize(torch.stack([dataset[index] for index in range(40)])))
+    averages = vgg.load("random", "")[: vgg.LAYERS["relu5_3"]](images).mean((2, 3))
+    expected = (averages - averages.mean(0)) / averages.std(0, correction=0)
+    lively = averages.std(0) > 0.1 * averages.std(0).max()
+    assert torch.allclose(rows[:, lively], expected[:, lively], atol=0.05)
+
+
+def test_large_pictures_are_reduced_before_vgg(folder, monkeypatch):
+    seen = []
+
+    def look(images):
+        seen.append(images)
+        return torch.zeros(len(images), 3, 16, 16)
+
+    monkeypatch.setattr(vgg, "normalize", look)
+    monkeypatch.setattr(metadata, "LARGEST", 32)
+    stripes = np.zeros((128, 128, 3), np.uint8)
+    stripes[:, ::4] = 255                               # a quarter white: -0.5 on average, -1 where it is skipped
+    Image.fromarray(stripes).save(folder / "0.png")
+    find(folder, imsize=128)
+    assert seen[0].shape == (5, 3, 32, 32)
+    assert torch.allclose(seen[0][0, :, :, 2:-2], torch.tensor(-0.5), atol=0.1)
+    find(folder, imsize=32)
+    assert seen[1].shape == (5, 3, 32, 32)
+
+
+def test_a_bar_counts_the_pictures_and_a_line_says_what_is_done(folder, capsys):
+    find(folder)
+    captured = capsys.readouterr()
+    assert "relu5_3" in captured.out and "5 pictures" in captured.out
+    assert "5/5" in captured.err and "picture" in captured.err
+
+
+def test_equal_pictures_give_zeros(home, folder):
+    for path in folder.iterdir():
+        paint(path, 0)
+    assert not find(folder).rows.any()
+
+
+def test_what_float16_cannot_tell_from_rounding_is_no_spread():
+    averages = torch.full((50, 512), 3.0).half()
+    averages[::2, 0] += 2**-9                           # the next number that float16 has
+    averages[::2, 1] += 2**-5
+    averages[:, 2] = 0
+    rows = metadata._standardize(averages)
+    assert rows[:, 1].float().abs().mean() == pytest.approx(1, abs=1e-3)
+    assert not rows[:, 0].any() and not rows[:, 2:].any()
+
+
+def test_the_bank_is_capped_and_spread_evenly_but_all_pictures_count(monkeypatch):
+    monkeypatch.setattr(metadata, "MAX_ROWS", 10)
+    averages = torch.rand(95, 512, generator=torch.Generator().manual_seed(0)).half()
+    rows = metadata._standardize(averages)
+    values = averages.double()
+    expected = (values - values.mean(0)) / values.std(0, correction=0)
+    chosen = [int(i) for i in (expected[:, None] - rows.double()).abs().sum(2).argmin(0)]
+    assert torch.allclose(rows.double(), expected[chosen], atol=2e-3)
+    assert chosen[0] == 0 and {b - a for a, b in zip(chosen, chosen[1:], strict=False)} == {9, 10}
+
+
+def test_global_random_states_stay(folder):
+    before = torch.get_rng_state()
+    find(folder)
+    find(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- the cache ----
+
+
+def test_a_second_run_reads_the_cache_and_says_so(folder, capsys, monkeypatch):
+    fresh = find(folder)
+    monkeypatch.setattr(vgg, "load", lambda *words: pytest.fail("VGG was loaded"))
+    capsys.readouterr()
+    again = find(folder)
+    out = capsys.readouterr().out
+    assert "5 pictures" in out and f"read from {cache_file()}" in out and "random weights" in out
+    assert same(fresh, again)
+
+
+def repaint(folder):
+    paint(folder / "3.png", 77)
+
+
+def add(folder):
+    paint(folder / "9.png", 9)
+
+
+def remove(folder):
+    (folder / "4.png").unlink()
+
+
+def train_vgg(folder):
+    torch.save({name: tensor * 2 for name, tensor in vgg.load("random", "").state_dict().items()}, "w.pth")
+
+
+@pytest.mark.parametrize(("change", "changes"), [
+    (repaint, {}), (add, {}), (remove, {}), (None, {"metadata_layer": "relu4_3"}), (None, {"imsize": 32}),
+    (train_vgg, {"vgg_weights": "w.pth"}),
+], ids=["changed", "added", "removed", "layer", "imsize", "weights"])
+def test_whatever_changes_it_is_taken_anew(folder, extractions, change, changes):
+    before = find(folder)
+    if change:
+        change(folder)
+    del extractions[:]
+    after = find(folder, **changes)
+    assert len(extractions) == 1 and not same(before, after)
+    assert len(list(Path("cache/metadata").iterdir())) == 2
+
+
+def test_another_file_of_weights_under_the_same_name_is_another(folder, extractions):
+    state = vgg.load("random", "").state_dict()
+    for factor in (1, 2):
+        torch.save({name: tensor * factor for name, tensor in state.items()}, "w.pth")
+        del extractions[:]
+        find(folder, vgg_weights="w.pth")
+        find(folder, vgg_weights="w.pth")
+        assert len(extractions) == 1
+
+
+def test_what_does_not_matter_does_not_change_it(folder, extractions):
+    find(folder)
+    find(folder, batch_size=4, num_workers=2)
+    assert len(extractions) == 1
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64                    # in the middle of the numbers: torch.load would not mind
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    flip, lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b"<html>"),
+], ids=["flipped", "short", "html"])
+def test_a_damaged_cache_is_taken_anew(folder, extractions, capsys, damage):
+    fresh = find(folder)
+    damage(cache_file())
+    capsys.readouterr()
+    assert same(find(folder), fresh) and len(extractions) == 2
+    assert f"{cache_file()} is damaged" in capsys.readouterr().out
+    assert same(find(folder), fresh) and len(extractions) == 2
+
+
+@pytest.mark.parametrize("foreign", [
+    lambda cache: [1, 2],
+    lambda cache: {**cache, "origin": {**cache["origin"], "procedure": 0}},
+    lambda cache: {**cache, "origin": {**cache["origin"], "pictures": "0" * 64}},
+    lambda cache: {**cache, "averages": cache["averages"][:4]},
+    lambda cache: {**cache, "averages": cache["averages"].float()},
+    lambda cache: {"origin": cache["origin"]},
+])
+def test_a_foreign_cache_is_taken_anew(folder, extractions, capsys, foreign):
+    fresh = find(folder)
+    torch.save(foreign(torch.load(cache_file(), weights_only=True)), cache_file())
+    capsys.readouterr()
+    assert same(find(folder), fresh) and len(extractions) == 2
+    assert f"{cache_file()} is of other" in capsys.readouterr().out
+
+
+def test_a_disk_that_refuses_costs_the_cache_alone(folder, capsys):
+    expected = find(folder)
+    capsys.readouterr()
+    Path("blocked").write_text("a file")
+    assert same(find(folder, cache_path="blocked"), expected)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cannot write" in line]
+    assert "--cache_path" in line
+    assert Path("blocked").read_text() == "a file"
+
+
+def test_a_full_disk_leaves_nothing_half(folder, monkeypatch):
+    def fill(thing, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fill)
+    assert find(folder).rows.shape == (5, 512)
+    assert list(Path("cache/metadata").iterdir()) == []
+
+
+# ---- what can go wrong ----
+
+
+def test_missing_weights_without_a_network_name_the_two_ways_on(folder, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(DataError) as caught:
+        find(folder, vgg_weights="imagenet")
+    text = str(caught.value)
+    assert "bash download.sh VGG16" in text and "--metadata false" in text and "unreachable" in text
+    assert len(text.splitlines()) == 2 and not Path("cache").exists()
+
+
+def test_a_cache_made_with_imagenets_weights_needs_no_weights(folder, monkeypatch):
+    load = vgg.load
+    monkeypatch.setattr(vgg, "load", lambda weights, otherwise: load("random", otherwise))
+    fresh = find(folder, vgg_weights="imagenet")
+    monkeypatch.setattr(vgg, "load", lambda *words: pytest.fail("VGG was loaded"))
+    assert same(find(folder, vgg_weights="imagenet"), fresh)
+    assert fresh.weights == vgg.SHA256
+
+
+def test_a_bad_picture_is_named_and_nothing_is_cached(folder):
+    (folder / "2.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match="2.png"):
+        find(folder)
+    assert not Path("cache").exists()
+
+
+def test_weights_that_give_no_numbers_are_refused(folder):
+    state = vgg.load("random", "").state_dict()
+    torch.save({name: tensor * 1e4 for name, tensor in state.items()}, "w.pth")
+    with pytest.raises(DataError, match="--vgg_weights w.pth"):
+        find(folder, vgg_weights="w.pth")
+    assert not Path("cache").exists()
+
+
+def test_changed_pictures_are_noticed(folder):
+    bank = find(folder)
+
+    def now(**changes):
+        config = make_config(folder, **changes)
+        return same_pictures(bank, config, build_dataset(config))
+
+    assert now() and now(batch_size=3)
+    assert not now(imsize=32)
+    repaint(folder)
+    assert not now()
+
+
+# ---- several processes ----
+
+PROCESS = """
+import os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+sys.path[:0] = sys.argv[1:3]
+import metadata, parameter, test_metadata, vgg
+from data_loader import build_dataset
+
+dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meeting"), rank=int(os.environ["RANK"]),
+                        world_size=2, timeout=timedelta(seconds=1))
+load = vgg.load
+def slow(*words):
+    assert os.environ["RANK"] == "0", "only the first process takes them"
+    time.sleep(2.5)
+    return load(*words)
+vgg.load = slow
+config = test_metadata.make_config("pictures", cache_path=sys.argv[3])
+try:
+    bank = metadata.find_bank(config, build_dataset(config), "cpu")
+    print(bank.rows.float().sum().item(), bank.rows.float().std().item())
+except parameter.DataError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def two_processes(cache_path):
+    rooms = [str(Path(metadata.__file__).parent), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", PROCESS, *rooms, cache_path]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
+    done = [process.communicate(timeout=60) for process in running]
+    assert [process.returncode for process in running] == [0, 0], done
+    return [out.splitlines() for out, _ in done]
+
+
+@pytest.mark.slow
+def test_the_first_process_takes_them_and_the_others_wait_beyond_any_timeout(folder):
+    first, second = two_processes("cache")
+    assert first[-1] == second[-1] and len(second) == 1
+    bank = find(folder)
+    assert float(first[-1].split()[1]) == bank.rows.float().std().item()
+
+
+@pytest.mark.slow
+def test_several_processes_need_a_cache(folder):
+    Path("blocked").write_text("a file")
+    first, second = two_processes("blocked")
+    assert "--cache_path: cannot write" in first[-1]
+    assert "--cache_path blocked: the first process left no" in second[0]
+
+
+# ---- the bank ----
+
+
+@pytest.fixture(scope="module")
+def bank():
+    """500 rows that are correlated and far from normal: their numbers are mixed cubes."""
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(500, 6, generator=generator) ** 3
+    averages = few @ torch.randn(6, 512, generator=generator) + 0.1 * torch.randn(500, 512, generator=generator)
+    return Bank(metadata._standardize(averages.half()), "relu5_3", "random", "0" * 64)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_draws_have_the_rows_mean_variance_and_covariance(bank, how):
+    rows = bank.rows.double()
+    drawn = bank.draw(20_000, how, torch.Generator().manual_seed(1))
+    assert drawn.dtype == torch.float32 and drawn.shape == (20_000, 512)
+    covariance, expected = drawn.double().T.cov(), rows.T.cov(correction=0)
+    assert drawn.mean(0).abs().max() < 0.05
+    assert covariance.diag().mean() == pytest.approx(1, abs=0.03)
+    assert (covariance.diag() - 1).abs().max() < 0.15
+    assert (covariance - expected).abs().mean() < 0.02 < 0.2 < expected.abs().mean()
+
+
+def test_gauss_takes_no_mean_for_spread(bank):
+    shifted = bank.rows + 1                             # the rows kept of a large set are a little off 0, too
+    drawn = Bank(shifted, "", "", "").draw(5000, "gauss", torch.Generator().manual_seed(1))
+    assert drawn.var(0).mean() == pytest.approx(1, abs=0.05)
+
+
+def test_bank_gives_rows_and_all_of_them(bank):
+    drawn = bank.draw(10_000, "bank", torch.Generator().manual_seed(0))
+    rows = {row.numpy().tobytes() for row in bank.rows.float()}
+    assert {row.numpy().tobytes() for row in drawn} == rows
+
+
+def test_mix_is_of_two_or_three_rows_with_weights_of_norm_one():
+    bank = Bank(torch.eye(512).half(), "", "", "")      # so that the weights can be read off
+    drawn = bank.draw(2000, "mix", torch.Generator().manual_seed(0))
+    weights = drawn.sort(1, descending=True).values
+    apart = (weights > 0).sum(1)                        # now and then a row comes twice
+    assert apart.max() == 3 and (weights >= 0).all()
+    assert 0.4 < (apart == 2).float().mean() < 0.6 < 0.95 < (apart >= 2).float().mean()
+    assert torch.allclose(drawn[apart == 3].norm(dim=1), torch.ones(int((apart == 3).sum())), atol=1e-3)
+    shares = weights[apart == 2] / weights[apart == 2].sum(1, keepdim=True)
+    assert 0.7 < shares[:, 0].mean() < 0.8              # a uniform cut: the larger part has 3 / 4 on average
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_generator_decides_and_the_global_state_stays(bank, how):
+    before = torch.get_rng_state()
+    first, second, other = (bank.draw(7, how, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert torch.equal(bank.draw(7, how), first)
+
+
+def test_the_bank_travels_in_a_checkpoint(bank, tmp_path):
+    torch.save({"metadata": bank.state(), "none": Latents(8).state()}, tmp_path / "c.pth")
+    state = torch.load(tmp_path / "c.pth", weights_only=True)
+    assert same(Bank.from_state(state["metadata"]), bank)
+    assert state["metadata"]["rows"].dtype == torch.float16
+    assert Bank.from_state(state["none"]) is None
+
+
+# ---- what G is fed ----
+
+
+def test_without_a_bank_it_is_plain_noise():
+    latents = Latents(8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        got, after = latents.training(5), torch.rand(1)
+        torch.manual_seed(0)
+        assert torch.equal(got, torch.randn(5, 8)) and torch.equal(after, torch.rand(1))
+    expected = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(latents.sampling(5, torch.Generator().manual_seed(2)), expected)
+
+
+def test_training_appends_one_pictures_metadata_to_the_same_noise(bank):
+    latents = Latents(8, bank, "gauss")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        fed = latents.training(50)
+        torch.manual_seed(0)
+        assert torch.equal(fed[:, :8], torch.randn(50, 8))
+    assert fed.shape == (50, 520) and fed.dtype == torch.float32
+    assert (fed[:, None, 8:] == bank.rows.float()).all(2).sum(1).eq(1).all()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_sampling_draws_as_asked_from_its_generator(bank, how):
+    before = torch.get_rng_state()
+    fed = Latents(8, bank, how).sampling(20, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(fed[:, :8], torch.randn(20, 8, generator=generator))
+    assert torch.equal(fed[:, 8:], bank.draw(20, how, generator))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_and_samples_are_the_same(bank):
+    latents = Latents(8, bank, "mix", "cuda")
+    with torch.random.fork_rng():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            fed = latents.training(64)
+            drawn = [latents.bank.draw(64, how) for how in HOW]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert fed.is_cuda and fed.shape == (64, 520) and all(rows.is_cuda for rows in drawn)
+    assert latents.state()["rows"].device.type == "cpu"
+    samples = latents.sampling(9, torch.Generator().manual_seed(0))
+    assert torch.equal(samples, Latents(8, bank, "mix").sampling(9, torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.gpu
+def test_a_gpu_sees_what_the_cpu_sees(folder):
+    config = make_config(folder)
+    dataset = build_dataset(config)
+    expected = find_bank(config, dataset, "cpu").rows.float()
+    config.cache_path = "another"
+    rows = find_bank(config, dataset, "cuda").rows
+    assert rows.is_cuda and (rows.cpu().float() - expected).abs().median() < 0.02
