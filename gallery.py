@@ -1,8 +1,8 @@
-"""The pictures of a run: grids of samples and overlays of attention maps.
+"""The pictures of a run: grids of samples, overlays of attention maps and masks, reconstructions.
 
 Everything here takes plain tensors and writes one PNG; nothing knows of networks, runs or flags. Images are
 (B, 3, H, W) in [-1, 1]. A picture of a diverged run is worth having too, so numbers that are not finite are
-drawn (NaN as mid grey, and said so beneath a map) and never raise. Files appear whole or not at all. What
+drawn (NaN as mid grey, and said so beside a map or a row) and never raise. Files appear whole or not at all. What
 goes wrong with the disk leaves as OSError.
 """
 
@@ -32,6 +32,7 @@ QUERY_COLOURS = (
 )
 
 PAGE, INK, QUIET, WARN = (22, 23, 27), (236, 236, 238), (154, 157, 166), (255, 190, 92)
+EDGE = (84, 87, 96)  # frames that stand for nothing
 
 # Anchors of the heat ramp at 0, 1/4, ..., 1: lightness climbs in equal steps, so that equal steps of map look
 # equal. The heat is *added* to the dimmed picture: black is transparent, and as the ramp climbs faster than
@@ -42,6 +43,7 @@ _HEAT = np.stack([np.interp(_LEVELS, np.linspace(0, 1, 5), c) for c in _ANCHORS.
 _THROUGH = (1 - 0.5 * _LEVELS)[:, None]  # how much of the dimmed picture still shows at each level
 
 GAP, MARGIN, FRAME, RAMP = 2, 24, 3, 120  # px; RAMP is the length of the heat scale in the legend
+SCREEN = 1920  # px, the width that eight columns should not exceed
 
 
 def grid_side(imsize):
@@ -134,85 +136,204 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
     if maps.dim() != 4 or tuple(maps.shape[:2]) != (B, Q) or not B * Q:
         raise ValueError(f"save_attention: {B} images and {Q} queries do not fit maps {tuple(maps.shape)}")
     h, w = maps.shape[2:]
-    cells = _enlarge(to_uint8(images))  # (B, cell, cell, 3)
-    cell = cells.shape[1]
+    cells = to_uint8(images)
+    cell = _shown(cells.shape[1])
     maps = maps.detach().float().cpu()
     gamma, entropy = (float(torch.as_tensor(number).detach()) for number in (gamma, entropy))
     colours = [QUERY_COLOURS[i % len(QUERY_COLOURS)] for i in range(Q)]
 
-    title, small = _font(17), _font(13)
-    pitch_x, pitch_y = cell + 2 * FRAME + 10, cell + 2 * FRAME + 34
-    # x of the image, then of each map: these stand a little apart from the column of images.
-    left = [MARGIN] + [MARGIN + cell + 18 + FRAME + i * pitch_x for i in range(Q)]
-    width = max(left[-1] + cell + FRAME + MARGIN, 400)
     head = [(layer, INK), (f"{h}x{w} keys", QUIET), (f"step {step}", QUIET)]
     # Spelled out: Pillow's own font has no Greek.
     head += [(f"gamma = {gamma:+.4f}", INK), (f"entropy {entropy:.2f}", INK)]
     if abs(gamma) < 0.005:
         head += [("gamma is near 0: almost no effect yet", WARN)]
     legend = ("0", None, "maximum of each map", "max: times uniform attention", "H: entropy, 1 = uniform")
-    foot = [(text, QUIET) for text in legend]
-    head, head_height = _flow(head, title, width - 2 * MARGIN, 26)
-    foot, foot_height = _flow(foot, small, width - 2 * MARGIN, 20)
-    top = MARGIN + head_height + 40
-    height = top + B * pitch_y + 6 + foot_height + MARGIN
-
-    pixels = np.empty((height, width, 3), np.uint8)
-    pixels[:] = PAGE
-    for b in range(B):
-        y = top + b * pitch_y
-        pixels[y : y + cell, left[0] : left[0] + cell] = cells[b]
-        for i, overlay in enumerate(_overlays(cells[b], maps[b])):
-            x = left[i + 1]
-            pixels[y - FRAME : y + cell + FRAME, x - FRAME : x + cell + FRAME] = colours[i]
-            pixels[y : y + cell, x : x + cell] = overlay
-
-    page = Image.fromarray(pixels)
-    draw = ImageDraw.Draw(page)
-    _put(page, draw, head, MARGIN, MARGIN - 6, title)
-    _put(page, draw, foot, MARGIN, height - MARGIN - foot_height + 6, small)
-    draw.text((left[0], top - 11), "image", INK, small, "ls")
+    columns = [(f"query {i + 1}", colour, colour, "") for i, colour in enumerate(colours)]
+    rows = [([_of_peak(map) for map in row], [_caption(map) for map in row]) for row in maps]
+    page, left, tops = _sheet(head, legend, _enlarge(cells, cell), columns, rows)
     for i, (down, right) in enumerate((queries * cell).tolist()):
-        draw.text((left[i + 1] - FRAME, top - 11), f"query {i + 1}", colours[i], small, "ls")
-        for b in range(B):
-            y = top + b * pitch_y
+        for y in tops:
             _dot(page, left[0] + right, y + down, max(5, cell // 36), colours[i])
             _dot(page, left[i + 1] + right, y + down, max(4, cell // 50), colours[i])
-            draw.text((left[i + 1] - FRAME, y + cell + FRAME + 16), _caption(maps[b, i]), QUIET, small, "ls")
     _write(page, path)
 
 
-def _enlarge(cells):
-    """uint8 (B, S, S, 3) -> (B, cell, cell, 3): a whole multiple of S of about 192 px, at most 256 px."""
-    S = cells.shape[1]
-    if S > 256:
-        return np.stack([Image.fromarray(c).resize((256, 256), Image.Resampling.LANCZOS) for c in cells])
-    zoom = min(math.ceil(192 / S), 256 // S)
-    return cells.repeat(zoom, 1).repeat(zoom, 2)
+def save_masks(images, masks, path, title, step):
+    """Write one PNG that shows what each layer's spatial mask favours: a row per image, a column per layer.
+
+    images: (B, 3, S, S) in [-1, 1]. masks: {layer name: (B, 1, h, w)}, sigmoid values in (0, 1); layers may
+    differ in h and w. title: str; step: int.
+
+    The first column is the image. In the others the image is dimmed and the layer's mask glows over it. A
+    mask need not use much of (0, 1), so each is stretched from its own minimum (no heat) to its own maximum;
+    the caption beneath tells its true range and mean. One whose range is below 0.0001 counts as constant and
+    has no heat anywhere; neither has a place whose value is not finite. Where all masks of a layer together
+    span less than 0.05, its heading warns that they hardly tell one place from another. Sizes of images as in
+    save_attention. The file appears whole or not at all; missing folders are made.
+    Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
+    """
+    shapes = [tuple(images.shape)] + [tuple(mask.shape) for mask in masks.values()]
+    B, S = shapes[0][:1], shapes[0][-1:]
+    fit = shapes[0] == B + (3,) + S + S and all(len(s) == 4 and s[:2] == B + (1,) for s in shapes[1:])
+    if not (fit and masks and all(map(math.prod, shapes))):
+        raise ValueError(f"save_masks: images {shapes[0]} and masks {shapes[1:]} do not fit together")
+    masks = {layer: mask.detach().float().cpu()[:, 0] for layer, mask in masks.items()}
+    columns = []
+    for layer, mask in masks.items():
+        flat = mask.max() - mask.min() < 0.05  # false if any value is not finite
+        note = "nearly constant: almost no effect" if flat else ""
+        columns.append((f"{layer}  {mask.size(1)}x{mask.size(2)}", INK, EDGE, note))
+    per_image = zip(*masks.values(), strict=True)
+    rows = [([_stretched(mask) for mask in row], [_mask_caption(mask) for mask in row]) for row in per_image]
+    legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers")
+    cells = _enlarge(to_uint8(images), _shown(*S))
+    page, _, _ = _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows)
+    _write(page, path)
+
+
+def save_reconstructions(rows, path, title, step):
+    """Write one PNG with a labelled row of pictures per entry: real images and what was made of them.
+
+    rows: {label: (B, 3, h, w) in [-1, 1]}, in the order of the page; column i of every row belongs to the
+    same image. Rows may differ in h and w: all are shown at one size, that of save_attention for the largest
+    of them, or less so that 8 columns stay within 1920 px; what is not square keeps its shape. title: str;
+    step: int. A row with numbers that are not finite says so. The file appears whole or not at all; missing
+    folders are made.
+    Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
+    """
+    shapes = [tuple(images.shape) for images in rows.values()]
+    if not shapes or any(len(s) != 4 or s[:2] != (shapes[0][0], 3) or not math.prod(s) for s in shapes):
+        raise ValueError(f"save_reconstructions: rows {shapes} are not pictures of the same number of images")
+    B = shapes[0][0]
+    gap, small = 2 * GAP, _font(13)
+    limit = min(256, (SCREEN - 2 * MARGIN) // min(B, 8) - gap)
+    cell = _shown(max(max(shape[2:]) for shape in shapes), limit)
+    labels = []
+    for label, images in rows.items():
+        parts = [(label, INK)] + [("not finite", WARN)] * (not images.isfinite().all())
+        labels.append(_flow(parts, small, math.inf, 14)[0])
+    width = max([B * (cell + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
+    legend = ("each column belongs to one image",)
+    page, draw, top = _page([(title, INK), (f"step {step}", QUIET)], legend, width, len(rows) * (cell + 38))
+    for label, images in zip(labels, rows.values(), strict=True):
+        _put(page, draw, label, MARGIN, top + 10, small)
+        top += 32
+        for i, picture in enumerate(_enlarge(to_uint8(images), cell)):
+            h, w, _ = picture.shape
+            place = MARGIN + i * (cell + gap) + (cell - w) // 2, top + (cell - h) // 2
+            page.paste(Image.fromarray(picture), place)
+        top += cell + 6
+    _write(page, path)
+
+
+def _shown(side, limit=256):
+    """The px at which a picture of this side is shown: a whole multiple of about 192, at most `limit`."""
+    return limit if side > limit else side * min(math.ceil(192 / side), limit // side)
+
+
+def _enlarge(cells, cell):
+    """uint8 (B, h, w, 3) -> the same with `cell` px at the longer side; square blocks where it divides `cell`."""
+    h, w = cells.shape[1:3]
+    zoom, rest = divmod(cell, max(h, w))
+    if not rest:
+        return cells.repeat(zoom, 1).repeat(zoom, 2)
+    size = [max(1, round(side * cell / max(h, w))) for side in (w, h)]
+    return np.stack([Image.fromarray(c).resize(size, Image.Resampling.LANCZOS) for c in cells])
 
 
 def _caption(map):
-    """The line beneath the overlay of one map (h, w)."""
+    """The line beneath the overlay of one attention map (h, w)."""
     if not map.isfinite().all():
         return "map is not finite"
     return f"max {map.max().item() * map.numel():.1f}x    H {normalized_entropy(map[None, None]).item():.2f}"
 
 
+def _mask_caption(mask):
+    """The line beneath the overlay of one mask (h, w)."""
+    if not mask.isfinite().all():
+        return "mask is not finite"
+    low, high = mask.min().item(), mask.max().item()
+    digits = 2 if high - low >= 0.02 else 4
+    return f"{low:.{digits}f}-{high:.{digits}f}  mean {mask.mean().item():.{digits}f}"
+
+
+def _of_peak(map):
+    """An attention map (h, w) in multiples of its maximum; zeros where there is no attention."""
+    map = map.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
+    peak = map.max()
+    return map / torch.where(peak > 0, peak, 1.0)
+
+
+def _stretched(mask):
+    """A mask (h, w) from its minimum, 0, to its maximum, 1; zeros if they differ by less than can be told."""
+    sound = mask.isfinite()
+    if not sound.any() or mask[sound].max() - mask[sound].min() < 1e-4:
+        return torch.zeros_like(mask)
+    low, high = mask[sound].min(), mask[sound].max()
+    return (torch.where(sound, mask, low) - low) / (high - low)
+
+
 def _overlays(cell, maps):
-    """uint8 (cell, cell, 3) and maps (Q, h, w) -> Q uint8 pictures with the map glowing over the cell."""
-    size = cell.shape[0]
-    maps = maps.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
-    peaks = maps.amax((1, 2), keepdim=True)
-    maps = maps / torch.where(peaks > 0, peaks, 1.0)
-    # Bicubic passes smoothly through the keys' centres; what it over- and undershoots is not attention, so it
-    # is cut off. antialias matters only where a map is finer than the cell.
-    maps = F.interpolate(maps[None], (size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
-    levels = (maps * 255).round().to(torch.uint8).numpy()
+    """uint8 (cell, cell, 3) and maps (h, w) in [0, 1] -> uint8 pictures with each map glowing over the cell."""
     picture = cell.astype(np.float32)
     grey = picture @ np.array((0.299, 0.587, 0.114), np.float32)
     dim = 0.42 * (0.4 * picture + 0.6 * grey[..., None])
-    for level in levels:
+    for map in maps:
+        # Bicubic passes smoothly through the centres; what it over- and undershoots is nothing that the map
+        # says, so it is cut off. antialias matters only where a map is finer than the cell.
+        fine = F.interpolate(map[None, None], cell.shape[:2], mode="bicubic", antialias=True)[0, 0].clamp(0, 1)
+        level = (fine * 255).round().to(torch.uint8).numpy()
         yield np.minimum(dim * _THROUGH[level] + _HEAT[level], 255).astype(np.uint8)
+
+
+def _sheet(head, legend, cells, columns, rows):
+    """A page with one row per cell: the picture, then its overlays in frames with a caption beneath each.
+
+    head, legend: as in _page. cells: uint8 (B, cell, cell, 3). columns: (heading, its colour, the frame's
+    colour, a warning or "") per overlay. rows: (maps in [0, 1], captions) per cell.
+    -> (page, lefts of all columns, tops of all rows), those of the pictures without their frames.
+    """
+    cell, small = cells.shape[1], _font(13)
+    texts = [text for heading, _, _, note in columns for text in (heading, note)]
+    texts += [caption for _, captions in rows for caption in captions]
+    pitch_x = max(cell + 2 * FRAME, *(math.ceil(small.getlength(text)) for text in texts)) + 10
+    pitch_y = cell + 2 * FRAME + 34
+    # x of the image, then of each map: these stand a little apart from the column of images.
+    left = [MARGIN] + [MARGIN + cell + 18 + FRAME + i * pitch_x for i in range(len(columns))]
+    over = 58 if any(note for *_, note in columns) else 40  # the px taken by headings
+    page, draw, top = _page(head, legend, left[-1] - FRAME + pitch_x - 10 - MARGIN, over + len(cells) * pitch_y)
+    tops = [top + over + b * pitch_y for b in range(len(cells))]
+    draw.text((MARGIN, top + 29), "image", INK, small, "ls")
+    for x, (heading, colour, _, note) in zip(left[1:], columns, strict=True):
+        draw.text((x - FRAME, top + 29), heading, colour, small, "ls")
+        draw.text((x - FRAME, top + 47), note, WARN, small, "ls")
+    for y, picture, (maps, captions) in zip(tops, cells, rows, strict=True):
+        page.paste(Image.fromarray(picture), (MARGIN, y))
+        for i, overlay in enumerate(_overlays(picture, maps)):
+            x = left[i + 1]
+            draw.rectangle((x - FRAME, y - FRAME, x + cell + FRAME - 1, y + cell + FRAME - 1), columns[i][2])
+            page.paste(Image.fromarray(overlay), (x, y))
+            draw.text((x - FRAME, y + cell + FRAME + 16), captions[i], QUIET, small, "ls")
+    return page, left, tops
+
+
+def _page(head, legend, width, body):
+    """An empty page with room for width x body px (wider if the head needs that).
+
+    head: (text, colour) parts above; legend: texts below, None being the heat scale.
+    -> (page, its ImageDraw, y where the body begins); it begins at x = MARGIN.
+    """
+    title, small = _font(17), _font(13)
+    foot = [(text, QUIET) for text in legend]
+    width = max(width, 400 - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head))
+    head, head_height = _flow(head, title, width, 26)
+    foot, foot_height = _flow(foot, small, width, 20)
+    height = 2 * MARGIN + head_height + body + 6 + foot_height
+    page = Image.new("RGB", (width + 2 * MARGIN, height), PAGE)
+    draw = ImageDraw.Draw(page)
+    _put(page, draw, head, MARGIN, MARGIN - 6, title)
+    _put(page, draw, foot, MARGIN, height - MARGIN - foot_height + 6, small)
+    return page, draw, MARGIN + head_height
 
 
 @lru_cache

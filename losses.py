@@ -1,28 +1,49 @@
-"""Objectives: what D and G minimize. One class per loss, one row in `OBJECTIVES`.
+"""Objectives: what D and G minimize. One class per loss, one row in `OBJECTIVES` where `--adv_loss` chooses it.
 
     objective.d_loss(D, real, fake) -> (scalar, {name: detached scalar})
     objective.g_loss(D, fake)       -> (scalar, {...})
 
-`real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first. They only
-compute: the loop owns every `backward()` and every optimizer step.
+`real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both as D sees
+them, augmented. Objectives only compute: the loop owns every `backward()` and every optimizer step.
 """
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import vgg
+from distributed import after_first, say
+from fastgan_models import downscale
+
 
 class Hinge:
     """Hinge loss (SAGAN section 4, eq. 4)."""
 
+    def __init__(self, label_noise=0.0):
+        self.label_noise = label_noise
+
     def d_loss(self, D, real, fake):
         # one pass for both: D has no batch statistics, so the logits are those of two passes
         on_real, on_fake = D(torch.cat([real, fake[0]])).chunk(2)      # (B,), (B,)
-        loss = F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean()
-        return loss, {"d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean()}
+        return hinge(on_real, on_fake, self.label_noise)
 
     def g_loss(self, D, fake):
         return -D(fake[0]).mean(), {}
+
+
+def hinge(on_real, on_fake, label_noise):
+    """D's hinge loss of logits of any shape, and its statistics.
+
+    Each margin is 1 less a part of `label_noise`, uniform from the global random state (FastGAN: 0.2), so that D is
+    never pushed to one exact value.
+    """
+    loss = F.relu(_margins(on_real, label_noise) - on_real).mean() + F.relu(
+        _margins(on_fake, label_noise) + on_fake).mean()
+    return loss, {"d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean()}
+
+
+def _margins(logits, label_noise):
+    return 1 - label_noise * torch.rand_like(logits) if label_noise else 1
 
 
 class WassersteinGP:
@@ -57,11 +78,53 @@ def gradient_penalty(D, real, fake):
 
 
 OBJECTIVES = {
-    "hinge": lambda config: Hinge(),
+    "hinge": lambda config: Hinge(config.label_noise),
     "wgan-gp": lambda config: WassersteinGP(config.lambda_gp),
 }
 
 
-def adversarial(config):
+def adversarial(config, device):
     """The objective of `--adv_loss`."""
     return OBJECTIVES[config.adv_loss](config)
+
+
+class SelfSupervisedHinge:
+    """FastGAN's: hinge on D's two paths, and for D the reconstruction of real images by its decoders (Liu et al. 2021,
+    section 3.2, eqs. 1-3). `distance(a, b)` of images (B, 3, H, W) returns a mean or one number per image.
+    """
+
+    def __init__(self, distance, recon_weight, label_noise):
+        self.distance, self.recon_weight, self.label_noise = distance, recon_weight, label_noise
+
+    def d_loss(self, D, real, fake):
+        # two passes: D's batch norm must not mix real with fake
+        on_real = D([real, downscale(real, fake[1].size(-1))])
+        on_fake = D(fake)
+        loss, stats = hinge(on_real.logits, on_fake.logits, self.label_noise)
+        # means over the batch: the weight is the same at every batch size
+        apart = {name: self.distance(rebuilt, target).mean()
+                 for name, (rebuilt, target) in D.reconstruct(on_real, real).items()}
+        loss = loss + self.recon_weight * sum(apart.values())
+        return loss, {**stats, **{f"recon/{name}": value.detach() for name, value in apart.items()}}
+
+    def g_loss(self, D, fake):
+        return -D(fake).logits.mean(), {}
+
+
+def _lpips(config, device):
+    def build():
+        return vgg.lpips(config.vgg_weights)
+
+    return after_first(build, build).to(device)         # the first may have to download the weights
+
+
+RECONSTRUCTIONS = {
+    "l1": lambda config, device: F.l1_loss,
+    "lpips": _lpips,
+}
+
+
+def self_supervised(config, device):
+    """FastGAN's objective with the `--recon` distance. Raises DataError where that needs weights that are missing."""
+    say(f"D's reconstructions of real pictures are compared by {config.recon}")
+    return SelfSupervisedHinge(RECONSTRUCTIONS[config.recon](config, device), config.recon_weight, config.label_noise)

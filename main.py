@@ -1,7 +1,8 @@
-"""Train SAGAN, look at what it attends to, draw from it.
+"""Train SAGAN or SLAE-FastGAN, look at what it attends to, draw from it.
 
     python main.py --adv_loss hinge --version sagan_celeb       CelebA in ./data/CelebA, the published settings
     python main.py --dataset folder --image_path DIR            any folder of pictures
+    python main.py --model fastgan --dataset folder --image_path DIR        the same, for some hundred pictures
     python main.py --dataset toy --preset cpu                   no data, no GPU: faces drawn by code
     python main.py --version NAME --train false                 pictures from a finished or running run
     torchrun --nproc_per_node=2 main.py ...                     several processes, one run
@@ -47,10 +48,12 @@ def run(argv):
     import checkpoint
     import data_loader
     import distributed
+    import sampler
     import trainer
     import utils
+    import vgg
 
-    config = parameter.resolve(typed, checkpoint.saved_config)
+    config = parameter.resolve(typed, checkpoint.saved_config, vgg.is_there)
     if config.parallel and config.mode == "train" and not distributed.launched():
         distributed.relaunch(__file__, argv)
     place = distributed.start(config)
@@ -61,7 +64,7 @@ def run(argv):
             describe(config, dataset, place)
             return 0
         if config.mode == "sample":
-            return trainer.sample(config, place) if distributed.is_first() else 0
+            return sampler.sample(config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
         return trainer.train(config, dataset, place)
@@ -77,11 +80,11 @@ def run(argv):
 def describe(config, dataset, place):
     """What a run with this config would be, on stdout (`--dry_run`)."""
     import data_loader
-    import trainer
     from distributed import say
+    from families import FAMILIES
 
     say(parameter.as_json(config), end="")
-    for name, net in zip("GD", trainer.FAMILIES[config.model].build(config), strict=True):
+    for name, net in zip("GD", FAMILIES[config.model].build(config), strict=True):
         say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")

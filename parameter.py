@@ -103,7 +103,9 @@ _POLICY = one_of("color", "translation", "cutout")
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: its converter, default, help, and the closed range [low, high] of a number."""
+    """One flag: its converter, default, help, the closed range [low, high] of a number, and the only `model` that
+    it means something to, where that is not every one: for others its setting is None.
+    """
 
     name: str
     type: Callable
@@ -111,13 +113,15 @@ class Flag:
     help: str
     low: float | None = None
     high: float | None = None
+    model: str | None = None
 
 
 _AUTO = None        # the default depends on other flags: `_fill_in` finds it
 
 FLAGS = {
     "run": (
-        Flag("model", one_of("sagan"), "sagan", "network family"),
+        Flag("model", one_of("sagan", "fastgan"), "sagan",
+             "sagan (self-attention) | fastgan (SLAE-FastGAN, for small sets of pictures)"),
         Flag("preset", one_of("published", "cpu"), "published",
              "settings for what is left unset: the published ones, or those that learn fastest on two CPU cores"),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins"),
@@ -134,24 +138,46 @@ FLAGS = {
         Flag("dataset", one_of("celeb", "lsun", "cifar10", "folder", "toy"), "celeb",
              "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
         Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures"),
-        Flag("imsize", int, 64, "side of the pictures in pixels: 32, 64, 128 or 256"),
+        Flag("imsize", int, 64, "side of the pictures in pixels, a power of two: sagan 32 to 256, fastgan 64 to 1024"),
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
         Flag("num_workers", int, 2, "loader processes; 0 loads in the training process", 0, 256),
         Flag("hflip", boolean, False, "mirror every other picture at random"),
+        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: the metadata of a data set"),
     ),
     "network": (
         Flag("z_dim", int, 128, "length of the noise vector", 1),
-        Flag("g_conv_dim", int, 64, "width of G: channels at half the image size", 1),
-        Flag("d_conv_dim", int, 64, "width of D: channels at half the image size", 1),
-        Flag("g_attn", sizes, _AUTO, "feature sizes with attention in G, such as 16,32, or none "
-             "(default: the last two before the image)"),
-        Flag("d_attn", sizes, _AUTO, "feature sizes with attention in D, such as 8,4, or none "
-             "(default: 8,4 at 64 px, growing with imsize)"),
+        Flag("g_conv_dim", int, 64, "width of G in channels: sagan at half the image size, fastgan at 128 px", 1),
+        Flag("d_conv_dim", int, 64, "width of D in channels: sagan at half the image size, fastgan at 64 px", 1),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: both for hinge, none for wgan-gp"),
     ),
+    "sagan": (
+        Flag("g_attn", sizes, _AUTO, "feature sizes with attention in G, such as 16,32, or none "
+             "(default: the last two before the image)", model="sagan"),
+        Flag("d_attn", sizes, _AUTO, "feature sizes with attention in D, such as 8,4, or none "
+             "(default: 8,4 at 64 px, growing with imsize)", model="sagan"),
+    ),
+    "fastgan": (
+        Flag("slae", boolean, True, "spatial attention before G's skip-layer excitations; false is FastGAN's own",
+             model="fastgan"),
+        Flag("slae_kernel", int, 7, "side of the spatial attention's convolution: 7 or 3", model="fastgan"),
+        Flag("slae_d", boolean, False, "spatial attention in D's skip-layer excitations too", model="fastgan"),
+        Flag("metadata", boolean, True, "feed G VGG-16 features of the training pictures beside the noise",
+             model="fastgan"),
+        Flag("metadata_layer", one_of("relu5_3", "relu4_3"), "relu5_3", "layer of VGG-16 that they come from: "
+             "relu5_3 | relu4_3 (shallower, for small pictures)", model="fastgan"),
+        Flag("metadata_sample", one_of("mix", "bank", "gauss"), "mix", "metadata of a sample: mix (of 2 or 3 "
+             "pictures') | bank (one picture's) | gauss (normal, of the same covariance)", model="fastgan"),
+        Flag("vgg_weights", str, "imagenet", "weights of VGG-16: imagenet (torchvision's file) | random (for tests) | "
+             "PATH", model="fastgan"),
+        Flag("recon", one_of("lpips", "l1"), _AUTO, "distance of real pictures from what D's decoders make of them: "
+             "lpips | l1 (default: lpips if VGG-16's weights are there, else l1)", model="fastgan"),
+        Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss", 0.0, model="fastgan"),
+    ),
     "optimization": (
         Flag("adv_loss", one_of("hinge", "wgan-gp"), "hinge", "adversarial loss: hinge | wgan-gp"),
+        Flag("label_noise", float, 0.0, "hinge: each logit's margin is 1 less a random part of this, uniform from 0",
+             0.0, 1.0),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0),
         Flag("augment", policies, (), "DiffAugment on all that D sees, for small data sets: any of "
              "color,translation,cutout, or none"),
@@ -182,23 +208,32 @@ FLAGS = {
 }
 _BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group}
 
-# What a preset sets; it fills only what the user left unset. `published` is what the flags' defaults say.
+# What a preset sets; it fills only what the user left unset. SAGAN's published settings are the flags' defaults.
+_FASTGAN = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
+            "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
 PRESETS = {
     "sagan": {
         "published": {},
         "cpu": {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
                 "num_workers": 0},
     },
+    "fastgan": {
+        "published": _FASTGAN,
+        "cpu": {**_FASTGAN, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
+                "num_workers": 0},
+    },
 }
+IMSIZES = {"sagan": (32, 64, 128, 256), "fastgan": (64, 128, 256, 512, 1024)}
 
 # What a run was started with for good: its checkpoints' tensors belong to these (a preset fills in several).
-FIXED = ("model", "preset", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "g_attn", "d_attn", "sn", "adv_loss")
+FIXED = ("model", "preset", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "sn", "adv_loss", "g_attn", "d_attn", "slae",
+         "slae_kernel", "slae_d", "metadata", "metadata_layer", "vgg_weights")
 # What describes one call, not the run: never taken over from a saved config.
 _PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples",
-             "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
+             "cache_path", "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
 # What a checkpoint's run was made with: worth a word when it changes from one call to the next.
-RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "optimization") for flag in FLAGS[title]
-                     if flag.name not in _PER_CALL)
+RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "sagan", "fastgan", "optimization")
+                     for flag in FLAGS[title] if flag.name not in _PER_CALL)
 
 
 def g_feature_sizes(imsize):
@@ -237,16 +272,17 @@ def parse(argv):
     parser = _Parser(
         prog="python main.py", usage="python main.py [--flag VALUE ...]",
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="Train SAGAN and look at what it attends to. The same command again goes on with the run.",
+        description="Train SAGAN or SLAE-FastGAN and look at what it attends to. The same command again goes on with "
+                    "the run.",
         epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
                "6 run folder in use, 130/143 interrupted after saving",
     )
     for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
+        group = parser.add_argument_group(f"--model {title} only" if title in PRESETS else title)
         for flag in flags:
             # a bare `--dry_run` means true, as people type it
             bare = {"nargs": "?", "const": True} if flag.type is boolean else {}
-            shown = "" if flag.default is None else f" (default: {written(flag.default)})"
+            shown = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=_metavar(flag),
                                help=(flag.help + shown).replace("%", "%%"), **bare)
     namespace, unknown = parser.parse_known_args(argv)
@@ -256,6 +292,14 @@ def parse(argv):
         hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
         raise UsageError(f"unknown flag {name}: {hint}")
     return vars(namespace)
+
+
+def defaults(flag):
+    """What a flag is when nothing sets it, in words: `64`, or `64; fastgan: 8`; empty where the help says it."""
+    words = [] if flag.default is None else [written(flag.default)]
+    words += [f"{model}: {written(preset['published'][flag.name])}" for model, preset in PRESETS.items()
+              if flag.name in preset["published"]]
+    return "; ".join(words)
 
 
 def _metavar(flag):
@@ -272,11 +316,12 @@ def written(value):
     return str(value)
 
 
-def resolve(typed, find_saved=lambda folder: None):
+def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights: False):
     """The full, checked Config of what the user typed.
 
     `find_saved(folder)` returns the config of the run whose checkpoints lie in `folder`, or None; its settings
     fill what was not typed, so that a run goes on, or is sampled, without repeating its flags.
+    `weights_there(weights)` says whether these `--vgg_weights` can be had without a network.
     Raises UsageError.
     """
     typed = dict(typed)
@@ -286,17 +331,17 @@ def resolve(typed, find_saved=lambda folder: None):
         raise UsageError(f"--train {written(typed['train'])} and --mode {typed['mode']} contradict each other")
     given = {**_read_file(typed["config"]), **typed} if typed.get("config") else typed
 
-    values = {flag.name: flag.default for flag in _BY_NAME.values()}
-    values.update(PRESETS[given.get("model", values["model"])][given.get("preset", values["preset"])])
-    values.update(given)
-    if values["version"] is None:
-        values["version"] = f"{values['model']}_{values['dataset']}"
-    _check_version(values["version"])
-    saved = find_saved(Path(values["model_save_path"]) / values["version"])
-    if saved:
-        values.update({name: _as_flag(name, value, "the run's saved config") for name, value in saved.items()
-                       if name in _BY_NAME and name not in _PER_CALL and name not in given})
-    _fill_in(values)
+    values = {flag.name: flag.default for flag in _BY_NAME.values()} | given
+    version = values["version"] or f"{values['model']}_{values['dataset']}"
+    _check_version(version)
+    saved = find_saved(Path(values["model_save_path"]) / version)
+    known = {name: _as_flag(name, value, "the run's saved config") for name, value in (saved or {}).items()
+             if name in _BY_NAME and name not in _PER_CALL} | given
+    model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
+    values.update(PRESETS[model][preset] | known)
+    values["version"] = version
+    _keep_to_model(values, typed)
+    _fill_in(values, weights_there)
     validate(values)
     if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given}:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
@@ -332,7 +377,17 @@ def _as_flag(name, value, source):
         raise UsageError(f"{source}: {name} {value!r} is no value for --{name} ({error})") from None
 
 
-def _fill_in(values):
+def _keep_to_model(values, typed):
+    """Set what means nothing to this model to None; raise UsageError if it was typed. Changes `values`."""
+    for flag in _BY_NAME.values():
+        if flag.model in (None, values["model"]):
+            continue
+        if flag.name in typed:
+            raise UsageError(f"--{flag.name} is for --model {flag.model}, this is {values['model']}; leave it out")
+        values[flag.name] = None
+
+
+def _fill_in(values, weights_there):
     """Replace every default that depends on other flags. Changes `values`."""
     wgan = values["adv_loss"] == "wgan-gp"
     if values["d_iters"] is None:
@@ -340,10 +395,14 @@ def _fill_in(values):
     if values["sn"] == "auto":
         values["sn"] = "none" if wgan else "both"
     imsize = values["imsize"]
-    if values["g_attn"] is None:
+    if values["model"] == "sagan" and values["g_attn"] is None:
         values["g_attn"] = (imsize // 4, imsize // 2)
-    if values["d_attn"] is None:
+    if values["model"] == "sagan" and values["d_attn"] is None:
         values["d_attn"] = (max(4, imsize // 16), max(8, imsize // 8))
+    if values["model"] == "fastgan" and values["recon"] is None:
+        # metadata from ImageNet's weights will fetch them, or the run ends there
+        there = values["metadata"] and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
+        values["recon"] = "lpips" if there else "l1"
     values["train"] = values["mode"] == "train"
 
 
@@ -361,11 +420,16 @@ def validate(values):
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= values[name] < 1:
             raise UsageError(f"--{name} {values[name]}: must be in [0, 1)")
-    imsize = values["imsize"]
-    if imsize not in (32, 64, 128, 256):
-        raise UsageError(f"--imsize {imsize}: must be 32, 64, 128 or 256")
+    imsize, model = values["imsize"], values["model"]
+    if imsize not in IMSIZES[model]:
+        *others, last = IMSIZES[model]
+        raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
+    if values["slae_kernel"] not in (None, 3, 7):
+        raise UsageError(f"--slae_kernel {values['slae_kernel']}: must be 3 or 7")
+    if model == "fastgan" and values["adv_loss"] == "wgan-gp":
+        raise UsageError("--adv_loss wgan-gp: a penalty per sample, and fastgan's D has batch norm; use hinge")
     for name, there in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
-        wrong = [size for size in values[name] if size not in there]
+        wrong = [size for size in values[name] or () if size not in there]
         if wrong:
             raise UsageError(f"--{name} {written(values[name])}: at --imsize {imsize} the feature sizes are "
                              f"{written(there)}; there is no {wrong[0]}")

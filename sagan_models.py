@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from parameter import d_feature_sizes, g_feature_sizes
-from spectral import spectral_norm
+from spectral import normalizer
 
 MAX_WIDTH_MULTIPLE = 16
 # Below this many positions the N x N matrix is small and the plain formula is the faster one (measured on CPU).
@@ -89,7 +89,7 @@ class Generator(nn.Module):
         super().__init__()
         sizes = g_feature_sizes(imsize)                                 # 4, 8, ..., imsize / 2
         widths = [min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim for size in sizes]
-        wrap = spectral_norm if sn else _unchanged
+        wrap = normalizer(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
         channels = z_dim
@@ -125,7 +125,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, imsize, conv_dim, attention=(), sn=True):
         super().__init__()
-        wrap = spectral_norm if sn else _unchanged
+        wrap = normalizer(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
         channels = 3
@@ -148,10 +148,6 @@ class Discriminator(nn.Module):
     def attention_maps(self, image, queries):
         """{layer: (B, Q, size, size)} for images (B, 3, imsize, imsize) and queries (Q, 2)."""
         return _maps_during(self, image, queries)
-
-
-def _unchanged(layer):
-    return layer
 
 
 @torch.no_grad()

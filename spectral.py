@@ -63,6 +63,11 @@ def spectral_norm(layer):
     return parametrize.register_parametrization(layer, "weight", norm, unsafe=True)
 
 
+def normalizer(sn):
+    """`spectral_norm`, or where `sn` is false what leaves a layer as it is."""
+    return spectral_norm if sn else lambda layer: layer
+
+
 def power_iterate(net):
     """One power iteration for every wrapped layer under `net`; the loop calls it once per update of `net`."""
     for layer in net.modules():

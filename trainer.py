@@ -1,4 +1,4 @@
-"""The loop: D phase, G phase, EMA, records. One loop for every family; `sample` draws from a finished run.
+"""The loop: D phase, G phase, EMA, records. One loop for every family.
 
 One step is one update of G. The loop owns every `backward()` and every optimizer step; what the losses are is the
 objective's business, what D returns is its family's. A step never waits for the device: statistics stay there until
@@ -12,56 +12,39 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
 import distributed
 import gallery
-import losses
-import sagan_models
+import metadata
 import utils
 from data_loader import normalize, real_batches
 from diffaug import augment
 from distributed import say
-from parameter import RUN_SETTINGS, CheckpointError, LockedError, NonFiniteError, as_json
+from families import FAMILIES, View
+from parameter import RUN_SETTINGS, LockedError, NonFiniteError, as_json
 from spectral import power_iterate, shared_weights
 
 
-@dataclass(frozen=True)
-class Family:
-    """One network family: `build(config) -> (G, D)` on the CPU, `objective(config)` with d_loss and g_loss, and
-    `gammas(G, D) -> {layer: (1,) tensor}`, the weight that each attention layer has learned for its output.
+class Trainer:
+    """Networks, optimizers and counters of one run, and the steps on them.
+
+    `bank` holds the metadata that G is fed beside its noise, None without. Raises DataError where the objective needs
+    weights that are missing.
     """
 
-    build: Callable
-    objective: Callable
-    gammas: Callable
-
-
-FAMILIES = {
-    "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas),
-}
-
-ATTENTION_ROWS = 4          # generated images shown in each attention picture
-SETTLING_IMAGES = 256       # that G_ema's batch statistics are measured on before it is looked at or saved
-
-
-class Trainer:
-    """Networks, optimizers and counters of one run, and the steps on them."""
-
-    def __init__(self, config, dataset, place):
+    def __init__(self, config, dataset, place, bank=None):
         self.config, self.dataset, self.place = config, dataset, place
         self.folders = utils.RunFolders.of(config)
         self.family = FAMILIES[config.model]
         utils.seed_everything(config.seed)
         self.G, self.D = (net.to(place.device).train() for net in self.family.build(config))
-        self.objective = self.family.objective(config)
+        self.objective = self.family.objective(config, place.device)
+        self.latents = metadata.Latents(config.z_dim, bank, config.metadata_sample, place.device)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
         betas = (config.beta1, config.beta2)
@@ -69,8 +52,8 @@ class Trainer:
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas, fused=True)
         # their own generator: the fixed z of a run depend on the seed alone
         generator = torch.Generator().manual_seed(config.seed)
-        self.fixed_z = torch.randn(gallery.grid_side(config.imsize) ** 2, config.z_dim, generator=generator)
-        self.settling_z = torch.randn(SETTLING_IMAGES, config.z_dim, generator=generator).to(place.device)
+        self.fixed_z = self.latents.sampling(gallery.grid_side(config.imsize) ** 2, generator)
+        self.settling_z = self.latents.sampling(utils.SETTLING_IMAGES, generator).to(place.device)
         utils.seed_everything(config.seed + place.rank)     # processes start from equal weights and draw unequal z
         self.step = 0
         self.samples_seen = 0
@@ -92,7 +75,7 @@ class Trainer:
                 fake = self.generate(real.size(0))
             power_iterate(D)
             with shared_weights():
-                d_loss, d_stats = self.objective.d_loss(self.judge, real, [image.detach() for image in fake])
+                d_loss, d_stats = self.objective.d_loss(D, self.seen(real), [self.seen(x.detach()) for x in fake])
             self._update(d_loss, self.d_optimizer)
 
         # G phase: minimize g_loss(G). D's gradients are not wanted: freezing it halves the backward pass.
@@ -100,7 +83,7 @@ class Trainer:
         if not reuse_fake:
             fake = self.generate(real.size(0))
         with shared_weights():
-            g_loss, g_stats = self.objective.g_loss(self.judge, fake)
+            g_loss, g_stats = self.objective.g_loss(D, [self.seen(x) for x in fake])
         self._update(g_loss, self.g_optimizer)
 
         # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
@@ -109,15 +92,14 @@ class Trainer:
         self.samples_seen = real_images.samples_seen
         return {"d_loss": d_loss.detach(), "g_loss": g_loss.detach(), **d_stats, **g_stats}
 
-    def judge(self, images):
-        """What D says of the images as it sees them, augmented: real and fake alike, in both phases."""
-        return self.D(augment(images, self.config.augment))
+    def seen(self, images):
+        """Images as D sees them, augmented: real and fake alike, in both phases."""
+        return augment(images, self.config.augment)
 
     def generate(self, count):
         """[images, ...] of fresh z, largest first."""
-        z = torch.randn(count, self.config.z_dim, device=self.place.device)
         with shared_weights():
-            return self.G(z)
+            return self.G(self.latents.training(count))
 
     @staticmethod
     def _update(loss, optimizer):
@@ -141,13 +123,13 @@ class Trainer:
             "config": json.loads(as_json(self.config)),
             "G": self.G.state_dict(), "D": self.D.state_dict(), "G_ema": self.G_ema.state_dict(),
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
-            "fixed_z": self.fixed_z, "random": states,
+            "fixed_z": self.fixed_z, "metadata": self.latents.state(), "random": states,
         }
 
     def settle(self):
         """Make G_ema fit to be looked at or saved; see `utils.settle_batch_statistics`."""
         with utils.forked_random_state(self.place.device):
-            utils.settle_batch_statistics(self.G_ema, self.settling_z)
+            utils.settle_batch_statistics(self.G_ema, self.settling_z, utils.drawing_batch(self.config.imsize))
 
     def is_finite(self):
         """Whether every weight is a number; waits for the device. A checkpoint that is not would be worthless."""
@@ -168,27 +150,23 @@ class Trainer:
 
     @torch.no_grad()
     def write_pictures(self):
-        """The grid of G_ema at the fixed z, and a picture per attention layer. Returns {"entropy/<layer>": float}."""
-        with utils.forked_random_state(self.place.device):
-            images = draw(self.G_ema, self.fixed_z, self.place.device)
-            gallery.save_grid(images, self.folders.samples / f"{self.step:07d}_fake.png")
-            z = self.fixed_z[:ATTENTION_ROWS].to(self.place.device)
-            images, queries = images[:ATTENTION_ROWS], gallery.default_queries()
-            maps = self.G_ema.attention_maps(z, queries)
-            maps.update(self.D.attention_maps(images.to(self.place.device), queries))
-        entropies, gammas = {}, self.family.gammas(self.G, self.D)
-        for layer, weights in maps.items():
-            entropies[f"entropy/{layer}"] = entropy = gallery.normalized_entropy(weights).mean().item()
-            path = self.folders.attention / f"{self.step:07d}_attn_{layer}.png"
-            gallery.save_attention(images, weights.cpu(), queries, path, layer, self.step,
-                                   gammas[layer].item(), entropy)
-        return entropies
+        """The grid of G_ema at the fixed z and the family's own pictures. Returns {name: float}, figures on these."""
+        config, device, folders = self.config, self.place.device, self.folders
+        self.D.eval()
+        with utils.forked_random_state(device):
+            images = utils.draw(self.G_ema, self.fixed_z, device, utils.drawing_batch(config.imsize))
+            view = View(self.fixed_z.to(device), images.to(device), real_pictures(self.dataset, config).to(device),
+                        folders.samples, folders.attention, self.step)
+            gallery.save_grid(images, view.samples / view.name("fake"))
+            figures = self.family.write_pictures(self.G_ema, self.D, view)
+        self.D.train()
+        return figures
 
 
-@torch.no_grad()
-def draw(G, z, device, batch=64):
-    """Images (len(z), 3, imsize, imsize) in [-1, 1] on the CPU, by G in eval mode: no image depends on another."""
-    return torch.cat([G(part.to(device))[0].cpu() for part in z.split(batch)])
+def real_pictures(dataset, config):
+    """As many real pictures as a sample grid shows, spread over the data set: (B, 3, imsize, imsize) in [-1, 1]."""
+    shown = min(gallery.grid_side(config.imsize) ** 2, len(dataset))
+    return normalize(torch.stack([dataset[i * len(dataset) // shown] for i in range(shown)]))
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -286,8 +264,9 @@ def train(config, dataset, place):
 
 
 def _train(config, dataset, place, folders, interrupt):
-    trainer = Trainer(config, dataset, place)
-    _go_on(trainer, folders)
+    state = checkpoint.load_asked(folders.models, config.pretrained_model, warn=say)
+    trainer = Trainer(config, dataset, place, _find_bank(config, dataset, place, state))
+    _go_on(trainer, state, folders)
     if trainer.step >= config.total_step:
         say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}; "
             f"a larger one goes on. Look at {folders.samples}{os.sep}")
@@ -300,7 +279,7 @@ def _train(config, dataset, place, folders, interrupt):
     try:
         if first:
             utils.write_atomically(folders.models / "config.json", lambda path: path.write_text(as_json(config)))
-            _save_real_pictures(dataset, config, folders)
+            gallery.save_grid(real_pictures(dataset, config), folders.samples / "real.png")
         return _loop(trainer, real_images, journal, progress, interrupt)
     finally:
         progress.close()
@@ -309,10 +288,21 @@ def _train(config, dataset, place, folders, interrupt):
             journal.close()
 
 
-def _go_on(trainer, folders):
-    """Restore the checkpoint to go on from, if there is one, and say so."""
+def _find_bank(config, dataset, place, state):
+    """The run's metadata: those that it was started with, in the checkpoint `state`, or those of the data set."""
+    if not config.metadata:
+        return None
+    if state is None:
+        return metadata.find_bank(config, dataset, place.device)
+    bank = metadata.Bank.from_state(state["metadata"])
+    if not metadata.same_pictures(bank, config, dataset):
+        say("note: the pictures have changed since this run's metadata were taken; it keeps those")
+    return bank
+
+
+def _go_on(trainer, state, folders):
+    """Restore `state`, the checkpoint to go on from, if there is one, and say so."""
     config = trainer.config
-    state = checkpoint.load_asked(folders.models, config.pretrained_model, warn=say)
     if state is None:
         say(f"starting '{config.version}'; the same command again goes on from its newest checkpoint")
         return
@@ -326,13 +316,6 @@ def _go_on(trainer, folders):
     for name, value in json.loads(as_json(config)).items():
         if name in RUN_SETTINGS and name in state["config"] and state["config"][name] != value:
             say(f"  --{name} is now {value}, was {state['config'][name]}")
-
-
-def _save_real_pictures(dataset, config, folders):
-    """real.png: as many real pictures as a sample grid shows, spread over the data set."""
-    shown = min(gallery.grid_side(config.imsize) ** 2, len(dataset))
-    pictures = torch.stack([dataset[i * len(dataset) // shown] for i in range(shown)])      # uint8
-    gallery.save_grid(normalize(pictures), folders.samples / "real.png")
 
 
 class _Window:
@@ -359,7 +342,7 @@ class _Window:
 def _loop(trainer, real_images, journal, progress, interrupt):
     """Steps and records until the end or a signal. Returns the exit code."""
     config, place, folders = trainer.config, trainer.place, trainer.folders
-    entropies = {}
+    figures = {}
     good_until = trainer.step
     window = _Window()
     while trainer.step < config.total_step:
@@ -387,11 +370,11 @@ def _loop(trainer, real_images, journal, progress, interrupt):
         if show or save or stop:
             trainer.settle()
         if show and journal:
-            entropies = trainer.write_pictures()
+            figures = trainer.write_pictures()
         if log:
             gammas = trainer.family.gammas(trainer.G, trainer.D)
             scalars = {
-                **means, **{f"gamma/{layer}": gamma.item() for layer, gamma in gammas.items()}, **entropies,
+                **means, **{f"gamma/{layer}": gamma.item() for layer, gamma in gammas.items()}, **figures,
                 "epoch": trainer.samples_seen / len(trainer.dataset),
                 "sec_per_step": elapsed / window.steps,
                 "images_per_sec": config.batch_size * config.d_iters * window.steps / elapsed,
@@ -401,7 +384,7 @@ def _loop(trainer, real_images, journal, progress, interrupt):
             if journal:
                 journal.write(step, scalars)
             progress.set_postfix_str(_summary(scalars), refresh=False)
-            entropies = {}
+            figures = {}
         if save or stop:
             state = trainer.state()
             if journal:
@@ -439,37 +422,3 @@ def _not_finite(wrong, good_until, step, models):
     newest = f"the checkpoint of step {saved[-1]} is good" if saved else "no checkpoint was written yet"
     return (f"{names} became NaN or infinite between steps {good_until} and {step}; {newest}.\n"
             "Try a lower --g_lr and --d_lr, or --sn both.")
-
-
-# ------------------------------------------------------------------------------------------------------ sampling
-
-
-def sample(config, place):
-    """Write `--num_samples` pictures and a grid by G_ema of a checkpoint; needs no data set. Returns exit code 0.
-
-    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
-    """
-    folders = utils.RunFolders.of(config)
-    state = checkpoint.load_asked(folders.models, config.pretrained_model)
-    if state is None:
-        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to sample from.\n"
-                              "Train it first, or name a run with --version (and --model_save_path).")
-    G, _ = FAMILIES[config.model].build(config)
-    G.load_state_dict(state["G_ema"])
-    G.to(place.device).eval()
-    name = f"{state['step']:07d}_generated_seed{config.seed}"
-    folder = folders.samples / name
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(config.seed)
-    shown = []
-    with tqdm(total=config.num_samples, unit="picture", dynamic_ncols=True) as progress:
-        while progress.n < config.num_samples:
-            z = torch.randn(64, config.z_dim, generator=generator)      # always 64: z i is the same for any number
-            images = draw(G, z[:config.num_samples - progress.n], place.device)
-            for number, picture in enumerate(gallery.to_uint8(images), start=progress.n):
-                Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
-            shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
-            progress.update(len(images))
-    gallery.save_grid(torch.cat(shown), folders.samples / f"{name}.png")
-    say(f"{config.num_samples} pictures of step {state['step']} in {folder}{os.sep}, a grid of them in {folder}.png")
-    return 0

@@ -1,11 +1,20 @@
-"""Shared by all tests: a folder of small pictures, and the real command at a tiny size."""
+"""Shared by all tests: a folder of small pictures, the real command at a tiny size, what it left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import checkpoint
 import main
+
+MAIN = str(Path(__file__).parent.parent / "main.py")
 
 TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
         "--z_dim", "8", "--num_workers", "0", "--device", "cpu", "--preset", "published")
@@ -41,3 +50,35 @@ def pictures(tmp_path):
     for number in range(12):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+def lines(version):
+    return [json.loads(line) for line in Path("logs", version, "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(thing, path=""):
+    """{path: tensor or number} of every leaf of a checkpoint."""
+    if isinstance(thing, dict):
+        return {k: v for name, part in thing.items() for k, v in tensors(part, f"{path}/{name}").items()}
+    if isinstance(thing, (list, tuple)):
+        return {k: v for name, part in enumerate(thing) for k, v in tensors(part, f"{path}/{name}").items()}
+    return {path: thing}
+
+
+def assert_same_state(a, b):
+    a, b = (tensors({k: v for k, v in state.items() if k != "config"}) for state in (a, b))
+    assert a.keys() == b.keys()
+    different = [name for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor)
+                                            else a[name] == b[name])]
+    assert not different
+
+
+def state(version, step):
+    return checkpoint.load(checkpoint.path_of(Path("models", version), step))
+
+
+def torchrun(script, *flags):
+    """A real torchrun with two processes on the CPU (gloo)."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})

@@ -73,6 +73,20 @@ def dot_at(pixels, colour):
     return found.mean(0) if len(found) else None
 
 
+@pytest.fixture
+def written(monkeypatch):
+    """[((x, y), words)] of all the text that is drawn, in order; y is the line that the letters stand on."""
+    texts = []
+    text = ImageDraw.ImageDraw.text
+
+    def note(self, xy, words, *args, **kwargs):
+        texts.append((xy, words))
+        return text(self, xy, words, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+    return texts
+
+
 # ---------------------------------------------------------------- numbers
 
 
@@ -284,15 +298,7 @@ def test_one_broken_key_does_not_hide_the_others(tmp_path):
     assert light[144:168, 144:168].max() > 180 > 100 > light[:24, :24].max()
 
 
-def test_beneath_each_overlay_stand_its_peak_and_its_entropy(tmp_path, monkeypatch):
-    written = []
-    text = ImageDraw.ImageDraw.text
-
-    def note(self, xy, words, *args, **kwargs):
-        written.append((xy, words))
-        return text(self, xy, words, *args, **kwargs)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", note)
+def test_beneath_each_overlay_stand_its_peak_and_its_entropy(tmp_path, written):
     two = one_hot(1, 1, 4, 4, 0, 0) / 2 + one_hot(1, 1, 4, 4, 3, 3) / 2
     maps = torch.cat([uniform(1, 1, 4, 4), one_hot(1, 1, 4, 4, 2, 1), two, two / 0 * 0], 1)
     page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), maps, gallery.default_queries()[:4])
@@ -366,6 +372,325 @@ def test_shapes_that_do_not_fit_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+# ---------------------------------------------------------------- masks
+
+
+def hill(B, h, w, y, x, low=0.48, high=0.53):
+    """Masks that are `low` everywhere but at one place."""
+    masks = torch.full((B, 1, h, w), low)
+    masks[:, :, y, x] = high
+    return masks
+
+
+def write_masks(path, images, masks, title="fastgan"):
+    gallery.save_masks(images, masks, path, title, 100)
+    return read(path)
+
+
+def mask_places(page):
+    """[[(top, left, size) per layer] per image], the insides of all frames."""
+    same = (page == gallery.EDGE).all(2)
+    return [
+        [(top, a + gallery.FRAME, size) for a, b in runs(same[top - 1]) if b - a >= 128]
+        for top, _, size in framed(page, gallery.EDGE)
+    ]
+
+
+def quarters(pixels):
+    """The brightest pixel of the upper left, upper right, lower left and lower right quarter."""
+    half, light = len(pixels) // 2, luminance(pixels)
+    return [light[y : y + half, x : x + half].max() for y in (0, half) for x in (0, half)]
+
+
+def colourful(pixels):
+    return (pixels.max(2) - pixels.min(2)).max() > 10
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("h", [4, 8, 256])
+@pytest.mark.parametrize("corner", range(4))
+def test_a_mask_glows_where_it_is_largest_however_little_it_varies(tmp_path, size, h, corner):
+    depth = max(1, h // 16)
+    y, x = (slice(h - depth, h) if far else slice(depth) for far in divmod(corner, 2))
+    page = write_masks(tmp_path / "m.png", torch.zeros(1, 3, size, size), {"slae8": hill(1, h, h, y, x)})
+    pixels = inside(page, mask_places(page)[0][0])
+    for other in range(4):
+        y, x = (slice(-8, None) if far else slice(8) for far in divmod(other, 2))
+        spot = pixels[y, x]
+        assert luminance(spot).min() > 180 if other == corner else luminance(spot).max() < 80
+        assert colourful(spot) == (other == corner)
+
+
+def test_every_image_and_every_layer_has_its_own_place(tmp_path):
+    images = flat([60, 200], 64)
+    spots = [[(0, 0), (0, 7), (7, 0)], [(7, 7), (7, 0), (0, 0)]]  # per image and layer
+    masks = {
+        name: torch.cat([hill(1, 8, 8, *spots[b][i]) for b in range(2)])
+        for i, name in enumerate(("slae8", "slae16", "slae32"))
+    }
+    page = write_masks(tmp_path / "m.png", images, masks)
+    places = mask_places(page)
+    assert [len(row) for row in places] == [3, 3]
+    for b, row in enumerate(places):
+        shown = inside(page, (row[0][0], gallery.MARGIN, row[0][2]))
+        assert (shown == (60, 200)[b]).all()  # the first column is the image as it is
+        assert [p[1] for p in row] == sorted(p[1] for p in row)
+        for place, (y, x) in zip(row, spots[b], strict=True):
+            light = quarters(inside(page, place))
+            assert int(np.argmax(light)) == 2 * (y // 7) + x // 7 and sorted(light)[-2] < 110 < 180 < max(light)
+
+
+def test_the_picture_shows_through_its_mask(tmp_path):
+    images = torch.full((1, 3, 64, 64), -1.0)
+    images[:, :, :, 32:] = 1
+    page = write_masks(tmp_path / "m.png", images, {"slae4": torch.linspace(0.2, 0.8, 4).view(1, 1, 4, 1)})
+    light = luminance(inside(page, mask_places(page)[0][0]))
+    assert (light[:, 100:] - light[:, 92:93]).min() > 30
+
+
+@pytest.mark.parametrize("spread", [0.0, 5e-5])
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_a_constant_mask_adds_no_heat(tmp_path, level, spread):
+    mask = torch.full((1, 1, 8, 8), level)
+    mask[0, 0, 3, 3] -= spread
+    with np.errstate(all="raise"):
+        page = write_masks(tmp_path / "m.png", flat([200], 64), {"slae8": mask, "slae16": hill(1, 8, 8, 0, 0)})
+    constant, other = (inside(page, place) for place in mask_places(page)[0])
+    assert not colourful(constant) and constant.max() < 100 and constant.min() == constant.max() > 20
+    assert colourful(other)
+
+
+def test_captions_tell_the_true_range_and_headings_the_layer(tmp_path, written):
+    two = hill(2, 4, 4, 0, 0)  # mean 0.483125
+    two[1] = 0.5
+    wide = torch.cat([hill(1, 2, 3, 1, 2, 0.1, 0.7), hill(1, 2, 3, 1, 2, 0.5, 0.506)])
+    page = write_masks(tmp_path / "m.png", noise(2, 3, 64, 64), {"slae4": two, "slae_odd": wide})
+    expected = [
+        ["0.48-0.53  mean 0.48", "0.10-0.70  mean 0.20"],
+        ["0.5000-0.5000  mean 0.5000", "0.5000-0.5060  mean 0.5010"],
+    ]
+    places = mask_places(page)
+    for row, captions in zip(places, expected, strict=True):
+        for (top, left, size), words in zip(row, captions, strict=True):
+            [(x, y)] = [xy for xy, w in written if w == words]
+            assert left - 6 <= x <= left and top + size < y < top + size + 30
+    for (top, left, _), words in zip(places[0], ("slae4  4x4", "slae_odd  2x3"), strict=True):
+        [(x, y)] = [xy for xy, w in written if w == words]
+        assert left - 6 <= x <= left and top - 60 < y < top
+
+
+def test_a_layer_that_hardly_varies_is_warned_of_above_its_column(tmp_path):
+    apart = torch.cat([torch.full((1, 1, 4, 4), 0.3), torch.full((1, 1, 4, 4), 0.6)])  # constant, but not alike
+    masks = {
+        "slae4": hill(2, 4, 4, 0, 0, 0.5, 0.56),
+        "slae8": hill(2, 8, 8, 0, 0, 0.5, 0.54),
+        "slae16": apart,
+        "slae32": torch.full((2, 1, 4, 4), 0.5),
+    }
+    page = write_masks(tmp_path / "m.png", noise(2, 3, 64, 64), masks)
+    places = mask_places(page)[0]
+    warm = (page == gallery.WARN).all(2)
+    above = [warm[: top - 5, left - 5 : left + size].sum() > 20 for top, left, size in places]
+    assert above == [False, True, False, True]
+    assert warm[: places[0][0]].sum() == warm.sum()  # and nowhere else
+    del masks["slae8"], masks["slae32"]
+    assert not (write_masks(tmp_path / "m.png", noise(2, 3, 64, 64), masks) == gallery.WARN).all(2).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_diverged_run_still_gives_its_masks(tmp_path, written, bad):
+    images = flat([255, 255], 64).clone()
+    images[0] = bad
+    broken = hill(2, 8, 8, 7, 7)
+    broken[0], broken[1, 0, 0, 0] = bad, bad
+    masks = {"slae8": broken, "slae16": hill(2, 8, 8, 0, 7)}
+    with np.errstate(all="raise"):
+        page = write_masks(tmp_path / "m.png", images, masks)
+    places = mask_places(page)
+    grey = inside(page, (places[0][0][0], gallery.MARGIN, 192))[100, 100]
+    assert grey.tolist() == [128 if np.isnan(bad) else 255 if bad > 0 else 0] * 3
+    assert not colourful(inside(page, places[0][0]))
+    light = quarters(inside(page, places[1][0]))  # one broken place does not hide the others
+    assert light[3] > 180 > 120 > max(light[:3])
+    assert [w for _, w in written].count("mask is not finite") == 2
+    assert [w for _, w in written].count("0.48-0.53  mean 0.48") == 2
+    assert not any("constant" in w for (x, _), w in written if x < places[0][1][1] - 9)
+
+
+def test_the_legend_explains_the_heat(tmp_path, written):
+    page = write_masks(tmp_path / "m.png", noise(1, 3, 64, 64), {"slae8": hill(1, 8, 8, 0, 0)})
+    top, _, size = mask_places(page)[0][0]
+    foot = page[top + size + 30 :]
+    assert (foot == gallery._HEAT[255].astype(int)).all(2).any()
+    words = " ".join(w for (_, y), w in written if y > top + size + 30)
+    assert "least" in words and "most" in words and "multiplies the features" in words
+
+
+def test_the_head_of_the_masks_names_the_run_and_the_step(tmp_path):
+    images, masks = torch.zeros(1, 3, 64, 64), {"slae8": hill(1, 8, 8, 0, 0)}
+
+    def head(title, step):
+        gallery.save_masks(images, masks, tmp_path / "m.png", title, step)
+        page = read(tmp_path / "m.png")
+        return page[: mask_places(page)[0][0][0] - 60].tobytes()
+
+    assert len({head("a", 1), head("b", 1), head("a", 2)}) == 3
+
+
+@pytest.mark.parametrize("layers", [1, 3, 6])
+@pytest.mark.parametrize("size, name", [(64, "slae8"), (130, "slae8"), (256, "a_layer_with_a_rather_long_name")])
+def test_masks_of_one_to_six_layers_and_all_text_fit_on_the_page(tmp_path, written, layers, size, name):
+    masks = {f"{name}{i}": hill(2, 4, 4, 0, 0, 0.5, 0.503) for i in range(layers)}
+    page = write_masks(tmp_path / "m.png", noise(2, 3, size, size), masks, title="a title " * 8)
+    for edge in (page[:12], page[-12:], page[:, :20], page[:, -20:]):
+        assert (edge == gallery.PAGE).all()
+    places = mask_places(page)
+    assert [len(row) for row in places] == [layers] * 2
+    # No text reaches into its neighbour's.
+    lines = {}
+    for (x, y), words in written:
+        lines.setdefault(y, []).append((x, x + gallery._font(13).getlength(words)))
+    for y, spans in lines.items():
+        if y > places[0][0][0] - 50:
+            spans = sorted(spans)
+            assert all(a[1] < b[0] for a, b in zip(spans, spans[1:], strict=False))
+
+
+@pytest.mark.parametrize(
+    "images, masks",
+    [
+        ((2, 3, 64, 64), {}),
+        ((0, 3, 64, 64), {"a": (0, 1, 4, 4)}),
+        ((2, 3, 64, 64), {"a": (1, 1, 4, 4)}),
+        ((2, 3, 64, 64), {"a": (2, 1, 4, 4), "b": (2, 3, 4, 4)}),
+        ((2, 3, 64, 64), {"a": (2, 4, 4)}),
+        ((2, 3, 64, 64), {"a": (2, 1, 0, 4)}),
+        ((2, 1, 64, 64), {"a": (2, 1, 4, 4)}),
+        ((2, 3, 64, 32), {"a": (2, 1, 4, 4)}),
+        ((3, 64, 64), {"a": (3, 1, 4, 4)}),
+        ((), {"a": (1, 1, 4, 4)}),
+    ],
+)
+def test_masks_of_shapes_that_do_not_fit_are_refused(tmp_path, images, masks):
+    masks = {name: torch.zeros(shape) for name, shape in masks.items()}
+    with pytest.raises(ValueError, match="do not fit"):
+        gallery.save_masks(torch.zeros(images), masks, tmp_path / "m.png", "fastgan", 1)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- reconstructions
+
+
+def write_rows(path, rows, title="fastgan", step=100):
+    gallery.save_reconstructions(rows, path, title, step)
+    return read(path)
+
+
+def box(page, level):
+    """(top, left, height, width) of the one rectangle of exactly this grey."""
+    same = (page == level).all(2)
+    [(top, bottom)] = [r for r in runs(same.sum(1) >= 32)]
+    [(left, right)] = [r for r in runs(same[top:bottom].sum(0) >= 32)]
+    assert same[top:bottom, left:right].all()
+    return top, left, bottom - top, right - left
+
+
+def test_each_row_stands_in_its_place_beneath_its_label(tmp_path, written):
+    levels = [[50, 60, 70], [80, 90, 100], [110, 120, 130], [140, 161, 171]]
+    sizes = (32, 64, 16, 24)  # all shown at one size
+    rows = {f"row {i}": flat(row, size) for i, (row, size) in enumerate(zip(levels, sizes, strict=True))}
+    page = write_rows(tmp_path / "r.png", rows)
+    boxes = [[box(page, level) for level in row] for row in levels]
+    assert {b[2:] for row in boxes for b in row} == {(192, 192)}
+    lefts = [b[1] for b in boxes[0]]
+    assert lefts[0] == gallery.MARGIN and np.diff(lefts).min() > 192 and np.diff(lefts).max() < 200
+    floor = 0
+    for i, row in enumerate(boxes):
+        assert [b[1] for b in row] == lefts and len({b[0] for b in row}) == 1
+        [(x, y)] = [xy for xy, words in written if words == f"row {i}"]
+        assert x == gallery.MARGIN and floor < y - 13 < y < row[0][0] < y + 20  # nearer to its own row
+        floor = row[0][0] + 192
+    assert not (page == gallery.WARN).all(2).any()
+
+
+def test_small_rows_become_blocks_of_the_size_of_the_largest(tmp_path):
+    small, large = noise(2, 3, 32, 32), noise(2, 3, 64, 64, seed=1)
+    page = write_rows(tmp_path / "r.png", {"small": small, "large": large, "mark": flat([77, 78], 64)})
+    top, left, size, _ = box(page, 77)
+    pitch = box(page, 78)[1] - left
+    for up, images, zoom in ((2, small, 6), (1, large, 3)):
+        y = top - up * (size + 38)
+        for i in range(2):
+            shown = page[y : y + size, left + i * pitch : left + i * pitch + size]
+            assert (shown == gallery.to_uint8(images)[i].repeat(zoom, 0).repeat(zoom, 1)).all()
+
+
+@pytest.mark.parametrize("size, cell", [(8, 192), (32, 192), (64, 192), (128, 128), (256, 230), (512, 230)])
+def test_eight_columns_fit_on_a_screen(tmp_path, size, cell):
+    page = write_rows(tmp_path / "r.png", {"real": flat([40 + i for i in range(8)], size)})
+    assert page.shape[1] <= 1920
+    assert {box(page, 40 + i)[2:] for i in range(8)} == {(cell, cell)}
+    few = write_rows(tmp_path / "r.png", {"real": flat([90], size)})
+    assert box(few, 90)[2] == (256 if size > 64 else cell)
+    for edge in (page[:12], page[-12:], page[:, :20], page[:, -20:]):
+        assert (edge == gallery.PAGE).all()
+
+
+def test_what_is_not_square_keeps_its_shape_in_the_middle_of_its_cell(tmp_path):
+    wide = flat([200], 64)[:, :, :32]
+    tall, odd = flat([190], 64)[..., :16], flat([180], 50)[..., :25]  # 50 does not divide the cell
+    rows = {"mark": flat([80], 64), "wide": wide, "tall": tall, "odd": odd}
+    page = write_rows(tmp_path / "r.png", rows)
+    top, left, size, _ = box(page, 80)
+    step = size + 38
+    assert box(page, 200) == (top + step + size // 4, left, size // 2, size)
+    assert box(page, 190) == (top + 2 * step, left + 3 * size // 8, size, size // 4)
+    assert box(page, 180) == (top + 3 * step, left + size // 4, size, size // 2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_is_drawn_and_says_so(tmp_path, bad):
+    broken = flat([80, 90], 32).clone()
+    broken[1] = bad
+    page = write_rows(tmp_path / "r.png", {"real": flat([50, 60], 32), "from the map": broken})
+    assert (page == (128 if np.isnan(bad) else 255 if bad > 0 else 0)).all(2).sum() >= 192 * 192
+    first, second = box(page, 50), box(page, 80)
+    warm = np.flatnonzero((page == gallery.WARN).all(2).any(1))
+    assert first[0] + 192 < warm.min() and warm.max() < second[0]
+
+
+def test_long_labels_and_titles_fit_on_the_page(tmp_path):
+    label = "from that quadrant of the 16x16 map, which is a rather long label for a row of one picture"
+    nan = torch.full((1, 3, 32, 32), float("nan"))
+    for rows, title in (({label: nan}, "fastgan"), ({"real": nan}, "a title " * 10)):
+        page = write_rows(tmp_path / "r.png", rows, title)
+        assert (page[:, -20:] == gallery.PAGE).all()
+
+
+def test_the_head_of_the_reconstructions_names_the_run_and_the_step(tmp_path):
+    rows = {"real": flat([50], 32)}
+    heads = {write_rows(tmp_path / "r.png", rows, *w)[:40].tobytes() for w in (("a", 1), ("b", 1), ("a", 2))}
+    assert len(heads) == 3
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [],
+        [(0, 3, 8, 8)],
+        [(2, 3, 8, 8), (3, 3, 8, 8)],
+        [(2, 3, 8, 8), (2, 1, 8, 8)],
+        [(2, 3, 8, 8), (2, 3, 0, 8)],
+        [(3, 8, 8)],
+        [()],
+    ],
+)
+def test_reconstructions_of_shapes_that_do_not_fit_are_refused(tmp_path, shapes):
+    with pytest.raises(ValueError, match="save_reconstructions"):
+        write_rows(tmp_path / "r.png", {str(i): torch.zeros(shape) for i, shape in enumerate(shapes)})
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -377,14 +702,25 @@ def draw_attention(path, level=200):
     write_attention(path, flat([level], 64), uniform(1, 1, 4, 4), [(0.5, 0.5)])
 
 
-@pytest.mark.parametrize("draw", [draw_grid, draw_attention])
+def draw_masks(path, level=200):
+    gallery.save_masks(flat([level], 64), {"slae8": hill(1, 8, 8, 0, 0)}, path, "fastgan", 1)
+
+
+def draw_rows(path, level=200):
+    gallery.save_reconstructions({"real": flat([level], 64)}, path, "fastgan", 1)
+
+
+DRAWERS = [draw_grid, draw_attention, draw_masks, draw_rows]
+
+
+@pytest.mark.parametrize("draw", DRAWERS)
 def test_missing_folders_are_made_and_nothing_else_is_left(tmp_path, draw):
     path = tmp_path / "samples" / "v1" / "picture.png"
     draw(str(path))
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
 
 
-@pytest.mark.parametrize("draw", [draw_grid, draw_attention])
+@pytest.mark.parametrize("draw", DRAWERS)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_write_that_fails_half_way_leaves_the_old_picture(tmp_path, monkeypatch, draw, error):
     path = tmp_path / "picture.png"

@@ -15,7 +15,16 @@ README = Path(__file__).parent.parent / "README.md"
 
 @pytest.mark.parametrize(("flags", "words"), [
     ("--imsize 48", "--imsize 48: must be 32, 64, 128 or 256"),
-    ("--imsize 512", "--imsize 512"),
+    ("--imsize 512", "--imsize 512: must be 32, 64, 128 or 256 with --model sagan"),
+    ("--model fastgan --imsize 32", "--imsize 32: must be 64, 128, 256, 512 or 1024 with --model fastgan"),
+    ("--model fastgan --adv_loss wgan-gp", "--adv_loss wgan-gp"),
+    ("--model fastgan --slae_kernel 5", "--slae_kernel 5: must be 3 or 7"),
+    ("--model fastgan --metadata_layer relu3_3", "--metadata_layer: 'relu3_3' is not one of relu5_3, relu4_3"),
+    ("--model fastgan --g_attn 16", "--g_attn is for --model sagan, this is fastgan"),
+    ("--slae true", "--slae is for --model fastgan, this is sagan; leave it out"),
+    ("--metadata false", "--metadata is for --model fastgan"),
+    ("--label_noise 1.5", "--label_noise 1.5: must be at most 1"),
+    ("--model fastgan --recon_weight -1", "--recon_weight -1.0: must be at least 0"),
     ("--g_attn 64", "--g_attn 64: at --imsize 64 the feature sizes are 4,8,16,32"),
     ("--d_attn 8,5", "there is no 5"),
     ("--g_attn big", "--g_attn: 'big' is no list of sizes"),
@@ -81,6 +90,56 @@ def test_wgan_gp_brings_its_own_defaults_and_flags_win():
     assert (config.d_iters, config.sn, config.lambda_gp) == (5, "none", 10.0)
     config = resolve({"adv_loss": "wgan-gp", "d_iters": 2, "sn": "d"})
     assert (config.d_iters, config.sn) == (2, "d")
+
+
+def test_fastgan_has_its_published_settings():
+    config = resolve({"model": "fastgan"})
+    assert (config.imsize, config.z_dim, config.batch_size, config.hflip) == (256, 256, 8, True)
+    assert (config.g_lr, config.d_lr, config.beta1, config.beta2, config.ema_decay) == (2e-4, 2e-4, 0.5, 0.999, 0.999)
+    assert (config.augment, config.label_noise, config.total_step) == (("color", "translation"), 0.2, 50_000)
+    assert (config.slae, config.slae_kernel, config.slae_d, config.metadata) == (True, 7, False, True)
+    assert (config.metadata_layer, config.metadata_sample, config.vgg_weights) == ("relu5_3", "mix", "imagenet")
+    assert resolve({"model": "fastgan", "version": None}).version == "fastgan_celeb"
+
+
+def test_what_belongs_to_one_model_is_unset_with_the_other():
+    sagan, fastgan = resolve({}), resolve({"model": "fastgan"})
+    for flag in (flag for group in FLAGS.values() for flag in group if flag.model):
+        owner, other = (sagan, fastgan) if flag.model == "sagan" else (fastgan, sagan)
+        assert getattr(owner, flag.name) is not None and getattr(other, flag.name) is None, flag.name
+    assert resolve({"augment": ("cutout",), "label_noise": 0.1}).label_noise == 0.1, "DiffAugment serves both"
+
+
+@pytest.mark.parametrize(("flags", "there", "recon"), [
+    ({}, False, "lpips"),                                       # metadata fetch the weights
+    ({"metadata": False}, False, "l1"),
+    ({"metadata": False}, True, "lpips"),
+    ({"vgg_weights": "random"}, False, "l1"),
+    ({"vgg_weights": "my.pth"}, True, "lpips"),
+    ({"vgg_weights": "my.pth"}, False, "l1"),
+    ({"recon": "l1"}, True, "l1"),
+    ({"preset": "cpu"}, True, "l1"),
+])
+def test_reconstructions_are_compared_by_lpips_where_its_weights_are(flags, there, recon):
+    assert resolve({"model": "fastgan", **flags}, weights_there=lambda weights: there).recon == recon
+
+
+def test_a_run_needs_its_name_alone_to_go_on_whatever_its_model():
+    saved = json.loads(parameter.as_json(resolve({"model": "fastgan", "preset": "cpu", "slae": False, "version": "a"})))
+    del saved["g_lr"]                                           # of an older program, say: fastgan's preset fills it
+    config = resolve({"version": "a"}, lambda folder: saved)
+    assert (config.model, config.preset, config.slae, config.g_attn) == ("fastgan", "cpu", False, None)
+    assert config.g_lr == 2e-4
+    with pytest.raises(UsageError, match="--slae true: run 'a' was started with false"):
+        resolve({"version": "a", "slae": True}, lambda folder: saved)
+    with pytest.raises(UsageError, match="--g_attn is for --model sagan"):
+        resolve({"version": "a", "g_attn": (8,)}, lambda folder: saved)
+
+
+def test_a_sagan_runs_config_file_serves_fastgan_too(tmp_path):
+    (tmp_path / "c.json").write_text(parameter.as_json(resolve({"batch_size": 5})))
+    config = resolve({"config": str(tmp_path / "c.json"), "model": "fastgan", "imsize": 64})
+    assert (config.batch_size, config.g_attn, config.slae) == (5, None, True)
 
 
 def test_attention_moves_with_the_image_size():
@@ -154,5 +213,4 @@ def test_readme_and_help_list_the_same_flags_and_defaults(run, capsys):
     assert list(documented) == list(flags)
     for name, flag in flags.items():
         assert f"--{name} " in shown
-        if flag.default is not None:
-            assert documented[name].strip("`") == parameter.written(flag.default), name
+        assert documented[name].strip("`") == (parameter.defaults(flag) or "–"), name

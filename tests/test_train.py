@@ -12,38 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import MAIN, TINY, assert_same_state, lines, state, torchrun
 from PIL import Image
 
 import checkpoint
 import trainer
-
-MAIN = str(Path(__file__).parent.parent / "main.py")
-
-
-def lines(version):
-    return [json.loads(line) for line in Path("logs", version, "metrics.jsonl").read_text().splitlines()]
-
-
-def tensors(thing, path=""):
-    """{path: tensor or number} of every leaf of a checkpoint."""
-    if isinstance(thing, dict):
-        return {k: v for name, part in thing.items() for k, v in tensors(part, f"{path}/{name}").items()}
-    if isinstance(thing, (list, tuple)):
-        return {k: v for name, part in enumerate(thing) for k, v in tensors(part, f"{path}/{name}").items()}
-    return {path: thing}
-
-
-def assert_same_state(a, b):
-    a, b = (tensors({k: v for k, v in state.items() if k != "config"}) for state in (a, b))
-    assert a.keys() == b.keys()
-    different = [name for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor)
-                                            else a[name] == b[name])]
-    assert not different
-
-
-def state(version, step):
-    return checkpoint.load(checkpoint.path_of(Path("models", version), step))
 
 
 def test_a_run_writes_what_the_readme_promises(run):
@@ -368,13 +341,6 @@ def test_a_second_process_in_the_same_folder_ends_with_6(tmp_path, monkeypatch):
     after_a_kill = start("--version", "a", "--total_step", 1)
     out, err = after_a_kill.communicate(timeout=60)
     assert after_a_kill.returncode == 0, err
-
-
-def torchrun(script, *flags):
-    """A real torchrun with two processes on the CPU (gloo)."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
 
 
 @pytest.mark.slow

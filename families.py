@@ -1,0 +1,92 @@
+"""The network families: in this table, and nowhere else, they differ.
+
+A new model is one file, one objective, one row here, one preset.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import fastgan_models
+import gallery
+import losses
+import sagan_models
+
+RECONSTRUCTED = 8           # real images shown with what D's decoders make of them
+ATTENTION_ROWS = 4          # generated images shown in each attention picture
+
+
+@dataclass(frozen=True)
+class View:
+    """What a record looks at: `z` (B, ...) and G_ema's images of it, real images, both (·, 3, imsize, imsize) on the
+    networks' device; the folders of samples and of attention maps, the step.
+    """
+
+    z: torch.Tensor
+    images: torch.Tensor
+    real: torch.Tensor
+    samples: Path
+    attention: Path
+    step: int
+
+    def name(self, what):
+        """File name of a picture of this step."""
+        return f"{self.step:07d}_{what}.png"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One network family.
+
+    `build(config) -> (G, D)` on the CPU; `objective(config, device)` with d_loss and g_loss; `gammas(G, D) ->
+    {layer: (1,) tensor}`, the weight that each attention layer has learned for its output; `write_pictures(G, D, view)
+    -> {name: float}` draws what the networks attend to, G and D in evaluation mode, and returns figures on it.
+    """
+
+    build: Callable
+    objective: Callable
+    gammas: Callable
+    write_pictures: Callable
+
+
+def write_attention(G, D, view):
+    """SAGAN: a picture per attention layer, one overlay per query point. Returns {"entropy/<layer>": 0 to 1}."""
+    queries = gallery.default_queries()
+    maps = {**G.attention_maps(view.z[:ATTENTION_ROWS], queries),
+            **D.attention_maps(view.images[:ATTENTION_ROWS], queries)}
+    figures, gammas = {}, sagan_models.gammas(G, D)
+    for layer, weights in maps.items():
+        figures[f"entropy/{layer}"] = entropy = gallery.normalized_entropy(weights).mean().item()
+        gallery.save_attention(view.images[:ATTENTION_ROWS], weights.cpu(), queries,
+                               view.attention / view.name(f"attn_{layer}"), layer, view.step,
+                               gammas[layer].item(), entropy)
+    return figures
+
+
+def write_masks(G, D, view):
+    """SLAE-FastGAN: the masks over generated images, a column per layer; D's reconstructions of real ones.
+
+    Returns {"mask/<layer>": mean, "mask_range/<layer>": largest less smallest} of each layer's masks.
+    """
+    images, real = view.images[:ATTENTION_ROWS], view.real[:RECONSTRUCTED]
+    masks = {**G.attention_maps(view.z[:ATTENTION_ROWS]), **D.attention_maps(images)}
+    if masks:
+        gallery.save_masks(images, masks, view.attention / view.name("attn_slae"), "spatial attention", view.step)
+    quadrant = torch.arange(len(real), device=real.device) % 4          # the same in every record
+    judgement = D([real, fastgan_models.downscale(real, fastgan_models.small_size(real.size(-1)))])
+    rebuilt = D.reconstruct(judgement, real, quadrant)
+    whole, quarter = rebuilt["last"][1], rebuilt["middle"][1]
+    gallery.save_reconstructions({
+        "real": whole, "from D's 8x8 map": rebuilt["last"][0], "from the small path": rebuilt["small"][0],
+        "one quadrant": quarter, "from its part of the 16x16 map": rebuilt["middle"][0],
+    }, view.samples / view.name("recon"), "reconstructions", view.step)
+    return {**{f"mask/{layer}": mask.mean().item() for layer, mask in masks.items()},
+            **{f"mask_range/{layer}": (mask.max() - mask.min()).item() for layer, mask in masks.items()}}
+
+
+FAMILIES = {
+    "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas, write_attention),
+    "fastgan": Family(fastgan_models.build, losses.self_supervised, lambda G, D: {}, write_masks),
+}

@@ -1,0 +1,350 @@
+"""SLAE-FastGAN: FastGAN (Liu et al. 2021, arXiv 2101.04775) with spatial attention on its skip-layer excitations
+(Wu and Xu 2023, doi 10.12677/CSA.2023.132019) and metadata beside the noise.
+
+G turns 4x4 into imsize by blocks that double the size; skip layers let low maps gate the channels of high ones. D
+looks at the image through a deep path and at its half through an independent small one, and three decoders rebuild
+real images from D's maps: what keeps D from learning a small set by heart.
+
+Both exist at 64, 128, 256, 512 and 1024 px. Below 256 the first blocks of D, the small branch and the decoders
+shrink with the image, and G's three skip pairs lead onto its last three maps. At 256 px and width 64, without `slae`
+and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spectral import normalizer
+
+METADATA = 512          # numbers of metadata behind z, where there are any
+LOGITS = 25             # 5 x 5 of each of D's two paths
+LAST = 8                # height of the map that D's deep path ends with
+
+# Channels of a map by its height, in units of conv_dim: at 64 they are the published 1024, 512, ..., 8.
+G_WIDTHS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1 / 2, 512: 1 / 4, 1024: 1 / 8}
+D_WIDTHS = {8: 8, 16: 4, 32: 2, 64: 1, 128: 1 / 2, 256: 1 / 4, 512: 1 / 8}
+
+
+def small_size(imsize):
+    """Height of G's second image, of D's small input and of the reconstructions: half the image, at most 128."""
+    return min(imsize, 256) // 2
+
+
+def downscale(images, size):
+    """(B, 3, H, W) -> (B, 3, size, size), anti-aliased; images of that size come back as they are."""
+    if images.size(-1) == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _width(table, size, conv_dim):
+    return max(1, round(table[size] * conv_dim))
+
+
+class _Layers:
+    """Makes the convolutions of one network, spectrally normalized or not."""
+
+    def __init__(self, sn):
+        self.wrap = normalizer(sn)
+
+    def conv(self, channels, out, kernel, stride=1, padding=0):
+        return self.wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=False))
+
+    def up(self, channels, out, noise=False):
+        """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block, or with `noise` the first half of the deep one."""
+        return nn.Sequential(nn.Upsample(scale_factor=2), *self.gated(channels, out, noise))
+
+    def deep_up(self, channels, out):
+        """(B, channels, H, W) -> (B, out, 2H, 2W): two convolutions, with noise after each."""
+        return nn.Sequential(*self.up(channels, out, noise=True), *self.gated(out, out, noise=True))
+
+    def gated(self, channels, out, noise=False):
+        """conv 3x3, noise, batch norm, gated linear unit."""
+        yield self.conv(channels, 2 * out, 3, padding=1)
+        if noise:
+            yield Noise()
+        yield nn.BatchNorm2d(2 * out)
+        yield nn.GLU(dim=1)
+
+
+class Noise(nn.Module):
+    """x + weight * noise, one N(0, 1) map per image for all channels; the weight starts at 0.
+
+    In evaluation the map is one fixed map for all images: a sample then depends on its z alone.
+    """
+
+    FIXED_SEED = 0
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        B, _, H, W = x.size()
+        if self.training:
+            noise = torch.randn(B, 1, H, W, device=x.device, dtype=x.dtype)
+        else:
+            generator = torch.Generator().manual_seed(self.FIXED_SEED)      # the same on every device
+            noise = torch.randn(1, 1, H, W, generator=generator).to(x)
+        return x + self.weight * noise
+
+
+class SpatialAttention(nn.Module):
+    """x (B, C, H, W) -> mask (B, 1, H, W) in (0, 1): sigma(conv_k([mean over channels, max over channels])).
+
+    Two pooling layers and one convolution without bias or spectral norm (Wu and Xu 2023, section 3.1).
+    """
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+
+    def forward(self, x):
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)   # (B, 2, H, W)
+        return torch.sigmoid(self.conv(pooled))                                         # (B, 1, H, W)
+
+
+class SkipExcitation(nn.Module):
+    """source (B, C, h, w), target (B, C', H, W) -> target with each channel scaled by what the source says.
+
+    Skip-layer excitation (Liu et al. 2021, section 3.1); with a `kernel` the source is first multiplied by its
+    spatial attention mask, which makes it SLAE (Wu and Xu 2023, section 3.1).
+    """
+
+    def __init__(self, layers, channels, out, kernel=None):
+        super().__init__()
+        self.attention = SpatialAttention(kernel) if kernel else None
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4), layers.conv(channels, out, 4), nn.SiLU(), layers.conv(out, out, 1), nn.Sigmoid()
+        )
+
+    def forward(self, source, target):
+        if self.attention is not None:
+            source = source * self.attention(source)
+        return target * self.gate(source)                               # (B, C', 1, 1) * (B, C', H, W)
+
+
+def _skips(layers, sources, width, slae):
+    """{"<height of the target>": SkipExcitation} for {height of the target: height of the source}."""
+    return nn.ModuleDict({f"{target}": SkipExcitation(layers, width[source], width[target], slae)
+                          for target, source in sources.items()})
+
+
+class Generator(nn.Module):
+    """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at half its size].
+
+    Both in [-1, 1]; above 256 px the second has 128 px. `slae` is the kernel of the spatial attention, None without.
+    """
+
+    def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True):
+        super().__init__()
+        layers = _Layers(sn)
+        self.imsize, self.z_dim = imsize, z_dim
+        width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
+        # std 1 / sqrt(512): of standardized metadata it makes numbers of variance 1
+        self.mix = nn.Linear(METADATA, z_dim, bias=False) if metadata else None
+        if metadata:
+            nn.init.normal_(self.mix.weight, std=METADATA**-0.5)
+        self.start = nn.Sequential(
+            layers.wrap(nn.ConvTranspose2d(z_dim, 2 * width[4], 4, bias=False)),
+            nn.BatchNorm2d(2 * width[4]), nn.GLU(dim=1),
+        )
+        self.blocks = nn.ModuleDict()
+        for size in (size for size in width if size > 4):
+            # deep at 8, 32, 128, 512; plain at 16, 64, 256, 1024
+            block = layers.deep_up if size.bit_length() % 2 == 0 else layers.up
+            self.blocks[f"{size}"] = block(width[size // 2], width[size])
+        top = min(imsize, 256)
+        self.sources = {top // 4: 4, top // 2: 8, top: 16}              # of the skip to the map of each height
+        if imsize > 256:
+            self.sources[512] = 32
+        self.skips = _skips(layers, self.sources, width, slae)
+        self.to_small = layers.conv(width[small_size(imsize)], 3, 1)
+        self.to_rgb = layers.conv(width[imsize], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.start(self.latent(z)[:, :, None, None])                # (B, width, 4, 4)
+        maps = {4: x}
+        for name, block in self.blocks.items():
+            x = block(x)                                                # (B, width, size, size)
+            size = int(name)
+            if size in self.sources:
+                x = self.skips[name](maps[self.sources[size]], x)
+            maps[size] = x
+        small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
+        return [torch.tanh(self.to_rgb(x)), torch.tanh(small)]
+
+    def latent(self, z):
+        """(B, z_dim [+ 512]) -> (B, z_dim): noise and metadata, mixed so that the variance stays 1 (section 3.2)."""
+        if self.mix is None:
+            return z
+        z, metadata = z.split([self.z_dim, METADATA], dim=1)            # (B, z_dim), (B, 512)
+        # whatever the mixture learns, its numbers keep the noise's size
+        mixed = F.rms_norm(self.mix(metadata), (self.z_dim,))           # (B, z_dim)
+        return (z + mixed) * 0.5**0.5
+
+    def attention_maps(self, z, queries=None):
+        """{"slae<size>": mask (B, 1, size, size) in (0, 1)} of each skip's source; a mask asks no queries."""
+        return _masks_during(self, z, "slae")
+
+
+class Judgement(NamedTuple):
+    """What D says of a batch: the logits of both paths side by side, and the maps that the decoders start from."""
+
+    logits: torch.Tensor        # (B, 50)
+    middle: torch.Tensor        # (B, C / 2, 16, 16)
+    last: torch.Tensor          # (B, C, 8, 8)
+    small: torch.Tensor         # (B, C / 2, 8, 8)
+
+
+class Discriminator(nn.Module):
+    """[image (B, 3, imsize, imsize), the same at `small_size`] in [-1, 1] -> Judgement.
+
+    `slae` is the kernel of the spatial attention before its skip excitations, None without.
+    """
+
+    def __init__(self, imsize, conv_dim, slae=None, sn=True):
+        super().__init__()
+        layers = _Layers(sn)
+        top = min(imsize, 256)                                          # the stem's size, above it only strides
+        sizes = [size for size in sorted(D_WIDTHS, reverse=True) if size < 2 * top]
+        width = {size: _width(D_WIDTHS, size, conv_dim) for size in sizes}
+        self.stem = nn.Sequential(*_stem(layers, imsize, conv_dim, width[top]))
+        self.blocks = nn.ModuleDict({
+            f"{size}": _ResidualDown(layers, width[2 * size], width[size]) for size in sizes if size < top
+        })
+        self.sources = {size // 8: size for size in sizes if size // 8 >= LAST}
+        self.skips = _skips(layers, self.sources, width, slae)
+        last = width[LAST]
+        self.to_logits = nn.Sequential(
+            layers.conv(last, 2 * last, 1), nn.BatchNorm2d(2 * last), nn.LeakyReLU(0.2), layers.conv(2 * last, 1, 4)
+        )
+        half = small_size(imsize)
+        steps = [size for size in sizes if LAST <= size < half]         # half / 2, ..., 8
+        small = [width[2 * size] for size in steps]                     # ends with half the deep path's width
+        self.small_path = nn.Sequential(
+            layers.conv(3, small[0], 4, 2, 1), nn.LeakyReLU(0.2),
+            *(layer for i, out in enumerate(small[1:]) for layer in _down(layers, small[i], out)),
+        )
+        self.small_to_logits = layers.conv(small[-1], 1, 4)
+        middle = width[2 * LAST]
+        self.decode_last = _decoder(layers, last, half, conv_dim)
+        self.decode_middle = _decoder(layers, middle, half, conv_dim)
+        self.decode_small = _decoder(layers, small[-1], half, conv_dim)
+
+    def forward(self, images):
+        image, small = images
+        x = self.stem(image)                                            # (B, width, top, top)
+        maps = {x.size(-1): x}
+        for name, block in self.blocks.items():
+            x = block(x)                                                # (B, width, size, size)
+            size = int(name)
+            if size in self.sources:
+                x = self.skips[name](maps[self.sources[size]], x)
+            maps[size] = x
+        from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
+        logits = torch.cat([self.to_logits(x).flatten(1), self.small_to_logits(from_small).flatten(1)], dim=1)
+        return Judgement(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 25)
+
+    def reconstruct(self, judgement, real, quadrant=None):
+        """{name: (rebuilt, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
+
+        `real` are the images (B, 3, imsize, imsize) that the judgement is of. From its quarter of the 16x16 map one
+        quadrant of each is rebuilt, `quadrant` (B,) or one drawn from the global random state; else the whole image.
+        """
+        B, _, S, _ = real.size()
+        size = small_size(S)
+        whole = downscale(real, size)
+        if quadrant is None:
+            quadrant = torch.randint(0, 4, (B,), device=real.device)
+        return {
+            "last": (self.decode_last(judgement.last), whole),
+            "middle": (self.decode_middle(take_quadrant(judgement.middle, quadrant)),
+                       downscale(take_quadrant(real, quadrant), size)),
+            "small": (self.decode_small(judgement.small), whole),
+        }
+
+    def attention_maps(self, images, queries=None):
+        """{"slae_d<size>": mask (B, 1, size, size) in (0, 1)} for images (B, 3, imsize, imsize); {} without `slae`."""
+        return _masks_during(self, [images, downscale(images, small_size(images.size(-1)))], "slae_d")
+
+
+def take_quadrant(x, quadrant):
+    """x (B, C, H, W), quadrant (B,) of 0 to 3 in reading order -> (B, C, H / 2, W / 2)."""
+    B, C, H, W = x.size()
+    x = x.view(B, C, 2, H // 2, 2, W // 2)
+    image = torch.arange(B, device=x.device)
+    return x[image, :, quadrant // 2, :, quadrant % 2]                  # the indexed axes come first: (B, C, H/2, W/2)
+
+
+def _stem(layers, imsize, conv_dim, out):
+    """The layers from the image to the first map, 256 px at most; 512 and 1024 px are halved on the way."""
+    if imsize <= 256:
+        return [layers.conv(3, out, 3, padding=1), nn.LeakyReLU(0.2)]
+    if imsize == 512:
+        return [layers.conv(3, out, 4, 2, 1), nn.LeakyReLU(0.2)]
+    first = _width(D_WIDTHS, 512, conv_dim)
+    return [layers.conv(3, first, 4, 2, 1), nn.LeakyReLU(0.2), *_down(layers, first, out)]
+
+
+def _down(layers, channels, out):
+    """conv 4x4 with stride 2, batch norm, LeakyReLU."""
+    return [layers.conv(channels, out, 4, 2, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+
+
+class _ResidualDown(nn.Module):
+    """(B, channels, H, W) -> (B, out, H / 2, W / 2): the mean of a convolved and a pooled way down."""
+
+    def __init__(self, layers, channels, out):
+        super().__init__()
+        self.convolved = nn.Sequential(
+            *_down(layers, channels, out), layers.conv(out, out, 3, padding=1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
+        )
+        self.pooled = nn.Sequential(
+            nn.AvgPool2d(2), layers.conv(channels, out, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)
+        )
+
+    def forward(self, x):
+        return (self.convolved(x) + self.pooled(x)) / 2
+
+
+def _decoder(layers, channels, size, conv_dim):
+    """(B, channels, 8, 8) -> (B, 3, size, size) in [-1, 1]."""
+    blocks, at = [], LAST
+    while at < size:
+        at *= 2
+        out = max(1, round({16: 2, 32: 1, 64: 1, 128: 1 / 2}[at] * conv_dim))
+        blocks.append(layers.up(channels, out))
+        channels = out
+    return nn.Sequential(*blocks, layers.conv(channels, 3, 3, padding=1), nn.Tanh())
+
+
+@torch.no_grad()
+def _masks_during(net, x, prefix):
+    """Run net(x) and take the mask of each skip excitation that has one."""
+    masks = {}
+
+    def take(source):
+        def hook(layer, inputs, mask):
+            masks[f"{prefix}{source}"] = mask
+        return hook
+
+    attention = {source: net.skips[f"{target}"].attention for target, source in net.sources.items()}
+    hooks = [layer.register_forward_hook(take(source)) for source, layer in attention.items() if layer is not None]
+    try:
+        net(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return masks
+
+
+def build(config):
+    """(G, D) of the config, freshly initialized, on the CPU."""
+    kernel = config.slae_kernel
+    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
+                  config.sn in ("both", "g"))
+    D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"))
+    return G, D

@@ -1,0 +1,254 @@
+"""SLAE-FastGAN's networks and objective: published sizes, every imsize, its layers by the written formula."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastgan_models import (
+    Discriminator,
+    Generator,
+    Noise,
+    SpatialAttention,
+    build,
+    downscale,
+    small_size,
+    take_quadrant,
+)
+from losses import SelfSupervisedHinge, hinge
+from parameter import resolve
+
+
+def count(net):
+    return sum(weight.numel() for weight in net.parameters())
+
+
+def networks(**flags):
+    """Tiny (G, D) at 64 px."""
+    torch.manual_seed(0)
+    return build(resolve({"model": "fastgan", "imsize": 64, "g_conv_dim": 8, "d_conv_dim": 8, "z_dim": 16, **flags}))
+
+
+@pytest.mark.parametrize(("imsize", "g", "d"), [(256, 29.13e6, 11.53e6), (1024, 29.18e6, 11.53e6)])
+def test_parameter_counts_are_fastgans_and_slae_adds_next_to_nothing(imsize, g, d):
+    plain = {"model": "fastgan", "imsize": imsize, "slae": False, "metadata": False}
+    G, D = build(resolve(plain))
+    assert count(G) == pytest.approx(g, rel=1e-3) and count(D) == pytest.approx(d, rel=1e-3)
+    with_slae = build(resolve({**plain, "slae": True, "slae_d": True}))
+    assert 0 < count(with_slae[0]) - count(G) < count(G) / 1000
+    assert 0 < count(with_slae[1]) - count(D) < count(D) / 1000
+
+
+@pytest.mark.parametrize("imsize", [64, 128, 256, 512, 1024])
+@pytest.mark.parametrize("slae_kernel", [3, 7])
+def test_every_size_gives_two_images_masks_logits_and_reconstructions(imsize, slae_kernel):
+    G, D = build(resolve({"model": "fastgan", "imsize": imsize, "g_conv_dim": 2, "d_conv_dim": 4, "z_dim": 6,
+                          "slae_d": True, "slae_kernel": slae_kernel}))
+    z, small = torch.randn(2, 6 + 512), min(imsize // 2, 128)
+    images = G(z)
+    assert [image.shape for image in images] == [(2, 3, imsize, imsize), (2, 3, small, small)]
+    assert all(image.abs().max() <= 1 for image in images)
+    judgement = D(images)
+    assert judgement.logits.shape == (2, 50)
+    rebuilt = D.reconstruct(judgement, images[0])
+    assert [image.shape for pair in rebuilt.values() for image in pair] == 6 * [(2, 3, small, small)]
+    masks = {name: tuple(mask.shape) for name, mask in {**G.attention_maps(z), **D.attention_maps(images[0])}.items()}
+    expected = [("slae", size) for size in ((4, 8, 16) if imsize <= 256 else (4, 8, 16, 32))]
+    expected += [("slae_d", size) for size in (256, 128, 64) if size <= imsize]
+    assert masks == {f"{name}{size}": (2, 1, size, size) for name, size in expected}
+
+
+def test_a_batch_of_one_trains_every_weight():
+    G, D = networks(slae_d=True)
+    fake = G(torch.randn(1, 16 + 512))
+    objective = SelfSupervisedHinge(nn.functional.l1_loss, 1.0, 0.2)
+    loss, _ = objective.d_loss(D, torch.rand(1, 3, 64, 64), [image.detach() for image in fake])
+    loss.backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in D.parameters())
+    objective.g_loss(D, fake)[0].backward()
+    assert all(weight.grad is not None for weight in G.parameters())
+
+
+def test_the_mask_is_two_poolings_and_one_convolution():
+    torch.manual_seed(0)
+    attention, x = SpatialAttention(3), torch.randn(2, 5, 6, 7)
+    mask = attention(x)
+    assert [tuple(weight.shape) for weight in attention.parameters()] == [(1, 2, 3, 3)], "no bias"
+    pooled = torch.stack([x.mean(1), x.amax(1)], 1)
+    for y, at in ((0, 0), (3, 4), (5, 6)):
+        total = torch.tensor(0.0)
+        for dy in range(3):
+            for dx in range(3):
+                row, column = y + dy - 1, at + dx - 1
+                if 0 <= row < 6 and 0 <= column < 7:
+                    total = total + (attention.conv.weight[0, :, dy, dx] * pooled[1, :, row, column]).sum()
+        assert mask[1, 0, y, at].item() == pytest.approx(torch.sigmoid(total).item(), abs=1e-6)
+
+
+def test_a_skip_scales_the_targets_channels_by_what_the_masked_source_says():
+    G, _ = networks(sn="none")
+    skip = G.skips["32"]
+    source, target = torch.randn(2, 64, 8, 8), torch.randn(2, 16, 32, 32)
+    scale = skip(source, target) / target
+    assert scale.std((2, 3)).max() < 1e-5, "one factor per image and channel"
+    masked = source * skip.attention(source)
+    pooled = masked.view(2, 64, 4, 2, 4, 2).mean((3, 5))                            # (2, 64, 4, 4)
+    first, second = (layer.weight for layer in skip.gate if isinstance(layer, nn.Conv2d))
+    hidden = (pooled.flatten(1) @ first.flatten(1).T)                               # (2, 16)
+    hidden = hidden * torch.sigmoid(hidden)
+    assert torch.allclose(scale[:, :, 0, 0], torch.sigmoid(hidden @ second.flatten(1).T), atol=1e-5)
+
+
+def test_without_slae_it_is_fastgans_excitation():
+    G, D = networks(slae=False)
+    assert all(skip.attention is None for net in (G, D) for skip in net.skips.values())
+    assert G.attention_maps(torch.randn(1, 16 + 512)) == {} == D.attention_maps(torch.randn(1, 3, 64, 64))
+
+
+def test_low_maps_drive_the_last_three():
+    assert networks()[0].sources == {16: 4, 32: 8, 64: 16}
+    assert Generator(256, 8, 2).sources == {64: 4, 128: 8, 256: 16}
+    assert Generator(1024, 8, 2).sources == {64: 4, 128: 8, 256: 16, 512: 32}
+    assert Discriminator(256, 4).sources == {32: 256, 16: 128, 8: 64}
+
+
+def test_spectral_norm_is_everywhere_but_on_the_masks_and_the_mixture():
+    G, D = networks(slae_d=True)
+    plain = {name for net, letter in ((G, "G."), (D, "D.")) for name, layer in net.named_modules(prefix=letter)
+             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
+             and not parametrize.is_parametrized(layer)}
+    assert plain == {"G..mix", *(f"G..skips.{size}.attention.conv" for size in (16, 32, 64)),
+                     "D..skips.8.attention.conv"}
+    G, D = networks(sn="none")
+    assert not any(parametrize.is_parametrized(layer) for net in (G, D) for layer in net.modules())
+
+
+def test_noise_begins_without_effect_differs_per_image_and_stands_still_in_evaluation():
+    noise, x = Noise(), torch.zeros(3, 2, 8, 8)
+    assert torch.equal(noise(x), x)
+    with torch.no_grad():
+        noise.weight.fill_(0.5)
+    first = noise(x)
+    assert torch.equal(first[:, 0], first[:, 1]), "one map for all channels"
+    assert not torch.equal(first[0], first[1]) and not torch.equal(first, noise(x))
+    assert first.std().item() == pytest.approx(0.5, rel=0.2)
+    noise.eval()
+    still = noise(x)
+    assert torch.equal(still, noise(x)) and torch.equal(still[0], still[1])
+    assert still.std().item() == pytest.approx(0.5, rel=0.2)
+
+
+def test_a_sample_depends_on_no_batch_mate_and_leaves_the_random_state():
+    G, _ = networks()
+    with torch.no_grad():
+        for layer in G.modules():
+            if isinstance(layer, Noise):
+                layer.weight.fill_(0.3)
+    G(torch.randn(4, 16 + 512))
+    G.eval()
+    z, before = torch.randn(4, 16 + 512), torch.get_rng_state()
+    assert torch.allclose(G(z)[0][2:3], G(z[2:3])[0], atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_noise_and_metadata_mix_at_variance_one_whatever_the_mixture_learns():
+    G, _ = networks()
+    z, metadata = torch.randn(500, 16), torch.randn(500, 512)
+    for scale in (0.1, 1.0, 20.0):
+        with torch.no_grad():
+            G.mix.weight.normal_(std=scale)
+        latent = G.latent(torch.cat([z, metadata], 1))
+        assert latent.shape == (500, 16)
+        assert latent.var().item() == pytest.approx(1, rel=0.05)
+    plain, _ = networks(metadata=False)
+    assert torch.equal(plain.latent(z), z)
+
+
+def test_metadata_reach_the_image():
+    G, _ = networks()
+    images = G(torch.cat([torch.randn(1, 16).expand(8, -1), torch.randn(8, 512)], 1))[0]
+    assert images.std(0).mean() > 0.5 * G(torch.randn(8, 16 + 512))[0].std(0).mean(), "of one z and eight metadata"
+
+
+def test_downscaling_is_anti_aliased():
+    stripes = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(16).expand(1, 3, 64, 64)
+    assert downscale(stripes, 16)[..., 2:-2].abs().max() < 0.3, "mean grey; the pixels next to each centre are white"
+    assert downscale(stripes, 64) is stripes
+    assert [small_size(imsize) for imsize in (64, 128, 256, 512, 1024)] == [32, 64, 128, 128, 128]
+
+
+def test_quadrants_in_reading_order():
+    x = torch.arange(16.0).view(1, 1, 4, 4).repeat(4, 1, 1, 1)
+    corners = take_quadrant(x, torch.arange(4))[:, 0]
+    assert corners.tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]], [[8, 9], [12, 13]], [[10, 11], [14, 15]]]
+
+
+def test_a_quadrant_is_rebuilt_from_its_own_quarter_of_the_map():
+    _, D = networks()
+    real, quadrant = torch.rand(4, 3, 64, 64), torch.tensor([3, 0, 2, 1])
+    judgement = D([real, downscale(real, 32)])
+    seen = []
+    D.decode_middle.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    _, target = D.reconstruct(judgement, real, quadrant)["middle"]
+    assert torch.equal(target[0], real[0, :, 32:, 32:]) and torch.equal(target[3], real[3, :, :32, 32:])
+    assert torch.equal(seen[0][0], judgement.middle[0, :, 8:, 8:])
+    assert torch.equal(seen[0][3], judgement.middle[3, :, :8, 8:])
+
+
+def test_whole_images_are_rebuilt_from_the_deep_and_from_the_small_path():
+    _, D = networks()
+    real = torch.rand(2, 3, 64, 64)
+    judgement = D([real, downscale(real, 32)])
+    rebuilt = D.reconstruct(judgement, real)
+    for name, decoder in (("last", D.decode_last), ("small", D.decode_small)):
+        assert torch.allclose(rebuilt[name][0], decoder(getattr(judgement, name)), atol=1e-5)
+        assert torch.equal(rebuilt[name][1], downscale(real, 32))
+
+
+def test_the_drawn_quadrants_differ_between_images_and_follow_the_seed():
+    _, D = networks()
+    real = torch.rand(32, 3, 64, 64)
+    judgement = D([real, downscale(real, 32)])
+    targets = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        targets.append(D.reconstruct(judgement, real)["middle"][1])
+    assert torch.equal(targets[0], targets[1]) and not torch.equal(targets[0], targets[2])
+    corners = {next(q for q in range(4) if torch.equal(target, take_quadrant(image[None], torch.tensor([q]))[0]))
+               for target, image in zip(targets[0], real, strict=True)}
+    assert corners == {0, 1, 2, 3}
+
+
+def test_margins_are_softened_by_the_label_noise():
+    zeros = torch.zeros(4000)
+    assert hinge(zeros, zeros, 0.0)[0].item() == 2
+    loss = hinge(zeros, zeros, 0.2)[0].item()
+    assert loss == pytest.approx(2 * 0.9, rel=0.01), "margins uniform in 0.8 to 1"
+    on_real, on_fake = torch.tensor([0.75]), torch.tensor([-0.75])
+    assert 0 < hinge(on_real, on_fake, 0.2)[0] < 0.5
+    assert hinge(torch.tensor([1.0]), torch.tensor([-1.0]), 0.2)[0] == 0
+
+
+def test_d_loss_is_the_hinge_of_both_paths_and_three_reconstructions():
+    _, D = networks()
+    real, fake = torch.rand(3, 3, 64, 64), [torch.rand(3, 3, 64, 64), torch.rand(3, 3, 32, 32)]
+    distance = nn.functional.l1_loss
+    loss, stats = SelfSupervisedHinge(distance, 2.0, 0.0).d_loss(D, real, fake)
+    on_real = D([real, downscale(real, 32)]).logits         # alone: batch norm must not have mixed real and fake
+    on_fake = D(fake).logits
+    expected = (1 - on_real).relu().mean() + (1 + on_fake).relu().mean()
+    apart = sum(stats[f"recon/{name}"] for name in ("last", "middle", "small"))
+    assert loss.item() == pytest.approx((expected + 2 * apart).item(), rel=1e-4)
+    assert stats["recon/last"].item() == pytest.approx(
+        distance(D.decode_last(D([real, downscale(real, 32)]).last), downscale(real, 32)).item(), rel=1e-4)
+
+
+def test_the_weight_of_the_reconstruction_does_not_grow_with_the_batch():
+    _, D = networks()
+    D.eval()
+    real, fake = torch.rand(2, 3, 64, 64), [torch.rand(2, 3, 64, 64), torch.rand(2, 3, 32, 32)]
+    for distance in (nn.functional.l1_loss, lambda a, b: (a - b).abs().flatten(1).mean(1)):     # a mean; one per image
+        objective = SelfSupervisedHinge(distance, 1.0, 0.0)
+        once = objective.d_loss(D, real, fake)[1]["recon/last"]
+        thrice = objective.d_loss(D, real.repeat(3, 1, 1, 1), [x.repeat(3, 1, 1, 1) for x in fake])[1]["recon/last"]
+        assert once.item() == pytest.approx(thrice.item(), rel=1e-4)

@@ -1,0 +1,183 @@
+"""SLAE-FastGAN through the real command at a tiny size: the same services, its own pictures, its metadata."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MAIN, assert_same_state, lines, state, torchrun
+from PIL import Image
+
+import fastgan_models
+import vgg
+
+FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
+           "--z_dim", "8", "--device", "cpu", "--dataset", "folder")
+
+
+@pytest.fixture
+def fastgan(run, pictures):
+    """fastgan(*flags) runs the command on a folder of 12 pictures, with metadata of a random VGG unless told not to."""
+
+    def command(*flags, vgg_weights="random"):
+        return run(*FASTGAN, "--image_path", pictures, "--vgg_weights", vgg_weights, *flags, tiny=False)
+
+    return command
+
+
+def generated(version, step):
+    folder = Path("samples", version, f"{step:07d}_generated_seed0")
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def test_a_run_writes_masks_reconstructions_and_their_figures(fastgan):
+    code, out, _ = fastgan("--version", "a", "--total_step", 4, "--sample_step", 2, "--log_step", 2,
+                           "--model_save_step", 2, "--slae_d", "true")
+    assert code == 0
+    names = {f"{step:07d}_{kind}.png" for step in (2, 4) for kind in ("fake", "attn_slae", "recon")}
+    assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
+    for path in Path("samples/a").glob("*.png"):
+        Image.open(path).load()
+    last = lines("a")[-1]
+    assert {"d_loss", "g_loss", "recon/last", "recon/middle", "recon/small"} <= last.keys()
+    for layer in ("slae4", "slae8", "slae16", "slae_d64"):
+        assert 0 < last[f"mask/{layer}"] < 1 and 0 < last[f"mask_range/{layer}"] < 1
+    assert not any(name.startswith(("gamma/", "entropy/")) for name in last)
+    assert "random" in out, "a VGG with random weights is said"
+
+
+def test_without_slae_there_is_no_mask_to_draw(fastgan):
+    fastgan("--version", "a", "--total_step", 1, "--sample_step", 1, "--slae", "false", "--metadata", "false")
+    assert not list(Path("samples/a").glob("*attn*"))
+    assert state("a", 1)["metadata"] is None and state("a", 1)["fixed_z"].shape[1] == 8
+    assert not Path("cache").exists(), "nothing was asked of VGG"
+
+
+@pytest.mark.parametrize("flags", [(), ("--slae", "false", "--metadata", "false"),
+                                   ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")])
+def test_six_steps_are_three_and_three_bit_for_bit(fastgan, flags):
+    fastgan("--version", "straight", "--total_step", 6, *flags)
+    fastgan("--version", "resumed", "--total_step", 3, "--sample_step", 1, "--log_step", 1, *flags)
+    shutil.rmtree("cache", ignore_errors=True)              # a run goes on with its own metadata
+    code, _, _ = fastgan("--version", "resumed", "--total_step", 6, *flags)
+    assert code == 0 and not Path("cache").exists()
+    assert_same_state(state("straight", 6), state("resumed", 6))
+
+
+@pytest.mark.gpu
+def test_the_same_on_cuda(fastgan):
+    flags = ("--device", "cuda", "--deterministic", "true")
+    fastgan("--version", "straight", "--total_step", 6, *flags)
+    fastgan("--version", "resumed", "--total_step", 3, "--sample_step", 1, *flags)
+    code, _, _ = fastgan("--version", "resumed", "--total_step", 6, *flags)
+    assert code == 0
+    assert_same_state(state("straight", 6), state("resumed", 6))
+    assert fastgan("--version", "straight", "--train", "false", "--device", "cuda")[0] == 0
+
+
+def test_slae_and_metadata_are_one_layer_each(fastgan):
+    fastgan("--version", "both", "--total_step", 2)
+    fastgan("--version", "no_slae", "--total_step", 2, "--slae", "false")
+    fastgan("--version", "no_metadata", "--total_step", 2, "--metadata", "false")
+    both, no_slae, no_metadata = (state(version, 2)["G"].keys() for version in ("both", "no_slae", "no_metadata"))
+    assert both - no_slae == {f"skips.{size}.attention.conv.weight" for size in (16, 32, 64)}
+    assert both - no_metadata == {"mix.weight"}
+
+
+def test_metadata_are_taken_once_and_again_when_a_picture_changes(fastgan, pictures):
+    _, first, _ = fastgan("--version", "a", "--total_step", 1)
+    _, second, _ = fastgan("--version", "b", "--total_step", 1)
+    assert "cache" not in first and len(list(Path("cache/metadata").iterdir())) == 1
+    assert "12 pictures" in second and "cache/metadata" in second
+    assert torch.equal(state("a", 1)["metadata"]["rows"], state("b", 1)["metadata"]["rows"])
+    Image.new("RGB", (40, 50), "red").save(pictures / "3.png")
+    fastgan("--version", "c", "--total_step", 1)
+    assert not torch.equal(state("a", 1)["metadata"]["rows"], state("c", 1)["metadata"]["rows"])
+    _, out, _ = fastgan("--version", "a", "--total_step", 2)
+    assert "the pictures have changed since this run's metadata were taken" in out
+    assert torch.equal(state("a", 1)["metadata"]["rows"], state("a", 2)["metadata"]["rows"])
+
+
+def test_sampling_needs_no_flags_no_pictures_no_cache_and_no_vgg(fastgan, run, pictures, monkeypatch):
+    fastgan("--version", "a", "--total_step", 2)
+    shutil.rmtree(pictures)
+    shutil.rmtree("cache")
+    monkeypatch.setattr(vgg, "load", lambda *_: pytest.fail("VGG is not needed"))
+    draws = {}
+    for how in ((), ("--metadata_sample", "mix"), ("--metadata_sample", "bank"), ("--metadata_sample", "gauss")):
+        code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 5, *how, tiny=False)
+        assert code == 0
+        draws[how[-1] if how else "default"] = generated("a", 2)
+    assert draws["default"].shape == (5, 64, 64, 3)
+    assert np.array_equal(draws["default"], draws["mix"])
+    assert not np.array_equal(draws["mix"], draws["bank"]) and not np.array_equal(draws["bank"], draws["gauss"])
+    shutil.rmtree("samples/a/0000002_generated_seed0")
+    run("--version", "a", "--train", "false", "--num_samples", 3, tiny=False)
+    assert np.array_equal(generated("a", 2), draws["mix"][:3]), "picture i is the same for any number"
+
+
+def test_no_weights_and_no_network_end_with_3_and_two_ways_on(fastgan, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+
+    def refuse(*arguments, **more):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    code, _, err = fastgan("--version", "a", vgg_weights="imagenet")
+    assert code == 3 and "Traceback" not in err and len(err.strip().splitlines()) <= 2
+    assert "bash download.sh VGG16" in err and "--metadata false" in err
+    code, _, err = fastgan("--version", "b", "--metadata", "false", "--recon", "lpips", vgg_weights="imagenet")
+    assert code == 3 and "bash download.sh VGG16" in err and "--recon l1" in err
+
+
+def test_lpips_compares_the_reconstructions_when_asked(fastgan):
+    _, out, _ = fastgan("--version", "l1", "--total_step", 1, "--log_step", 1)
+    assert "compared by l1" in out
+    code, out, _ = fastgan("--version", "lpips", "--total_step", 1, "--log_step", 1, "--recon", "lpips")
+    assert code == 0 and "compared by lpips" in out
+    assert lines("l1")[0]["recon/last"] != lines("lpips")[0]["recon/last"] > 0
+
+
+def test_the_first_reconstructions_of_a_record_are_of_the_same_pictures_and_quadrants(fastgan):
+    fastgan("--version", "a", "--total_step", 2, "--sample_step", 1)
+    one, two = (np.asarray(Image.open(f"samples/a/000000{step}_recon.png")) for step in (1, 2))
+    assert one.shape == two.shape
+    real = (one == two).all(2).mean()
+    assert real > 0.4, "page, real pictures and quadrants stay; what the decoders make of them moves"
+    assert real < 1
+
+
+def test_d_learns_to_reconstruct(fastgan):
+    fastgan("--version", "a", "--total_step", 40, "--log_step", 1, "--metadata", "false", "--augment", "none",
+            "--d_lr", "0.002")
+    recon = [line["recon/small"] for line in lines("a")]
+    assert np.mean(recon[-5:]) < 0.9 * np.mean(recon[:5])
+
+
+def test_families_differ_in_one_place():
+    root = Path(MAIN).parent
+    for room in ("trainer.py", "sampler.py", "main.py", "gallery.py", "checkpoint.py", "data_loader.py"):
+        code = (root / room).read_text(encoding="utf-8").split('"""', 2)[2]         # behind the module's docstring
+        assert "config.model ==" not in code and '"fastgan"' not in code and '"sagan"' not in code, room
+
+
+def test_dry_run_counts_fastgans_parameters_and_touches_no_cache(fastgan):
+    code, out, _ = fastgan("--version", "a", "--dry_run")
+    G, D = fastgan_models.Generator(64, 8, 4), fastgan_models.Discriminator(64, 4)
+    assert code == 0 and os.listdir() == ["pictures"]
+    assert f"G parameters: {sum(w.numel() for w in G.parameters())}\n" in out
+    assert f"D parameters: {sum(w.numel() for w in D.parameters())}\n" in out
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = (*FASTGAN, "--image_path", pictures, "--vgg_weights", "random")
+    straight = torchrun(MAIN, *flags, "--version", "straight", "--total_step", 2)
+    assert straight.returncode == 0, straight.stderr
+    assert len(list(Path("cache/metadata").iterdir())) == 1
+    torchrun(MAIN, *flags, "--version", "resumed", "--total_step", 1)
+    torchrun(MAIN, *flags, "--version", "resumed", "--total_step", 2)
+    assert_same_state(state("straight", 2), state("resumed", 2))
