@@ -1,0 +1,440 @@
+"""The ablation of SLAE-FastGAN as one command: FastGAN, with SLAE, with metadata, with both.
+
+    python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 3
+    ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
+    ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
+
+Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws, and writes
+to --out: ablation.md (tables of means and spreads and of every seed, and what they say of the paper's claims),
+ablation.png (the variants' grids side by side), and the runs' samples/, logs/, models/. It goes seed by seed, so
+that one that ends early has every variant of the first seeds. The same command again goes on: nothing is trained,
+drawn or scored twice. Exit codes are main.py's; a run that fails hands on its own.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data_loader  # noqa: E402
+import metrics  # noqa: E402
+import parameter  # noqa: E402
+import report  # noqa: E402 - what it imports is found through the line above
+from parameter import DataError, Failure, LockedError, UsageError  # noqa: E402
+from processes import Children, Stopped  # noqa: E402
+from utils import lock_folder, write_atomically  # noqa: E402
+
+MAIN = ROOT / "main.py"
+MODEL = ("--model", "fastgan")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One arm of the ablation: its name in tables, its flags, the ways to draw its metadata."""
+
+    name: str
+    flags: tuple
+    draws: tuple = (None,)
+
+    @property
+    def slug(self):
+        """Its name in paths."""
+        return self.name.lstrip("+").lower()
+
+
+DRAWS = ("mix", "bank", "gauss")        # values of --metadata_sample; the first is the program's own default
+VARIANTS = (
+    Variant(report.BASELINE, ("--slae", "false", "--metadata", "false")),
+    Variant("+SLAE", ("--slae", "true", "--metadata", "false")),
+    Variant("+metadata", ("--slae", "false", "--metadata", "true"), DRAWS),
+    Variant("both", ("--slae", "true", "--metadata", "true"), DRAWS),
+)
+
+# Flags of main.py that make the ablation what it is: not to be passed on after --.
+OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "version", "mode", "train", "dry_run",
+       "slae", "metadata", "metadata_sample", "num_samples", "pretrained_model", "log_path", "model_save_path",
+       "sample_path")
+VARIED = ("version", "seed", "slae", "metadata")        # settings in which its runs are meant to differ
+
+RECORDS = 10        # grids and checkpoints per run
+
+
+class Record:
+    """ablation.json: the settings, parameter counts, the floor and every score, kept from one call to the next."""
+
+    def __init__(self, path, settings):
+        self.path = path
+        self._lock = threading.Lock()
+        self.data = {"settings": settings, "parameters": {}, "scores": {}}
+        if path.exists():
+            try:
+                self.data.update(json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise DataError(f"{path} cannot be read ({error}); delete it to score the runs anew") from None
+        for name, now in settings.items():
+            before = self.data["settings"].get(name)
+            if before != now:
+                raise UsageError(f"--out {path.parent} holds an ablation with other {name}: {before or '(none)'}, "
+                                 f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
+
+    def put(self, value, *keys):
+        """Set data[key][key]... = value, and write the file."""
+        with self._lock:
+            place = self.data
+            for key in keys[:-1]:
+                place = place.setdefault(key, {})
+            place[keys[-1]] = value
+            text = json.dumps(self.data, indent=2) + "\n"
+            write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a variant with a seed."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self):
+        return f"{self.variant.slug}_seed{self.seed}"
+
+
+class Ablation:
+    """Everything from the options to the report."""
+
+    def __init__(self, options, extra, argv):
+        self.options, self.extra, self.argv = options, extra, argv
+        self.out = Path(options.out)
+        config = parameter.Config.of({"dataset": "folder", "image_path": options.image_path,
+                                      "imsize": options.imsize})
+        self.dataset = data_loader.open_folder(config)
+        fingerprint = data_loader.fingerprint(self.dataset, config)[:12]
+        self.runs = [Run(variant, seed) for seed in range(options.seeds) for variant in options.variants]
+        self.record = Record(self.out / "ablation.json", {
+            "imsize": options.imsize, "flags after --": shlex.join(extra),
+            "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}"})
+        self.children = Children(options.jobs)
+        self._report_lock = threading.Lock()
+
+    def do(self):
+        """The whole of it. Returns the exit code. Raises Failure."""
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        before = {number: signal.signal(number, self.children.handle) for number in numbers}
+        try:
+            self._count_parameters()
+            self._write_real_pictures()
+            with ThreadPoolExecutor(self.options.jobs) as pool:
+                futures = [pool.submit(self._complete, run) for run in self.runs]
+                wait(futures, return_when=FIRST_EXCEPTION)
+                errors = [future.exception() for future in futures if future.done() and future.exception()]
+                if errors:
+                    self.children.stop()
+            for error in errors:
+                if not isinstance(error, Stopped):
+                    raise error
+            self.children.check()
+        except Stopped:
+            print(f"interrupted; the same command goes on with what is in {self.out}", file=sys.stderr)
+            return 128 + (self.children.signal or signal.SIGTERM)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        say("\n" + "\n".join(self.report()))
+        return 0
+
+    # ------------------------------------------------------------------------------------------- preparations
+
+    def _main(self, variant, *flags):
+        """A command line of main.py. What the user passes on comes last and wins over what is only a default."""
+        options = self.options
+        return [sys.executable, MAIN, *MODEL, "--dataset", "folder", "--image_path", options.image_path,
+                "--imsize", options.imsize, *variant.flags, "--log_path", self.out / "logs",
+                "--model_save_path", self.out / "models", *flags, *self.extra]
+
+    def _log(self, name):
+        return self.out / "output" / f"{name}.txt"
+
+    def _count_parameters(self):
+        """G's and D's sizes, from --dry_run, which also tells before hours of training whether the flags work."""
+        for variant in self.options.variants:
+            if variant.slug not in self.record.data["parameters"]:
+                say(f"checking the flags of {variant.name}")
+                printed = self.children.run(variant.name, self._main(
+                    variant, "--version", f"{variant.slug}_seed0", "--dry_run", "true"),
+                    self._log("dry_run"), capture=True)
+                counts = re.findall(r"^([GD]) parameters: (\d+)", printed, re.MULTILINE)
+                self.record.put({f"{net} parameters": int(n) for net, n in counts}, "parameters", variant.slug)
+
+    def _write_real_pictures(self):
+        """out/real/: the pictures as training sees them, cropped and resized by the program's own loader."""
+        folder, unfinished = self.out / "real", self.out / "real.unfinished"
+        if not folder.is_dir():
+            unfinished.mkdir(exist_ok=True)
+            for index in range(len(self.dataset)):
+                self.children.check()
+                picture = Image.fromarray(self.dataset[index].permute(1, 2, 0).numpy())
+                picture.save(unfinished / f"{index:06d}.png", compress_level=1)
+            os.replace(unfinished, folder)
+        self.real = metrics.PictureFiles.below(folder)
+        if len(self.real) < 2:
+            raise DataError(f"--image_path {self.options.image_path}: one picture; at least 2 are needed")
+        if "floor" not in self.record.data:
+            self.record.put(metrics.floor(self.real), "floor")
+
+    # ------------------------------------------------------------------------------------------------ one run
+
+    def _complete(self, run):
+        """Train, draw, score: whatever of it is not done yet. Called in a thread of its own."""
+        self.children.check()
+        steps, place = self.options.steps, f"{self.runs.index(run) + 1} of {len(self.runs)}"
+        if (self.out / "models" / run.name / f"{steps:07d}.pth").exists():
+            say(f"{place}: {run.name} has been trained")
+        else:
+            say(f"{place}: training {run.name} to step {steps}, see {self._log(run.name)}")
+            every = max(1, -(-steps // RECORDS))
+            self.children.run(run.name, self._main(
+                run.variant, "--seed", run.seed, "--version", run.name, "--sample_path", self.out / "samples",
+                "--total_step", steps, "--sample_step", every, "--model_save_step", every, "--keep_checkpoints", 1,
+                "--log_step", max(1, min(10, steps // RECORDS))), self._log(run.name))
+        for draw in self._draws(run.variant):
+            self._score(run, draw)
+        numbers = self._numbers(run, self._draws(run.variant)[0])
+        say(f"{place}: {run.name}: {', '.join(report.in_words(numbers))}")
+        self.report()
+
+    def _draws(self, variant):
+        """The values of --metadata_sample that a variant is drawn with; (None,) without metadata."""
+        return variant.draws if self.options.all_draws else variant.draws[:1]
+
+    def _label(self, variant, draw):
+        return f"{variant.name}, {draw}" if draw and self.options.all_draws else variant.name
+
+    def _key(self, run, draw):
+        key = f"{run.name}, step {self.options.steps}, {self.options.samples} pictures"
+        return f"{key}, {draw}" if draw else key
+
+    def _score(self, run, draw):
+        """Fill in what the record lacks of one row's scores for one seed."""
+        kept = self.record.data["scores"].get(self._key(run, draw), {})
+        missing = [scorer for scorer in ("swd", *self.options.score) if scorer not in kept]
+        if not missing:
+            return
+        fake = self._draw(run, draw)
+        for scorer in missing:
+            self.children.check()
+            if scorer == "swd":
+                scores = {"swd": metrics.sliced_wasserstein(self.real, metrics.PictureFiles.below(fake))}
+            else:
+                words = [word.replace("{real}", str(self.out / "real")).replace("{fake}", str(fake))
+                         for word in shlex.split(scorer)]
+                printed = self.children.run(f"--score for {run.name}", words, self._log(run.name), capture=True)
+                scores = report.read_scores(printed, scorer)
+            self.record.put(scores, "scores", self._key(run, draw), scorer)
+
+    def _draw(self, run, draw):
+        """The folder of --samples pictures by G_ema of a finished run; drawn now unless they are there."""
+        samples, steps = self.options.samples, self.options.steps
+        place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
+        folder = place / run.name / f"{steps:07d}_generated_seed0"
+        if len(metrics.PictureFiles.below(folder)) != samples:
+            self.children.run(run.name, self._main(
+                run.variant, "--version", run.name, "--train", "false", "--pretrained_model", steps, "--seed", 0,
+                "--num_samples", samples, "--sample_path", place, *(("--metadata_sample", draw) if draw else ())),
+                self._log(run.name))
+        return folder
+
+    # --------------------------------------------------------------------------------------------- the report
+
+    def _numbers(self, run, draw):
+        """{column: number} of one row and seed, {} while anything of it is missing."""
+        kept = self.record.data["scores"].get(self._key(run, draw), {})
+        if any(scorer not in kept for scorer in ("swd", *self.options.score)):
+            return {}
+        numbers = {}
+        for scorer in ("swd", *self.options.score):
+            clash = sorted(numbers.keys() & kept[scorer].keys() | kept[scorer].keys() & set(report.COST))
+            if clash:
+                raise UsageError(f"--score {scorer!r}: '{clash[0]}' is the name of another column already")
+            numbers.update(kept[scorer])
+        cost = report.cost_of(self.out / "logs" / run.name / "metrics.jsonl", self.options.steps)
+        return {**numbers, **cost, **self.record.data["parameters"][run.variant.slug]}
+
+    def report(self):
+        """Write ablation.md and ablation.png of what there is so far. Returns the lines of the numbers."""
+        with self._report_lock:
+            results = {}
+            for variant in self.options.variants:
+                for draw in self._draws(variant):
+                    runs = {run.seed: self._numbers(run, draw) for run in self.runs if run.variant is variant}
+                    results[self._label(variant, draw)] = {seed: run for seed, run in runs.items() if run}
+            results = {label: seeds for label, seeds in results.items() if seeds}
+            if not results:
+                return []
+            numbers = report.summary(results, self.record.data["floor"])
+            shown = self._write_picture(results)
+            text = "\n".join([*self._head(results), *numbers, *shown]) + "\n"
+            write_atomically(self.out / "ablation.md", lambda path: path.write_text(text, encoding="utf-8"))
+            return [*numbers, f"Written to {self.out / 'ablation.md'}, pictures beside it."]
+
+    def _head(self, results):
+        """What was run, on what."""
+        options = self.options
+        scored = sum(map(len, results.values()))
+        total = sum(len(self._draws(run.variant)) for run in self.runs)
+        lines = [
+            "# Ablation of SLAE-FastGAN", "",
+            f"    {shlex.join(['python', 'benchmarks/ablation.py', *self.argv])}", "",
+            f"- imsize {options.imsize}, {options.steps} steps, seeds {', '.join(map(str, range(options.seeds)))}",
+            f"- {len(self.real)} real pictures, {options.samples} drawn from G_ema of each run",
+            f"- {report.hardware()}" + (f"; {options.jobs} trainings at once" if options.jobs > 1 else ""),
+            *report.on_settings(self._configs(), VARIED),
+        ]
+        if scored < total:
+            lines.append(f"- **unfinished: {scored} of {total} scored**; the same command goes on")
+        return [
+            *lines, "",
+            "`swd`: sliced Wasserstein distance (7x7 patches of a Laplacian pyramid, mean over its levels, times "
+            "1000); lower is better, and its floor is that of two random halves of the real pictures. `s/step`: "
+            "median of a run's log lines; one run followed the other, so the machine's own drift is in it. ± is "
+            "the sample standard deviation over the seeds.", "",
+        ]
+
+    def _configs(self):
+        """The saved configs of the runs that there are."""
+        paths = (self.out / "models" / run.name / "config.json" for run in self.runs)
+        return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+    def _write_picture(self, results):
+        """Write ablation.png of the first seed. Returns the lines of ablation.md that show it."""
+        grids = []
+        for variant in self.options.variants:
+            grid = self.out / "samples" / f"{variant.slug}_seed0" / f"{self.options.steps:07d}_fake.png"
+            scores = results.get(self._label(variant, self._draws(variant)[0]), {}).get(0)
+            if scores and grid.exists():
+                grids.append((variant.name, grid, report.in_words(scores)))
+        if not grids:
+            return []
+        report.picture(grids, self.out / "ablation.png")
+        return [f"![grids of {', '.join(name for name, _, _ in grids)}, seed 0](ablation.png)", "",
+                f"Seed 0 at step {self.options.steps}, always of the same z."]
+
+
+def say(text):
+    """Print at once, and a line as a whole: several threads speak."""
+    print(text + "\n", end="", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
+
+
+def at_least(low):
+    """A converter of whole numbers from `low` on."""
+
+    def convert(text):
+        if not re.fullmatch(r"\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {low}")
+        return int(text)
+
+    return convert
+
+
+def some_variants(text):
+    """'baseline,+SLAE' -> those Variants, in the table's order."""
+    name = parameter.one_of(*(variant.name for variant in VARIANTS))
+    asked = [name(part) for part in text.split(",")]
+    return tuple(variant for variant in VARIANTS if variant.name in asked)
+
+
+def score_command(text):
+    """A --score command as it is, refused where it could not work after hours of training."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not all(any(word in part for part in words) for word in ("{real}", "{fake}")):
+        raise argparse.ArgumentTypeError(f"{text!r} must name both folders, {{real}} and {{fake}}")
+    if shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"there is no program {words[0]}")
+    return text
+
+
+def parse(argv):
+    """(options, what follows --). Raises UsageError."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = _Parser(
+        prog="python benchmarks/ablation.py", allow_abbrev=False,
+        usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
+        description="Train FastGAN, +SLAE, +metadata and both at equal steps and seeds, and compare them. "
+                    "The same command again goes on.")
+    add = parser.add_argument
+    add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
+    add("--imsize", type=at_least(metrics.SMALLEST), default=64, metavar="N",
+        help="side of the pictures (default: 64 px)")
+    add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
+    add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")
+    add("--variants", type=some_variants, default=VARIANTS, metavar="NAMES",
+        help="some of baseline,+SLAE,+metadata,both (default: all)")
+    add("--samples", type=at_least(2), default=1000, metavar="N",
+        help="pictures drawn from each run for the scores (default: 1000)")
+    add("--all_draws", type=parameter.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="a row for each way to draw metadata: mix, bank, gauss (default: mix alone)")
+    add("--score", type=score_command, action="append", default=[], metavar="COMMAND",
+        help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "
+             "its numbers become columns; may be given several times")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
+    add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
+    options = parser.parse_args(argv[:split])
+    if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
+        raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
+    extra = argv[split + 1:]
+    for word in extra:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("--") and name in OWN:
+            raise UsageError(f"--{name} after --: the ablation sets it for each run"
+                             + (f"; give --{name} before the --" if name in ("image_path", "imsize") else ""))
+    return options, extra
+
+
+def main(argv):
+    """Run the command line `argv` and return the exit code."""
+    try:
+        options, extra = parse(argv)
+        Path(options.out).mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(options.out)
+        if lock is None:
+            raise LockedError(f"--out {options.out}: another ablation is at work there; wait, or use another")
+        with lock:
+            return Ablation(options, extra, argv).do()
+    except Failure as failure:
+        print(getattr(failure, "output", ""), end="", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: --out: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
+        return parameter.CheckpointError.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""Commands as child processes, several at a time, that end well when the program is told to end."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+
+from parameter import Failure
+
+TAIL = 12       # lines of a failed command's output that are shown
+
+
+class Stopped(Exception):
+    """The program is ending: by a signal, or because another run failed."""
+
+
+class Children:
+    """Runs commands, several at a time, and ends all of them when told to."""
+
+    def __init__(self, jobs):
+        self.env = dict(os.environ)
+        if jobs > 1:
+            self.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+        self.signal = None
+        self._stopped = False
+        self._running = set()
+        self._lock = threading.RLock()      # a signal's handler may come while this thread holds it
+
+    def run(self, name, command, log, capture=False):
+        """Run `command` to its end, with its output appended to the file `log`; with `capture`, return its stdout.
+
+        Raises Stopped, or a Failure with the command's own exit code after showing the end of its output.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab+") as output:
+            output.write(f"$ {shlex.join(map(str, command))}\n".encode())
+            output.flush()
+            start = output.seek(0, os.SEEK_END)
+            with self._lock:
+                self.check()
+                try:
+                    # In a session of its own, or a terminal's Ctrl-C would reach it beside ours, and the second
+                    # signal ends a training without saving.
+                    process = subprocess.Popen(
+                        [str(word) for word in command], env=self.env, stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE if capture else output, stderr=output, start_new_session=True)
+                except OSError as error:
+                    raise Failure(f"{name}: cannot run {command[0]} ({error.strerror})") from None
+                self._running.add(process)
+            try:
+                printed = process.communicate()[0] or b""
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+            self.check()
+            if process.returncode:
+                output.seek(start)
+                raise self._failure(name, process.returncode, output.read() + printed, log)
+        return printed.decode(errors="replace")
+
+    @staticmethod
+    def _failure(name, code, output, log):
+        lines = [line for line in re.split(r"[\r\n]+", output.decode(errors="replace")) if line.strip()]
+        code = 128 - code if code < 0 else code
+        tail = "".join(f"    {line}\n" for line in lines[-TAIL:])
+        failure = Failure(f"{name} ended with exit code {code}; all of its output is in {log}")
+        failure.code, failure.output = code, tail
+        return failure
+
+    def check(self):
+        """Raise Stopped if that was asked for."""
+        if self._stopped:
+            raise Stopped
+
+    def stop(self, kill=False):
+        """Start no more; ask those that run to save and end, or end them at once."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                if kill:
+                    process.kill()
+                else:
+                    process.send_signal(signal.SIGINT)
+
+    def handle(self, number, frame):
+        """A signal to the program: the first lets trainings save, the second does not wait for that."""
+        self.stop(kill=self.signal is not None)
+        self.signal = self.signal or number
+
+
+def cores():
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

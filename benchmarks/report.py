@@ -1,0 +1,246 @@
+"""From what an ablation's runs left behind to words: tables of means and of seeds, verdicts, the picture.
+
+    results = {row's label: {seed: {column: number}}}       in the order of the table
+"""
+
+import json
+import math
+import platform
+import re
+import statistics
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from gallery import INK, MARGIN, PAGE, QUIET
+from parameter import Failure
+from processes import cores
+from utils import write_atomically
+
+BASELINE = "baseline"       # label of the row that the others are compared with
+
+# Which way is better, for the columns whose names are known.
+LOWER = ("swd", "fd", "fid", "kid", "lpips", "s/step", "GPU GiB", "G parameters", "D parameters")
+HIGHER = ("precision", "recall", "density", "coverage", "is", "inception_score")
+COST = ("s/step", "GPU GiB", "G parameters", "D parameters")
+
+
+def mean_and_spread(values):
+    """(mean, sample standard deviation); the second is None for a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def number(value, like=None):
+    """A number as tables show it: about four digits, or as many decimals as `like` gets; integers in full."""
+    if isinstance(value, int) or not (like or value):
+        return f"{value:,.0f}"
+    size = abs(value if like is None else like)
+    if not math.isfinite(size):
+        return str(value)
+    digits = max(0, min(3, 3 - math.floor(math.log10(size)))) if size >= 0.1 else 4
+    return f"{value:,.{digits}f}"
+
+
+def percent(before, after):
+    """' (+3.1 %)' of a change, '' where `before` is 0."""
+    if not before:
+        return ""
+    change = 100 * (after - before) / abs(before)
+    digits = 0 if abs(change) >= 10 else 1 if abs(change) >= 1 else 2
+    return f" ({change:+.{digits}f} %)"
+
+
+def columns_of(results):
+    """(columns of the table, {column: the one number that all runs share}).
+
+    A score of unknown meaning that never varies, such as the number of pictures, is not worth a column, nor are
+    parameters that no variant adds to.
+    """
+    runs = [run for seeds in results.values() for run in seeds.values()]
+    names = list(dict.fromkeys(name for run in runs for name in run))
+    names = [name for name in names if name not in COST] + [name for name in COST if name in names]
+    constant = {name: runs[0][name] for name in names
+                if (name not in LOWER + HIGHER or name.endswith("parameters")) and len(runs) > 1
+                and len({run.get(name) for run in runs}) == 1}
+    return [name for name in names if name not in constant], constant
+
+
+def markdown_table(head, rows):
+    """Lines of a Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def mean_table(results, floor=None):
+    """Lines of means over seeds, ± spread. `floor`: swd of the real pictures' halves, the last row."""
+    columns, _ = columns_of(results)
+    rows = []
+    for label, seeds in results.items():
+        cells = [label]
+        for name in columns:
+            values = [run[name] for run in seeds.values() if name in run]
+            mean, spread = mean_and_spread(values) if values else (None, None)
+            cells.append("–" if mean is None else number(mean))
+            if spread is not None and not name.endswith("parameters"):
+                cells[-1] += f" ± {number(spread, like=max(abs(mean), spread))}"
+        rows.append([*cells, str(len(seeds))])
+    if floor is not None:
+        cells = (number(floor) if name == "swd" else "–" for name in columns)
+        rows.append(["floor: real against real", *cells, "–"])
+    return markdown_table(["", *columns, "seeds"], rows)
+
+
+def seed_table(results):
+    """Lines of the table of every single run."""
+    columns = [name for name in columns_of(results)[0] if not name.endswith("parameters")]
+    rows = [[label, str(seed), *(number(run[name]) if name in run else "–" for name in columns)]
+            for label, seeds in results.items() for seed, run in sorted(seeds.items())]
+    return markdown_table(["", "seed", *columns], rows)
+
+
+def verdicts(results):
+    """One line per column and row against the baseline, over the seeds that both have; [] without a baseline.
+
+    What a variant costs is told once, however many ways there are to draw from it.
+    """
+    baseline = results.get(BASELINE, {})
+    lines = {}
+    for name in columns_of(results)[0]:
+        for label, runs in results.items():
+            seeds = [seed for seed in runs if seed in baseline and name in runs[seed] and name in baseline[seed]]
+            if label != BASELINE and seeds:
+                who = label.partition(", ")[0] if name in COST else label
+                lines.setdefault((who, name), f"{who} against {BASELINE}: {name} " + _change(
+                    name, [baseline[seed][name] for seed in seeds], [runs[seed][name] for seed in seeds]))
+    return list(lines.values())
+
+
+def _change(name, before, after):
+    """'301.0 -> 310.0 (+3.0 %), worse; better in 1 of 3 seeds; paired difference +9.0 ± 16.5'"""
+    a, b = statistics.mean(before), statistics.mean(after)
+    text = f"{number(a)} -> {number(b)}{percent(a, b)}"
+    if name.endswith("parameters"):
+        return text
+    if before == after:
+        return f"{number(a)}, equal in every seed"
+    steps = [y - x for x, y in zip(before, after, strict=True)]
+    sign = -1 if name in LOWER else 1
+    known = name in LOWER + HIGHER
+    up, down = ("better", "worse") if known else ("higher", "lower")
+    text += ", " + (up if sign * (b - a) > 0 else down if sign * (b - a) < 0 else "equal")
+    text += f"; {up} in {sum(sign * step > 0 for step in steps)} of {len(steps)} seed{'s' * (len(steps) > 1)}"
+    mean, spread = mean_and_spread(steps)
+    if spread is not None:
+        like = max(abs(a), abs(b))
+        text += f"; paired difference {'+' * (mean >= 0)}{number(mean, like)} ± {number(spread, like)}"
+    return text
+
+
+def summary(results, floor=None):
+    """Lines of Markdown: both tables, what all runs share, the verdicts. `floor`: see `mean_table`."""
+    lines = mean_table(results, floor)
+    constant = columns_of(results)[1]
+    if constant:
+        lines += ["", "The same in every run: "
+                  + ", ".join(f"{name} {number(value)}" for name, value in constant.items()) + "."]
+    lines += ["", *seed_table(results), ""]
+    against = verdicts(results)
+    if not against:
+        return [*lines, f"There is no {BASELINE} to compare with.", ""]
+    lines += ["The paper claims that the additions to FastGAN better the pictures on small sets, and cost "
+              "hardly any more time, memory or parameters. These runs say:", "",
+              *(f"- {line}" for line in against), ""]
+    if len(results[BASELINE]) < 2:
+        lines += ["One seed has no spread: take its differences for hints.", ""]
+    return lines
+
+
+def in_words(run):
+    """['swd 31.20', 's/step 0.150', ...]: the numbers of one run whose meaning is known, but for its sizes."""
+    return [f"{name} {number(value)}" for name, value in run.items()
+            if name in LOWER + HIGHER and not name.endswith("parameters")]
+
+
+def on_settings(configs, varied):
+    """Lines on the runs' settings, {flag: value} each: VGG-16's weights, differences but in `varied` flags."""
+    lines = []
+    weights = sorted({str(config.get("vgg_weights")) for config in configs if config.get("metadata")})
+    if weights:
+        lines.append(f"- VGG-16 weights of the metadata: {', '.join(weights)}"
+                     + (" (untrained: for tests, says nothing of the paper)" if "random" in weights else ""))
+    differing = sorted({name for config in configs for name in config
+                        if name not in varied and config[name] != configs[0].get(name)})
+    if differing:
+        return [*lines, f"- **the runs differ in more than they should: {', '.join(differing)}**"]
+    return [*lines, "- but for `slae` and `metadata` all settings are equal between the runs"]
+
+
+def picture(grids, path):
+    """Write (name, path of a grid, lines) of each variant side by side: name above, grid, lines beneath.
+
+    All grids are shown at one size, the first one's, of at most 1024 px. Raises OSError.
+    """
+    title, small, line = ImageFont.load_default(size=30), ImageFont.load_default(size=22), 32
+    images = []
+    for _, source, _ in grids:
+        with Image.open(source) as image:
+            images.append(image.convert("RGB"))
+    width, height = images[0].size
+    shrink = min(1, 1024 / max(width, height))
+    width, height = round(width * shrink), round(height * shrink)
+    images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
+    top = MARGIN + 44
+    foot = 20 + line * max(len(lines) for _, _, lines in grids)
+    page = Image.new("RGB", (MARGIN + len(grids) * (width + MARGIN), top + height + foot + MARGIN), PAGE)
+    draw = ImageDraw.Draw(page)
+    for i, ((name, _, lines), image) in enumerate(zip(grids, images, strict=True)):
+        left = MARGIN + i * (width + MARGIN)
+        draw.text((left, MARGIN), name, INK, title)
+        page.paste(image, (left, top))
+        for row, text in enumerate(lines):
+            draw.text((left, top + height + 14 + row * line), text, QUIET, small)
+    write_atomically(path, lambda temporary: page.save(temporary, format="PNG"))
+
+
+def read_scores(printed, command):
+    """{column: number} from the JSON object on the last line that a --score command printed. Raises Failure."""
+    lines = printed.strip().splitlines()
+    try:
+        scores = json.loads(lines[-1]) if lines else None
+    except ValueError:
+        scores = None
+    if not isinstance(scores, dict):
+        last = lines[-1][:80] if lines else ""
+        raise Failure(f"--score {command!r}: its last line must be a JSON object, but is {last!r}")
+    return {name: value for name, value in scores.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)}
+
+
+def cost_of(journal, steps):
+    """{"s/step": median, "GPU GiB": peak} from the lines of a metrics.jsonl up to `steps`; {} without one.
+
+    The first line holds the warm-up, and is left out where there are others.
+    """
+    if not journal.exists():
+        return {}
+    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["step"] <= steps]
+    if not lines:
+        return {}
+    cost = {"s/step": statistics.median(line["sec_per_step"] for line in lines[1:] or lines)}
+    if "gpu_memory_gib" in lines[-1]:
+        cost["GPU GiB"] = max(line["gpu_memory_gib"] for line in lines)
+    return cost
+
+
+def hardware():
+    """The processor, the cores in use, the GPU, the versions, in one line."""
+    name = platform.processor() or platform.machine()
+    try:
+        table = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        name = re.search(r"^model name\s*:\s*(.+)$", table, re.MULTILINE).group(1)
+    except (OSError, AttributeError):       # not Linux, or a processor without a name
+        pass
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return f"{name}, {cores()} cores; {gpu}; torch {torch.__version__}, Python {platform.python_version()}"

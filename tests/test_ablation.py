@@ -1,0 +1,325 @@
+"""The ablation command: what it does with runs that end, fail or are stopped.
+
+Most tests put a stand-in in the place of main.py that writes a run's files in a moment; the last one trains.
+"""
+
+import functools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ablation
+import metrics
+import processes
+
+BENCHMARKS = Path(ablation.__file__).parent
+
+# Stands in for main.py: notes its arguments in calls.txt, and writes the files that the ablation reads.
+STAND_IN = '''
+import json, os, random, sys, time
+from pathlib import Path
+argv = sys.argv[1:]
+flag = lambda name, default=None: argv[argv.index("--" + name) + 1] if "--" + name in argv else default
+with open("calls.txt", "a") as calls:
+    calls.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS")}) + "\\n")
+name = flag("version")
+if flag("dry_run"):
+    print("G parameters: " + ("1001" if flag("slae") == "true" else "1000"))
+    print("D parameters: 500")
+elif flag("train") == "false":
+    from PIL import Image
+    folder = Path(flag("sample_path"), name, f"{int(flag('pretrained_model')):07d}_generated_seed0")
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = random.Random(name)
+    for i in range(int(flag("num_samples"))):
+        Image.frombytes("RGB", (32, 32), noise.randbytes(3 * 32 * 32)).save(folder / f"{i:06d}.png")
+else:
+    if name == os.environ.get("FAIL"):
+        print("line one")
+        sys.exit("error: --batch_size 9: the reason")
+    if name == os.environ.get("HANG"):
+        try:
+            Path("hanging").touch()
+            time.sleep(60)
+        except KeyboardInterrupt:
+            Path("saved").touch()
+            sys.exit(130)
+    from PIL import Image
+    step = int(flag("total_step"))
+    models, logs, samples = (Path(flag(kind), name) for kind in ("model_save_path", "log_path", "sample_path"))
+    for folder in (models, logs, samples):
+        folder.mkdir(parents=True, exist_ok=True)
+    (models / "config.json").write_text(json.dumps({
+        "version": name, "seed": flag("seed"), "slae": flag("slae"), "metadata": flag("metadata") == "true",
+        "vgg_weights": "random", "batch_size": 8, "recon": os.environ.get("RECON" + flag("slae"), "l1")}))
+    (logs / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": i, "sec_per_step": s}) + "\\n" for i, s in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2))))
+    Image.new("RGB", (66, 66), (ord(name[0]), 90, 90)).save(samples / f"{step:07d}_fake.png")
+    (models / f"{step:07d}.pth").touch()
+'''
+
+
+@pytest.fixture
+def stand_in(tmp_path, pictures, monkeypatch):
+    """An empty folder to work in, with a stand-in for main.py and a distance that takes no time."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "main.py").write_text(STAND_IN)
+    monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
+    monkeypatch.setattr(ablation, "MODEL", ("--model", "sagan"))        # 32 px
+    quick = functools.partial(metrics.sliced_wasserstein, count=256, directions=8)
+    monkeypatch.setattr(metrics, "sliced_wasserstein", quick)
+    return tmp_path
+
+
+def run(*flags):
+    """The exit code of the ablation at the stand-in's size."""
+    return ablation.main(["--image_path", "pictures", "--imsize", "32", "--steps", "4", "--seeds", "1",
+                          "--samples", "10", *map(str, flags)])
+
+
+TWO = ("--variants", "baseline,+SLAE")
+
+
+def calls(kind):
+    """The recorded command lines of main.py that train, sample, or only describe."""
+    def kind_of(argv):
+        return "describe" if "--dry_run" in argv else "sample" if "--train" in argv else "train"
+
+    lines = map(json.loads, Path("calls.txt").read_text().splitlines())
+    return [line for line in lines if kind_of(line["argv"]) == kind]
+
+
+def value(argv, flag):
+    return argv[argv.index(flag) + 1]
+
+
+def script(folder, text, name="score.py"):
+    """A --score command that runs this Python text with real and fake as its arguments."""
+    (folder / name).write_text(text)
+    return f"{shlex.quote(sys.executable)} {name} {{real}} {{fake}}"
+
+
+# ------------------------------------------------------------------------------------------------- with a stand-in
+
+
+def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report(stand_in, capsys):
+    assert run("--seeds", 2, "--", "--g_conv_dim", "4") == 0
+    trained = [call["argv"] for call in calls("train")]
+    assert [value(argv, "--version") for argv in trained] == [
+        f"{name}_seed{seed}" for seed in (0, 1) for name in ("baseline", "slae", "metadata", "both")]
+    assert [(value(argv, "--slae"), value(argv, "--metadata")) for argv in trained[:4]] == [
+        ("false", "false"), ("true", "false"), ("false", "true"), ("true", "true")]
+    assert [value(argv, "--seed") for argv in trained] == ["0"] * 4 + ["1"] * 4
+    assert all(value(argv, "--g_conv_dim") == "4" and value(argv, "--total_step") == "4" for argv in trained)
+    assert {value(call["argv"], "--seed") for call in calls("sample")} == {"0"}
+    text = Path("ablation/ablation.md").read_text()
+    for part in ("--g_conv_dim 4", "imsize 32, 4 steps, seeds 0, 1", "12 real pictures, 10 drawn", "torch",
+                 "cores", "random (untrained", "all settings are equal", "| floor: real against real |",
+                 "![grids of baseline", "The same in every run: D parameters 500.",
+                 "+SLAE against baseline: G parameters 1,000 -> 1,001 (+0.10 %)", "| 0.200 ± 0.000 |"):
+        assert part in text
+    assert len(re.findall(r"^- both against baseline: swd .* of 2 seeds", text, re.MULTILINE)) == 1
+    assert "unfinished" not in text
+    out = capsys.readouterr().out
+    assert "| +metadata |" in out and "8 of 8: both_seed1: swd" in out
+    assert sorted(os.listdir(".")) == ["ablation", "calls.txt", "main.py", "pictures"]
+
+
+def test_the_picture_has_the_grids_of_all_variants_at_one_size(stand_in):
+    assert run() == 0
+    page = np.asarray(Image.open("ablation/ablation.png"))
+    for name in ("slae_seed0", "metadata_seed0"):
+        assert (page == (ord(name[0]), 90, 90)).all(2).sum() == 66 * 66
+    assert (page == (ord("b"), 90, 90)).all(2).sum() == 2 * 66 * 66, "baseline and both"
+
+
+def test_the_real_pictures_are_cropped_as_in_training(stand_in):
+    assert run("--variants", "baseline") == 0
+    files = sorted(Path("ablation/real").iterdir())
+    assert len(files) == 12 and {Image.open(path).size for path in files} == {(32, 32)}
+
+
+def test_the_same_command_again_trains_draws_and_scores_nothing(stand_in, monkeypatch):
+    score = script(stand_in, "open('scored.txt', 'a').write('x')\nprint('{\"fd\": 3}')")
+    assert run(*TWO, "--score", score) == 0
+    before, report = Path("calls.txt").read_text(), Path("ablation/ablation.md").read_text()
+    monkeypatch.setattr(metrics, "sliced_wasserstein", None)           # calling it would raise
+    assert run(*TWO, "--score", score) == 0
+    assert Path("calls.txt").read_text() == before and Path("scored.txt").read_text() == "xx"
+    assert Path("ablation/ablation.md").read_text() == report
+    shutil.rmtree("ablation/drawn")
+    assert run(*TWO) == 0, "without --score its column is gone, and nothing is needed for that"
+
+
+def test_a_score_added_later_is_all_that_is_done(stand_in):
+    assert run(*TWO) == 0
+    before = Path("calls.txt").read_text()
+    score = script(stand_in, """
+import json, os, sys
+print("chatter")
+real, fake = (len(os.listdir(folder)) for folder in sys.argv[1:])
+print(json.dumps({"seen": real, "fd": fake + 0.5, "device": "cuda", "truncated": True}))
+""")
+    assert run(*TWO, "--score", score) == 0
+    assert Path("calls.txt").read_text() == before
+    text = Path("ablation/ablation.md").read_text()
+    assert "| 10.50 |" in text and "The same in every run: seen 12, " in text
+    assert "device" not in text and "truncated" not in text, "they are no numbers"
+
+
+def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
+    assert run("--variants", "baseline,+metadata", "--all_draws", "true") == 0
+    drawn = [call["argv"] for call in calls("sample")]
+    assert [value(argv, "--metadata_sample") for argv in drawn[1:]] == ["mix", "bank", "gauss"]
+    assert "--metadata_sample" not in drawn[0]
+    assert len({value(argv, "--sample_path") for argv in drawn}) == 4
+    text = Path("ablation/ablation.md").read_text()
+    for draw in ("mix", "bank", "gauss"):
+        assert f"- +metadata, {draw} against baseline: swd" in text
+    assert run("--variants", "+metadata") == 0
+    assert len(calls("sample")) == 4, "mix had been drawn and scored"
+
+
+def test_a_run_that_fails_ends_the_command_with_its_code_and_last_words(stand_in, capsys, monkeypatch):
+    monkeypatch.setenv("FAIL", "slae_seed0")
+    assert run(*TWO, "--", "--batch_size", "9") == 1
+    err = capsys.readouterr().err
+    assert "    error: --batch_size 9: the reason\nerror: slae_seed0 ended with exit code 1" in err
+    assert "Traceback" not in err and "unfinished: 1 of 2" in Path("ablation/ablation.md").read_text()
+    monkeypatch.delenv("FAIL")
+    assert run(*TWO, "--", "--batch_size", "9") == 0
+    names = [value(call["argv"], "--version") for call in calls("train")]
+    assert names.count("baseline_seed0") == 1 and names.count("slae_seed0") == 2
+
+
+def test_wrong_flags_are_found_before_anything_is_trained(stand_in, capsys):
+    (stand_in / "main.py").write_text("import sys\nprint('error: unknown flag --widht')\nsys.exit(2)")
+    assert run("--", "--widht", "4") == 2
+    assert "unknown flag --widht" in capsys.readouterr().err
+
+
+def test_a_score_program_that_prints_no_object_is_named(stand_in, capsys):
+    assert run("--score", script(stand_in, "print('fd 12')")) == 1
+    assert "its last line must be a JSON object, but is 'fd 12'" in capsys.readouterr().err
+    assert run("--score", script(stand_in, "import sys\nsys.exit(7)")) == 7
+    assert run("--score", script(stand_in, "print('{\"swd\": 1}')")) == 2
+    assert "'swd' is the name of another column" in capsys.readouterr().err
+    assert len(calls("train")) == 1
+
+
+def test_runs_that_differ_in_more_than_the_two_flags_are_told_of(stand_in, monkeypatch):
+    monkeypatch.setenv("RECONtrue", "lpips")
+    assert run(*TWO) == 0
+    assert "**the runs differ in more than they should: recon**" in Path("ablation/ablation.md").read_text()
+
+
+def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 6)
+    assert run(*TWO, "--jobs", 3) == 0
+    assert {call["threads"] for call in calls("train")} == {"2"}
+    assert "3 trainings at once" in Path("ablation/ablation.md").read_text()
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert run("--variants", "baseline", "--jobs", 2, "--out", "b") == 0
+    assert calls("train")[-1]["threads"] == "5"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals, locks folders")
+def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("HANG", "slae_seed0")
+    text = (f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+            "import ablation, metrics; from pathlib import Path; from functools import partial\n"
+            "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
+            "metrics.sliced_wasserstein = partial(metrics.sliced_wasserstein, count=64, directions=4)\n"
+            "sys.exit(ablation.main(sys.argv[1:]))")
+    command = [sys.executable, "-c", text, "--image_path", "pictures", "--imsize", "32", "--steps", "4",
+               "--seeds", "1", "--samples", "10", "--jobs", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (Path("hanging").exists() and Path("ablation/ablation.md").exists()) and time.time() < deadline:
+        time.sleep(0.05)
+    assert run() == 6
+    assert "another ablation is at work" in capsys.readouterr().err
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and b"the same command goes on" in err and b"Traceback" not in err
+    assert Path("saved").exists(), "the training was asked to save, not killed"
+    monkeypatch.delenv("HANG")
+    before = len(calls("train"))
+    assert run() == 0
+    assert "slae_seed0" in [value(call["argv"], "--version") for call in calls("train")[before:]]
+    assert [value(call["argv"], "--version") for call in calls("train")].count("baseline_seed0") == 1
+
+
+def test_a_folder_of_another_ablation_is_not_mixed_with_this_one(stand_in, pictures, capsys):
+    assert run("--variants", "baseline") == 0
+    assert run("--variants", "baseline", "--", "--g_conv_dim", "8") == 2
+    assert "other flags after --: (none), now --g_conv_dim 8" in capsys.readouterr().err
+    (pictures / "3.png").unlink()
+    assert run("--variants", "baseline") == 2
+    assert "other pictures in --image_path" in capsys.readouterr().err
+
+
+def test_more_steps_go_on_and_are_scored_anew(stand_in):
+    assert run("--variants", "baseline") == 0
+    assert run("--variants", "baseline", "--steps", 8) == 0
+    assert [value(call["argv"], "--total_step") for call in calls("train")] == ["4", "8"]
+    assert [value(call["argv"], "--pretrained_model") for call in calls("sample")] == ["4", "8"]
+    assert "8 steps" in Path("ablation/ablation.md").read_text()
+
+
+def test_a_damaged_record_is_named(stand_in, capsys):
+    assert run("--variants", "baseline") == 0
+    for damage in ("{", "[1]"):
+        Path("ablation/ablation.json").write_text(damage)
+        assert run("--variants", "baseline") == 3
+        assert "ablation.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "code", "message"), [
+    (("--variants", "baseline,+SLEA"), 2, "did you mean +SLAE?"),
+    (("--seeds", "0"), 2, "--seeds: '0' is no whole number of at least 1"),
+    (("--score", "echo {real}"), 2, "must name both folders"),
+    (("--score", "no_such_program {real} {fake}"), 2, "there is no program no_such_program"),
+    (("--image_path", "nowhere"), 3, "there is no folder nowhere; let --image_path name"),
+    (("--out", "pictures/out"), 2, "lies in --image_path"),
+    (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
+    (("--", "--imsize=64"), 2, "give --imsize before the --"),
+    (("--width", "9"), 2, "unrecognized arguments: --width"),
+])
+def test_mistakes_are_named(stand_in, capsys, flags, code, message):
+    assert run(*flags) == code
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and len(err.splitlines()) <= 2
+    assert not Path("calls.txt").exists()
+
+
+# -------------------------------------------------------------------------------------------------- the real thing
+
+
+@pytest.mark.slow
+def test_two_variants_of_the_real_model(tmp_path, pictures):
+    command = [sys.executable, BENCHMARKS / "ablation.py", "--image_path", "pictures", "--imsize", "64",
+               "--steps", "2", "--seeds", "1", "--samples", "32", "--variants", "baseline,both", "--",
+               "--g_conv_dim", "4", "--d_conv_dim", "4", "--vgg_weights", "random", "--recon", "l1",
+               "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "ablation/ablation.md").read_text()
+    for part in ("- both against baseline: swd", "G parameters", "s/step", "random (untrained",
+                 "settings are equal"):
+        assert part in text
+    for name in ("baseline_seed0", "both_seed0"):
+        assert (tmp_path / "ablation/models" / name / "0000002.pth").exists()
+    assert Image.open(tmp_path / "ablation/ablation.png").width > 1000
