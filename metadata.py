@@ -99,6 +99,8 @@ class Latents:
 
     def __init__(self, z_dim, bank=None, how="mix", device="cpu"):
         self.z_dim, self.how, self.device = z_dim, how, device
+        if bank is not None and bank.weights == "random":
+            vgg.warn_of_random()
         self.bank = None if bank is None else bank.to(device)
         self._on_cpu = None if bank is None else bank.to("cpu")
 
@@ -154,8 +156,6 @@ def _read_or_take(path, origin, config, dataset, device):
         _write(path, {"origin": origin, "averages": averages}, needed=dist.is_initialized())
         return averages
     say(f"metadata: {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, read from {path}")
-    if config.vgg_weights == "random":
-        vgg.warn_of_random()
     return averages
 
 

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -148,6 +149,12 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ records
 
+    @cached_property
+    def real_pictures(self):
+        """As many real pictures as a grid shows, spread over the data set: (B, 3, imsize, imsize) in [-1, 1], CPU."""
+        count, shown = len(self.dataset), min(len(self.fixed_z), len(self.dataset))
+        return normalize(torch.stack([self.dataset[i * count // shown] for i in range(shown)]))
+
     @torch.no_grad()
     def write_pictures(self):
         """The grid of G_ema at the fixed z and the family's own pictures. Returns {name: float}, figures on these."""
@@ -155,18 +162,12 @@ class Trainer:
         self.D.eval()
         with utils.forked_random_state(device):
             images = utils.draw(self.G_ema, self.fixed_z, device, utils.drawing_batch(config.imsize))
-            view = View(self.fixed_z.to(device), images.to(device), real_pictures(self.dataset, config).to(device),
+            view = View(self.fixed_z.to(device), images.to(device), self.real_pictures.to(device),
                         folders.samples, folders.attention, self.step)
             gallery.save_grid(images, view.samples / view.name("fake"))
             figures = self.family.write_pictures(self.G_ema, self.D, view)
         self.D.train()
         return figures
-
-
-def real_pictures(dataset, config):
-    """As many real pictures as a sample grid shows, spread over the data set: (B, 3, imsize, imsize) in [-1, 1]."""
-    shown = min(gallery.grid_side(config.imsize) ** 2, len(dataset))
-    return normalize(torch.stack([dataset[i * len(dataset) // shown] for i in range(shown)]))
 
 
 # ------------------------------------------------------------------------------------------------------- the run
@@ -279,7 +280,7 @@ def _train(config, dataset, place, folders, interrupt):
     try:
         if first:
             utils.write_atomically(folders.models / "config.json", lambda path: path.write_text(as_json(config)))
-            gallery.save_grid(real_pictures(dataset, config), folders.samples / "real.png")
+            gallery.save_grid(trainer.real_pictures, folders.samples / "real.png")
         return _loop(trainer, real_images, journal, progress, interrupt)
     finally:
         progress.close()

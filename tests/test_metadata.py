@@ -172,7 +172,7 @@ def test_a_second_run_reads_the_cache_and_says_so(folder, capsys, monkeypatch):
     capsys.readouterr()
     again = find(folder)
     out = capsys.readouterr().out
-    assert "5 pictures" in out and f"read from {cache_file()}" in out and "random weights" in out
+    assert "5 pictures" in out and f"read from {cache_file()}" in out
     assert same(fresh, again)
 
 
@@ -428,6 +428,12 @@ def test_mix_is_of_two_or_three_rows_with_weights_of_norm_one():
     assert torch.allclose(drawn[apart == 3].norm(dim=1), torch.ones(int((apart == 3).sum())), atol=1e-3)
     shares = weights[apart == 2] / weights[apart == 2].sum(1, keepdim=True)
     assert 0.7 < shares[:, 0].mean() < 0.8              # a uniform cut: the larger part has 3 / 4 on average
+
+
+def test_metadata_of_random_weights_are_said_on_every_use(capsys):
+    for weights, said in (("random", True), (vgg.SHA256, False)):
+        Latents(8, Bank(torch.zeros(2, 512).half(), "relu5_3", weights, ""))
+        assert ("random weights" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("how", HOW)

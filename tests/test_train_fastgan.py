@@ -11,6 +11,9 @@ from conftest import MAIN, assert_same_state, lines, state, torchrun
 from PIL import Image
 
 import fastgan_models
+import gallery
+import sampler
+import trainer
 import vgg
 
 FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
@@ -140,13 +143,18 @@ def test_lpips_compares_the_reconstructions_when_asked(fastgan):
     assert lines("l1")[0]["recon/last"] != lines("lpips")[0]["recon/last"] > 0
 
 
-def test_the_first_reconstructions_of_a_record_are_of_the_same_pictures_and_quadrants(fastgan):
+def test_records_show_the_same_pictures_and_quadrants_and_what_d_makes_of_them(fastgan, monkeypatch):
+    shown = []
+    monkeypatch.setattr(gallery, "save_reconstructions", lambda rows, path, title, step: shown.append(rows))
     fastgan("--version", "a", "--total_step", 2, "--sample_step", 1)
-    one, two = (np.asarray(Image.open(f"samples/a/000000{step}_recon.png")) for step in (1, 2))
-    assert one.shape == two.shape
-    real = (one == two).all(2).mean()
-    assert real > 0.4, "page, real pictures and quadrants stay; what the decoders make of them moves"
-    assert real < 1
+    for label, one in shown[0].items():
+        assert one.shape == (8, 3, 32, 32)
+        assert torch.equal(one, shown[1][label]) == (not label.startswith("from")), label
+    real = np.asarray(Image.open("samples/a/real.png").convert("RGB"), np.float32)[2:66, 2:66] / 127.5 - 1
+    first = torch.from_numpy(real).permute(2, 0, 1)[None]
+    assert torch.allclose(shown[0]["real"][:1], fastgan_models.downscale(first, 32), atol=1e-3)
+    quadrant = fastgan_models.take_quadrant(first, torch.tensor([0]))
+    assert torch.allclose(shown[0]["one quadrant"][:1], quadrant, atol=1e-3)
 
 
 def test_d_learns_to_reconstruct(fastgan):
@@ -181,3 +189,35 @@ def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monk
     torchrun(MAIN, *flags, "--version", "resumed", "--total_step", 1)
     torchrun(MAIN, *flags, "--version", "resumed", "--total_step", 2)
     assert_same_state(state("straight", 2), state("resumed", 2))
+
+
+def test_d_sees_real_and_both_fakes_augmented(fastgan, monkeypatch):
+    seen = []
+
+    def watch(images, policies):
+        seen.append((images.shape[-1], policies))
+        return images
+
+    monkeypatch.setattr(trainer, "augment", watch)
+    fastgan("--version", "a", "--total_step", 1, "--metadata", "false", "--augment", "cutout")
+    assert seen == [(size, ("cutout",)) for size in (64, 64, 32, 64, 32)], "D phase: real and fakes; G phase: fakes"
+
+
+@pytest.mark.parametrize("how", ["mix", "bank"])
+def test_the_fixed_z_carry_metadata_drawn_as_samples_will_be(fastgan, how):
+    fastgan("--version", "a", "--total_step", 1, "--metadata_sample", how)
+    saved = state("a", 1)
+    rows, fixed = saved["metadata"]["rows"].float(), saved["fixed_z"][:, 8:]
+    assert fixed.shape == (64, 512)
+    are_rows = (fixed[:, None] - rows).abs().amax(2).amin(1) == 0
+    assert are_rows.all() if how == "bank" else are_rows.float().mean() < 0.2
+
+
+def test_batch_statistics_follow_the_way_metadata_are_drawn(fastgan, run, monkeypatch):
+    fastgan("--version", "a", "--total_step", 1)
+    settled = []
+    monkeypatch.setattr(sampler.utils, "settle_batch_statistics", lambda G, z, batch: settled.append(tuple(z.shape)))
+    run("--version", "a", "--train", "false", "--num_samples", 1, tiny=False)
+    assert settled == [], "the checkpoint's own serve"
+    run("--version", "a", "--train", "false", "--num_samples", 1, "--metadata_sample", "gauss", tiny=False)
+    assert settled == [(256, 8 + 512)]
