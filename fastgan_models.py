@@ -143,7 +143,7 @@ class Generator(nn.Module):
         layers = _Layers(sn)
         self.imsize, self.z_dim = imsize, z_dim
         width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
-        # std 1 / sqrt(512): of standardized metadata it makes numbers of variance 1
+        # std 1 / sqrt(512): of metadata of variance 1 it makes numbers of variance 1
         self.mix = nn.Linear(METADATA, z_dim, bias=False) if metadata else None
         if metadata:
             nn.init.normal_(self.mix.weight, std=METADATA**-0.5)

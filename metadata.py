@@ -2,7 +2,7 @@
 
 A row of metadata is the deep VGG-16 features of one training picture, averaged per channel over space, so that it
 says what is there and not whose face it is. Rows are taken from the pictures once and cached as they are; a `Bank`
-holds them standardized, travels in the checkpoint and is what training and sampling draw from.
+holds them decorrelated, travels in the checkpoint and is what training and sampling draw from.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ BATCH = 16              # pictures
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """`rows` (N, 512) float16: metadata of training pictures, each dimension with mean 0 and variance 1 over all
-    of them (0 where they do not differ). `layer` and `weights` (`vgg.identity`) are what they were seen through,
-    `pictures` is the fingerprint of the data set.
+    """`rows` (N, 512) float16: metadata of training pictures, over all of these of mean 0 and mean variance 1, with
+    no direction that stands out; a dimension in which they do not differ is 0. `layer` and `weights`
+    (`vgg.identity`) are what they were seen through, `pictures` is the fingerprint of the data set.
     """
 
     rows: torch.Tensor
@@ -140,7 +140,7 @@ def find_bank(config, dataset, device):
     if averages is None:
         raise DataError(f"--cache_path {config.cache_path}: the first process left no {path}.\n"
                         "Unless it said why, name a folder that all processes share.")
-    return Bank(_standardize(averages), origin["layer"], origin["weights"], origin["pictures"]).to(device)
+    return Bank(_decorrelate(averages), origin["layer"], origin["weights"], origin["pictures"]).to(device)
 
 
 def same_pictures(bank, config, dataset):
@@ -176,13 +176,23 @@ def _extract(config, dataset, device):
     return averages
 
 
-def _standardize(averages):
-    """Rows float16 (at most MAX_ROWS, 512), evenly spread over `averages`; all count for mean and variance."""
+def _decorrelate(averages):
+    """Rows float16 (at most MAX_ROWS, 512), evenly spread over `averages`; all of these count for the statistics.
+
+    Every dimension is standardized; then directions of more than the average variance are brought to about equal
+    ones (whitening with a ridge of 1), those of less, mostly noise, hardly grow; the mean variance is 1 again.
+    CRUCIAL: features vary together, and a direction that holds a tenth or a half of their variance would drown the
+    noise that they are added to: G then draws a handful of images.
+    """
     kept = torch.arange(min(len(averages), MAX_ROWS)) * len(averages) // min(len(averages), MAX_ROWS)
     spread, mean = torch.std_mean(averages.float(), 0, correction=0)
     flat = spread <= 2**-10 * mean.abs()                # no more than float16's rounding makes
-    rows = (averages[kept].float() - mean) / spread
-    return rows.masked_fill(flat, 0).half()
+    x = ((averages.float() - mean) / spread).masked_fill(flat, 0)                   # (N, 512)
+    variance, direction = torch.linalg.eigh((x.T @ x).double() / len(x))            # (512,), (512, 512)
+    variance = variance.clamp(min=0)
+    shrunk = variance / (variance + 1)
+    factor = (variance + 1).rsqrt() * (vgg.WIDTH / shrunk.sum().clamp(min=1e-6)) ** 0.5
+    return (x[kept].double() @ (direction * factor) @ direction.T).half()
 
 
 def _read(path, origin, count):

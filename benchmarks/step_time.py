@@ -22,7 +22,10 @@ import parameter  # noqa: E402
 from data_loader import build_dataset, real_batches  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
-ROUNDS, STEPS, WARM_UP = 40, 5, 3
+SECONDS = 120       # that the comparison lasts, and LEAST rounds at the least
+LEAST = 8
+TURN = 0.5          # seconds that each side takes in a round, and one step at the least
+WARM_UP = 3         # steps
 
 
 class Side:
@@ -59,15 +62,19 @@ def main(argv):
     except parameter.Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
-    for number in tqdm(range(ROUNDS), unit="round"):
-        for side in sides if number % 2 else sides[::-1]:
-            side.seconds.append(side.run(STEPS))
+    steps = max(1, round(TURN / sides[0].run(WARM_UP)))
+    began, progress = time.perf_counter(), tqdm(unit="round")
+    while progress.n < LEAST or time.perf_counter() - began < SECONDS:
+        for side in sides if progress.n % 2 else sides[::-1]:
+            side.seconds.append(side.run(steps))
+        progress.update()
+    progress.close()
     a, b = (side.seconds for side in sides)
     ratios = [one / other for one, other in zip(a, b, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     for name, own, seconds in zip("AB", flags, (a, b), strict=True):
         print(f"{name}: {statistics.median(seconds):.4f} s per step  {' '.join(own)}")
-    print(f"A / B: {middle:.3f} (middle half of {ROUNDS} rounds: {low:.3f} to {high:.3f})")
+    print(f"A / B: {middle:.3f} (middle half of {len(ratios)} rounds of {steps} steps: {low:.3f} to {high:.3f})")
     return 0
 
 
