@@ -116,14 +116,14 @@ class SkipExcitation(nn.Module):
     def __init__(self, layers, channels, out, kernel=None):
         super().__init__()
         self.attention = SpatialAttention(kernel) if kernel else None
-        self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4), layers.conv(channels, out, 4), nn.SiLU(), layers.conv(out, out, 1), nn.Sigmoid()
-        )
+        self.gate = nn.Sequential(layers.conv(channels, out, 4), nn.SiLU(), layers.conv(out, out, 1), nn.Sigmoid())
 
     def forward(self, source, target):
         if self.attention is not None:
             source = source * self.attention(source)
-        return target * self.gate(source)                               # (B, C', 1, 1) * (B, C', H, W)
+        # not adaptive pooling: on CUDA its gradient has no deterministic algorithm
+        pooled = F.avg_pool2d(source, source.size(-1) // 4)             # (B, C, 4, 4)
+        return target * self.gate(pooled)                               # (B, C', 1, 1) * (B, C', H, W)
 
 
 def _skips(layers, sources, width, slae):

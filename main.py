@@ -69,8 +69,8 @@ def run(argv):
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
         return trainer.train(config, dataset, place)
     except torch.OutOfMemoryError:
-        raise Failure(f"out of memory on {place.device}: lower --batch_size or --imsize, "
-                      "or drop the largest attention (--g_attn)") from None
+        raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "
+                      "--g_conv_dim and --d_conv_dim") from None
     except RuntimeError as error:
         raise data_loader.worker_death(error) or error from None
     finally:
