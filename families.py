@@ -21,7 +21,8 @@ ATTENTION_ROWS = 4          # generated images shown in each attention picture
 @dataclass(frozen=True)
 class View:
     """What a record looks at: `z` (B, ...) and G_ema's images of it, real images, both (·, 3, imsize, imsize) on the
-    networks' device; the folders of samples and of attention maps, the step.
+    networks' device; the folders of samples and of attention maps, the step; query points (Q, 2), None for the usual
+    ones; whether maps are wanted as numbers too.
     """
 
     z: torch.Tensor
@@ -30,10 +31,17 @@ class View:
     samples: Path
     attention: Path
     step: int
+    queries: tuple | None = None
+    raw: bool = False
 
     def name(self, what):
         """File name of a picture of this step."""
         return f"{self.step:07d}_{what}.png"
+
+    def save_raw(self, arrays):
+        """Write {name: tensor} into the record's .npz if that was asked for."""
+        if self.raw and arrays:
+            gallery.save_raw(arrays, self.attention / f"{self.step:07d}_attn.npz")
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Family:
 
 def write_attention(G, D, view):
     """SAGAN: a picture per attention layer, one overlay per query point. Returns {"entropy/<layer>": 0 to 1}."""
-    queries = gallery.default_queries()
+    queries = gallery.default_queries() if view.queries is None else torch.tensor(view.queries)
     maps = {**G.attention_maps(view.z[:ATTENTION_ROWS], queries),
             **D.attention_maps(view.images[:ATTENTION_ROWS], queries)}
     figures, gammas = {}, sagan_models.gammas(G, D)
@@ -62,6 +70,7 @@ def write_attention(G, D, view):
         gallery.save_attention(view.images[:ATTENTION_ROWS], weights.cpu(), queries,
                                view.attention / view.name(f"attn_{layer}"), layer, view.step,
                                gammas[layer].item(), entropy)
+    view.save_raw({**maps, "queries": queries} if maps else {})
     return figures
 
 
@@ -72,6 +81,7 @@ def write_masks(G, D, view):
     """
     images, real = view.images[:ATTENTION_ROWS], view.real[:RECONSTRUCTED]
     masks = {**G.attention_maps(view.z[:ATTENTION_ROWS]), **D.attention_maps(images)}
+    view.save_raw(masks)
     if masks:
         gallery.save_masks(images, masks, view.attention / view.name("attn_slae"), "spatial attention", view.step)
     quadrant = torch.arange(len(real), device=real.device) % 4          # the same in every record

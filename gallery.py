@@ -383,6 +383,19 @@ def _sprite(radius, colour):
     return sprite.reduce(over)
 
 
+def save_raw(arrays, path):
+    """Write {name: tensor} as numbers into one compressed .npz, which `numpy.load` reads. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in arrays.items()}
+
+    def write(temporary):
+        with open(temporary, "wb") as file:             # given a name, NumPy would add .npz to it
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
+
+
 def _write(image, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

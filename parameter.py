@@ -76,6 +76,18 @@ def sizes(text):
         raise argparse.ArgumentTypeError(f"'{text}' is no list of sizes such as 16,32, nor none") from None
 
 
+def points(text):
+    """'0.45,0.36;0.2,0.5' -> ((0.45, 0.36), (0.2, 0.5)): one to eight (y, x) as fractions of the image."""
+    try:
+        found = tuple(tuple(float(part) for part in point.split(",")) for point in text.split(";"))
+    except ValueError:
+        found = ()
+    if not 1 <= len(found) <= 8 or not all(len(point) == 2 and all(0 <= x <= 1 for x in point) for point in found):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one to eight points y,x;y,x in fractions of the image, "
+                                         "such as '0.45,0.36;0.2,0.5'")
+    return found
+
+
 def policies(text):
     """'color,translation' -> ("color", "translation"); 'none' -> ()."""
     if str(text).lower() == "none":
@@ -156,6 +168,8 @@ FLAGS = {
              "(default: the last two before the image)", model="sagan"),
         Flag("d_attn", sizes, _AUTO, "feature sizes with attention in D, such as 8,4, or none "
              "(default: 8,4 at 64 px, growing with imsize)", model="sagan"),
+        Flag("attn_queries", points, None, "points of the image that attention is shown for, 'y,x;y,x' as fractions of "
+             "it, from its top left (default: on a face the eyes, mouth, hair and a corner)", model="sagan"),
     ),
     "fastgan": (
         Flag("slae", boolean, True, "spatial attention before G's skip-layer excitations; false is FastGAN's own",
@@ -199,6 +213,7 @@ FLAGS = {
         Flag("log_path", str, "./logs", "folder of the logs"),
         Flag("model_save_path", str, "./models", "folder of the checkpoints"),
         Flag("sample_path", str, "./samples", "folder of the pictures"),
+        Flag("attn_raw", boolean, False, "also write the attention maps as numbers, in one .npz per record"),
         Flag("attn_path", str, None, "folder of the attention maps (default: beside the samples)"),
     ),
     "from a checkpoint": (
@@ -303,7 +318,7 @@ def defaults(flag):
 
 
 def _metavar(flag):
-    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES"}
+    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES", points: "POINTS"}
     return kinds.get(flag.type, "NAME")
 
 
@@ -312,7 +327,8 @@ def written(value):
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value)) or "none"
+        nested = value and isinstance(value[0], (tuple, list))
+        return (";" if nested else ",").join(map(written, value)) or "none"
     return str(value)
 
 

@@ -163,7 +163,7 @@ class Trainer:
         with utils.forked_random_state(device):
             images = utils.draw(self.G_ema, self.fixed_z, device, utils.drawing_batch(config.imsize))
             view = View(self.fixed_z.to(device), images.to(device), self.real_pictures.to(device),
-                        folders.samples, folders.attention, self.step)
+                        folders.samples, folders.attention, self.step, config.attn_queries, config.attn_raw)
             gallery.save_grid(images, view.samples / view.name("fake"))
             figures = self.family.write_pictures(self.G_ema, self.D, view)
         self.D.train()

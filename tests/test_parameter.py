@@ -23,6 +23,10 @@ README = Path(__file__).parent.parent / "README.md"
     ("--model fastgan --g_attn 16", "--g_attn is for --model sagan, this is fastgan"),
     ("--slae true", "--slae is for --model fastgan, this is sagan; leave it out"),
     ("--metadata false", "--metadata is for --model fastgan"),
+    ("--attn_queries 0.5", "--attn_queries: '0.5' is not one to eight points y,x;y,x"),
+    ("--attn_queries 0.5,1.5", "'0.5,1.5' is not"),
+    ("--attn_queries 0.5,nan", "'0.5,nan' is not"),
+    ("--model fastgan --attn_queries 0.5,0.5", "--attn_queries is for --model sagan"),
     ("--label_noise 1.5", "--label_noise 1.5: must be at most 1"),
     ("--model fastgan --recon_weight -1", "--recon_weight -1.0: must be at least 0"),
     ("--g_attn 64", "--g_attn 64: at --imsize 64 the feature sizes are 4,8,16,32"),
@@ -106,7 +110,8 @@ def test_what_belongs_to_one_model_is_unset_with_the_other():
     sagan, fastgan = resolve({}), resolve({"model": "fastgan"})
     for flag in (flag for group in FLAGS.values() for flag in group if flag.model):
         owner, other = (sagan, fastgan) if flag.model == "sagan" else (fastgan, sagan)
-        assert getattr(owner, flag.name) is not None and getattr(other, flag.name) is None, flag.name
+        assert getattr(other, flag.name) is None, flag.name
+        assert getattr(owner, flag.name) is not None or flag.name == "attn_queries"
     assert resolve({"augment": ("cutout",), "label_noise": 0.1}).label_noise == 0.1, "DiffAugment serves both"
 
 
@@ -173,10 +178,12 @@ def test_the_config_is_read_only():
 
 
 def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
-    original = resolve({"imsize": 128, "g_attn": (8,), "hflip": True, "adv_loss": "wgan-gp"})
+    original = resolve({"imsize": 128, "g_attn": (8,), "hflip": True, "adv_loss": "wgan-gp",
+                        "attn_queries": ((0.25, 0.5), (1.0, 0.0))})
     (tmp_path / "c.json").write_text(parameter.as_json(original))
     again = resolve({"config": str(tmp_path / "c.json"), "batch_size": 3})
     assert (again.imsize, again.g_attn, again.hflip, again.d_iters, again.batch_size) == (128, (8,), True, 5, 3)
+    assert again.attn_queries == ((0.25, 0.5), (1.0, 0.0))
     (tmp_path / "c.json").write_text(json.dumps({"imsiz": 3}))
     with pytest.raises(UsageError, match="unknown setting 'imsiz'"):
         resolve({"config": str(tmp_path / "c.json")})

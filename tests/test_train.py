@@ -287,6 +287,20 @@ def test_attention_maps_go_where_asked(run):
     assert sorted(os.listdir()) == ["l", "m", "maps", "s"]
 
 
+def test_attention_is_shown_for_the_asked_points_and_written_as_numbers(run):
+    run("--version", "a", "--total_step", 1, "--sample_step", 1, "--attn_raw", "true",
+        "--attn_queries", "0.1,0.9;0.5,0.5;1,0")
+    with np.load("samples/a/0000001_attn.npz") as raw:
+        assert set(raw) == {"g8", "g16", "d4", "d8", "queries"}
+        assert raw["g16"].shape == (4, 3, 16, 16) and raw["d4"].shape == (4, 3, 4, 4)
+        assert raw["g16"].sum((2, 3)) == pytest.approx(np.ones((4, 3)), abs=1e-4)
+        assert raw["queries"] == pytest.approx(np.array([[0.1, 0.9], [0.5, 0.5], [1, 0]]))
+    run("--version", "b", "--total_step", 1, "--sample_step", 1)
+    assert not list(Path("samples/b").glob("*.npz"))
+    narrow, usual = (Image.open(f"samples/{version}/0000001_attn_g16.png").width for version in "ab")
+    assert narrow < usual, "three columns of overlays, not five"
+
+
 def test_a_run_without_attention(run):
     code, _, _ = run("--version", "a", "--total_step", 1, "--g_attn", "none", "--d_attn", "none")
     assert code == 0 and not list(Path("samples/a").glob("*attn*"))

@@ -37,8 +37,11 @@ def generated(version, step):
 
 def test_a_run_writes_masks_reconstructions_and_their_figures(fastgan):
     code, out, _ = fastgan("--version", "a", "--total_step", 4, "--sample_step", 2, "--log_step", 2,
-                           "--model_save_step", 2, "--slae_d", "true")
+                           "--model_save_step", 2, "--slae_d", "true", "--attn_raw", "true")
     assert code == 0
+    with np.load("samples/a/0000004_attn.npz") as raw:
+        assert {name: mask.shape for name, mask in raw.items()} == {
+            name: (4, 1, size, size) for name, size in (("slae4", 4), ("slae8", 8), ("slae16", 16), ("slae_d64", 64))}
     names = {f"{step:07d}_{kind}.png" for step in (2, 4) for kind in ("fake", "attn_slae", "recon")}
     assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
     for path in Path("samples/a").glob("*.png"):
