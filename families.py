@@ -51,17 +51,19 @@ class Family:
     `build(config) -> (G, D)` on the CPU; `objective(config, device)` with d_loss and g_loss; `gammas(G, D) ->
     {layer: (1,) tensor}`, the weight that each attention layer has learned for its output; `write_pictures(G, D, view)
     -> {name: float}` draws what the networks attend to, G and D in evaluation mode, and returns figures on it.
+    `page(G, z, images, queries, step)` is a Pillow picture of what G attends to in these images, None if to nothing.
     """
 
     build: Callable
     objective: Callable
     gammas: Callable
     write_pictures: Callable
+    page: Callable
 
 
 def write_attention(G, D, view):
     """SAGAN: a picture per attention layer, one overlay per query point. Returns {"entropy/<layer>": 0 to 1}."""
-    queries = gallery.default_queries() if view.queries is None else torch.tensor(view.queries)
+    queries = _points(view.queries)
     maps = {**G.attention_maps(view.z[:ATTENTION_ROWS], queries),
             **D.attention_maps(view.images[:ATTENTION_ROWS], queries)}
     figures, gammas = {}, sagan_models.gammas(G, D)
@@ -72,6 +74,22 @@ def write_attention(G, D, view):
                                gammas[layer].item(), entropy)
     view.save_raw({**maps, "queries": queries} if maps else {})
     return figures
+
+
+def attention_page(G, z, images, queries, step):
+    """SAGAN: G's largest attention layer."""
+    queries = _points(queries)
+    maps = G.attention_maps(z, queries)
+    if not maps:
+        return None
+    layer = list(maps)[-1]
+    return gallery.attention_page(images, maps[layer], queries, layer, step, G.attention[layer].gamma,
+                                  gallery.normalized_entropy(maps[layer]).mean())
+
+
+def _points(queries):
+    """(Q, 2): the asked query points, or the usual ones where that is None."""
+    return gallery.default_queries() if queries is None else torch.tensor(queries)
 
 
 def write_masks(G, D, view):
@@ -96,7 +114,13 @@ def write_masks(G, D, view):
             **{f"mask_range/{layer}": (mask.max() - mask.min()).item() for layer, mask in masks.items()}}
 
 
+def masks_page(G, z, images, queries, step):
+    """SLAE-FastGAN: a column per mask of G; they ask no queries."""
+    masks = G.attention_maps(z)
+    return gallery.masks_page(images, masks, "spatial attention", step) if masks else None
+
+
 FAMILIES = {
-    "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas, write_attention),
-    "fastgan": Family(fastgan_models.build, losses.self_supervised, lambda G, D: {}, write_masks),
+    "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas, write_attention, attention_page),
+    "fastgan": Family(fastgan_models.build, losses.self_supervised, lambda G, D: {}, write_masks, masks_page),
 }

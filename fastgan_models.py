@@ -164,17 +164,24 @@ class Generator(nn.Module):
         self.to_small = layers.conv(width[small_size(imsize)], 3, 1)
         self.to_rgb = layers.conv(width[imsize], 3, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z, style=None):
+        """`style`, latents like z, has its own low maps drive the skips: what z draws, in their manner."""
+        maps = self._maps(z) if style is None else self._maps(z, self._maps(style))
+        x = maps[self.imsize]                                           # (B, width, imsize, imsize)
+        small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
+        return [torch.tanh(self.to_rgb(x)), torch.tanh(small)]
+
+    def _maps(self, z, drivers=None):
+        """{height: (B, width, height, height)} of every size; the skips start from `drivers`, else from these maps."""
         x = self.start(self.latent(z)[:, :, None, None])                # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
             x = block(x)                                                # (B, width, size, size)
             size = int(name)
             if size in self.sources:
-                x = self.skips[name](maps[self.sources[size]], x)
+                x = self.skips[name]((drivers or maps)[self.sources[size]], x)
             maps[size] = x
-        small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
-        return [torch.tanh(self.to_rgb(x)), torch.tanh(small)]
+        return maps
 
     def latent(self, z):
         """(B, z_dim [+ 512]) -> (B, z_dim): noise and metadata, mixed so that the variance stays 1 (section 3.2)."""

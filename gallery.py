@@ -116,7 +116,15 @@ def save_grid(images, path, columns=None):
 
 
 def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
-    """Write one PNG that shows where each query point looks: one row per image, one column per query.
+    """Write `attention_page` of the other arguments as one PNG, whole or not at all; missing folders are made.
+
+    Raises what that does, and OSError if the file cannot be written.
+    """
+    _write(attention_page(images, maps, queries, layer, step, gamma, entropy), path)
+
+
+def attention_page(images, maps, queries, layer, step, gamma, entropy):
+    """A picture, of Pillow's, that shows where each query point looks: a row per image, a column per query.
 
     images: (B, 3, S, S) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys.
     queries: (Q, 2) tensor or list, (y, x) as fractions of the image in [0, 1]. layer: its name; step: int;
@@ -127,9 +135,8 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
     interpolated between the centres of its keys and divided by its own maximum, glows over it. Beneath each:
     `max`, the map's maximum in multiples of uniform attention 1/(h*w), and `H`, its normalized entropy.
     Images are shown at a whole multiple of their size up to 256 px, larger ones are scaled down to 256.
-    There are 8 colours; a 9th query would begin them anew. The file appears whole or not at all; missing
-    folders are made.
-    Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
+    There are 8 colours; a 9th query would begin them anew.
+    Raises ValueError if the shapes do not fit together.
     """
     queries = torch.as_tensor(queries).detach().float().cpu().reshape(-1, 2).clamp(0, 1)
     B, Q = len(images), len(queries)
@@ -155,11 +162,19 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
         for y in tops:
             _dot(page, left[0] + right, y + down, max(5, cell // 36), colours[i])
             _dot(page, left[i + 1] + right, y + down, max(4, cell // 50), colours[i])
-    _write(page, path)
+    return page
 
 
 def save_masks(images, masks, path, title, step):
-    """Write one PNG that shows what each layer's spatial mask favours: a row per image, a column per layer.
+    """Write `masks_page` of the other arguments as one PNG, whole or not at all; missing folders are made.
+
+    Raises what that does, and OSError if the file cannot be written.
+    """
+    _write(masks_page(images, masks, title, step), path)
+
+
+def masks_page(images, masks, title, step):
+    """A picture, of Pillow's, that shows what each layer's spatial mask favours: a row per image, a column per layer.
 
     images: (B, 3, S, S) in [-1, 1]. masks: {layer name: (B, 1, h, w)}, sigmoid values in (0, 1); layers may
     differ in h and w. title: str; step: int.
@@ -169,8 +184,7 @@ def save_masks(images, masks, path, title, step):
     the caption beneath tells its true range and mean. One whose range is below 0.0001 counts as constant and
     has no heat anywhere; neither has a place whose value is not finite. Where all masks of a layer together
     span less than 0.05, its heading warns that they hardly tell one place from another. Sizes of images as in
-    save_attention. The file appears whole or not at all; missing folders are made.
-    Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
+    attention_page. Raises ValueError if the shapes do not fit together.
     """
     shapes = [tuple(images.shape)] + [tuple(mask.shape) for mask in masks.values()]
     B, S = shapes[0][:1], shapes[0][-1:]
@@ -187,8 +201,7 @@ def save_masks(images, masks, path, title, step):
     rows = [([_stretched(mask) for mask in row], [_mask_caption(mask) for mask in row]) for row in per_image]
     legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers")
     cells = _enlarge(to_uint8(images), _shown(*S))
-    page, _, _ = _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows)
-    _write(page, path)
+    return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows)[0]
 
 
 def save_reconstructions(rows, path, title, step):

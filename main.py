@@ -63,8 +63,8 @@ def run(argv):
         if config.dry_run:
             describe(config, dataset, place)
             return 0
-        if config.mode == "sample":
-            return sampler.sample(config, place) if distributed.is_first() else 0
+        if config.mode != "train":
+            return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
         return trainer.train(config, dataset, place)

@@ -138,7 +138,8 @@ FLAGS = {
              "settings for what is left unset: the published ones, or those that learn fastest on two CPU cores"),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins"),
         Flag("version", str, _AUTO, "name of the run and of its folders (default: MODEL_DATASET)"),
-        Flag("mode", one_of("train", "sample"), "train", "train, or write pictures from a checkpoint"),
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix"), "train",
+             "train, or from a checkpoint: sample (pictures) | interpolate (a film) | style_mix (fastgan: a grid)"),
         Flag("train", boolean, True, "false is the same as --mode sample"),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto takes CUDA where there is one"),
         Flag("parallel", boolean, False, "train on every visible GPU, one process each; batch_size is shared out"),
@@ -219,6 +220,8 @@ FLAGS = {
     "from a checkpoint": (
         Flag("pretrained_model", int, None, "start (or sample) from the checkpoint of this step", 1),
         Flag("num_samples", int, 64, "pictures that --mode sample writes", 1),
+        Flag("num_frames", int, 120, "frames of the film that --mode interpolate writes", 2),
+        Flag("film", one_of("webp", "gif", "mp4"), "webp", "its format: webp | gif | mp4 (needs imageio-ffmpeg)"),
     ),
 }
 _BY_NAME = {flag.name: flag for group in FLAGS.values() for flag in group}
@@ -244,7 +247,7 @@ IMSIZES = {"sagan": (32, 64, 128, 256), "fastgan": (64, 128, 256, 512, 1024)}
 FIXED = ("model", "preset", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "sn", "adv_loss", "g_attn", "d_attn", "slae",
          "slae_kernel", "slae_d", "metadata", "metadata_layer", "vgg_weights")
 # What describes one call, not the run: never taken over from a saved config.
-_PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples",
+_PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples", "num_frames", "film",
              "cache_path", "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
 # What a checkpoint's run was made with: worth a word when it changes from one call to the next.
 RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "sagan", "fastgan", "optimization")
@@ -440,6 +443,8 @@ def validate(values):
     if imsize not in IMSIZES[model]:
         *others, last = IMSIZES[model]
         raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
+    if values["mode"] == "style_mix" and model != "fastgan":
+        raise UsageError(f"--mode style_mix: swaps the maps that drive skip layers, and {model} has none")
     if values["slae_kernel"] not in (None, 3, 7):
         raise UsageError(f"--slae_kernel {values['slae_kernel']}: must be 3 or 7")
     if model == "fastgan" and values["adv_loss"] == "wgan-gp":

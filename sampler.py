@@ -1,7 +1,15 @@
-"""Pictures from a checkpoint: needs neither the data set nor, for metadata, VGG."""
+"""From a checkpoint: pictures, a film of a walk between them, a grid of mixed styles.
 
+Needs neither the data set nor, for metadata, VGG. Everything follows from the seed and the checkpoint alone.
+"""
+
+import importlib.util
+import math
 import os
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -12,14 +20,30 @@ import utils
 from distributed import say
 from families import FAMILIES
 from metadata import Bank, Latents
-from parameter import CheckpointError
+from parameter import CheckpointError, UsageError
+
+FRAMES_PER_SECOND = 20
+FRAMES_PER_LEG = 30             # of the walk from one latent to the next
+STYLES = 5                      # rows and columns of a style grid
 
 
-def sample(config, place):
-    """Write `--num_samples` pictures and a grid by G_ema of a checkpoint. Returns exit code 0.
+@dataclass(frozen=True)
+class Source:
+    """G_ema of a checkpoint in eval mode, what it is fed, how many images it draws at once; where pictures go."""
 
-    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
-    """
+    G: torch.nn.Module
+    latents: Latents
+    batch: int
+    step: int
+    samples: Path
+
+    def path(self, what, config):
+        """Where a picture of this step and seed goes, without its suffix."""
+        return self.samples / f"{self.step:07d}_{what}_seed{config.seed}"
+
+
+def open_source(config, place):
+    """The Source of `--version` and `--pretrained_model`. Raises CheckpointError."""
     folders = utils.RunFolders.of(config)
     state = checkpoint.load_asked(folders.models, config.pretrained_model)
     if state is None:
@@ -36,19 +60,115 @@ def sample(config, place):
             generator = torch.Generator().manual_seed(config.seed)
             z = latents.sampling(utils.SETTLING_IMAGES, generator).to(place.device)
             utils.settle_batch_statistics(G, z, batch)
-    name = f"{state['step']:07d}_generated_seed{config.seed}"
-    folder = folders.samples / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folders.samples.mkdir(parents=True, exist_ok=True)
+    return Source(G, latents, batch, state["step"], folders.samples)
+
+
+def sample(config, place):
+    """Write `--num_samples` pictures and a grid. Returns exit code 0.
+
+    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
+    """
+    source = open_source(config, place)
+    folder = source.path("generated", config)
+    folder.mkdir(exist_ok=True)
     generator = torch.Generator().manual_seed(config.seed)
     shown = []
     with tqdm(total=config.num_samples, unit="picture", dynamic_ncols=True) as progress:
         while progress.n < config.num_samples:
-            z = latents.sampling(64, generator)                         # always 64: z i is the same for any number
-            images = utils.draw(G, z[:config.num_samples - progress.n], place.device, batch)
+            z = source.latents.sampling(64, generator)                  # always 64: z i is the same for any number
+            images = utils.draw(source.G, z[:config.num_samples - progress.n], place.device, source.batch)
             for number, picture in enumerate(gallery.to_uint8(images), start=progress.n):
                 Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
             shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
             progress.update(len(images))
-    gallery.save_grid(torch.cat(shown), folders.samples / f"{name}.png")
-    say(f"{config.num_samples} pictures of step {state['step']} in {folder}{os.sep}, a grid of them in {folder}.png")
+    gallery.save_grid(torch.cat(shown), f"{folder}.png")
+    say(f"{config.num_samples} pictures of step {source.step} in {folder}{os.sep}, a grid of them in {folder}.png")
     return 0
+
+
+# ------------------------------------------------------------------------------------------------------- the film
+
+
+def walk(latents, frames):
+    """latents (K, C), each N(0, 1) -> (frames, C): a closed walk past all of them.
+
+    From a to b along cos(t) a + sin(t) b, t from 0 to pi/2: straight lines would pass through points of less variance,
+    where G has never been.
+    """
+    at = torch.arange(frames) * len(latents) / frames                   # in legs
+    leg, t = at.long(), ((at % 1) * math.pi / 2)[:, None]
+    return torch.cos(t) * latents[leg] + torch.sin(t) * latents[(leg + 1) % len(latents)]
+
+
+@torch.no_grad()
+def interpolate(config, place):
+    """Write a looping film of a walk between random latents: G_ema's image beside what G attends to in it.
+
+    Returns exit code 0. Raises CheckpointError, UsageError.
+    """
+    if config.film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
+    source = open_source(config, place)
+    generator = torch.Generator().manual_seed(config.seed)
+    count = max(2, round(config.num_frames / FRAMES_PER_LEG))
+    z = walk(source.latents.sampling(count, generator), config.num_frames)
+    frames = []
+    for part in tqdm(z, unit="frame", dynamic_ncols=True):
+        part = part[None].to(place.device)
+        image = source.G(part)[0]
+        page = FAMILIES[config.model].page(source.G, part, image, config.attn_queries, source.step)
+        frames.append(page or Image.fromarray(gallery.to_uint8(image)[0]))
+    path = Path(f"{source.path('interpolation', config)}.{config.film}")
+    utils.write_atomically(path, lambda temporary: _save_film(frames, temporary, config.film))
+    say(f"a film of {len(frames)} frames of step {source.step} in {path}")
+    return 0
+
+
+def _save_film(frames, path, film):
+    """Write Pillow pictures as a film of this format; all take the first one's size."""
+    frames = [frame if frame.size == frames[0].size else frame.crop((0, 0, *frames[0].size)) for frame in frames]
+    if film == "mp4":
+        import imageio_ffmpeg
+
+        width, height = (side + side % 2 for side in frames[0].size)    # H.264 takes even sides alone
+        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1,
+                                             output_params=["-f", "mp4"])
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(np.asarray(frame.crop((0, 0, width, height)))))
+        writer.close()
+    else:
+        options = {"quality": 80, "method": 4} if film == "webp" else {}
+        frames[0].save(path, film, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0,
+                       **options)
+
+
+# --------------------------------------------------------------------------------------------------- mixed styles
+
+
+@torch.no_grad()
+def style_mix(config, place):
+    """Write a grid (FastGAN section 4): what the first column shows in the manner of each image of the first row.
+
+    The low maps of the style's latent drive the skip layers while the other latent is drawn. Returns exit code 0.
+    Raises CheckpointError.
+    """
+    source = open_source(config, place)
+    generator = torch.Generator().manual_seed(config.seed)
+    contents, styles = source.latents.sampling(2 * STYLES, generator).to(place.device).chunk(2)
+    rows = [source.G(styles)[0].cpu()]                                  # (STYLES, 3, imsize, imsize)
+    blank = torch.full_like(rows[0][:1], 2 * gallery.PAGE[0] / 255 - 1)
+    rows = [torch.cat([blank, rows[0]])]
+    for content in tqdm(contents, unit="row", dynamic_ncols=True):
+        content = content[None]
+        mixed = source.G(content.expand(STYLES, -1), style=styles)[0]
+        rows.append(torch.cat([source.G(content)[0], mixed]).cpu())
+    path = f"{source.path('style_mix', config)}.png"
+    gallery.save_grid(torch.cat(rows), path, columns=STYLES + 1)
+    say(f"a grid of mixed styles of step {source.step} in {path}: "
+        "the first row gives the styles, the first column what is drawn")
+    return 0
+
+
+MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix}      # --mode
