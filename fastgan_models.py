@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from spectral import normalizer
 
 METADATA = 512          # numbers of metadata behind z, where there are any
-LOGITS = 25             # 5 x 5 of each of D's two paths
 LAST = 8                # height of the map that D's deep path ends with
 
 # Channels of a map by its height, in units of conv_dim: at 64 they are the published 1024, 512, ..., 8.
@@ -200,7 +199,7 @@ class Generator(nn.Module):
 class Judgement(NamedTuple):
     """What D says of a batch: the logits of both paths side by side, and the maps that the decoders start from."""
 
-    logits: torch.Tensor        # (B, 50)
+    logits: torch.Tensor        # (B, 50): 5 x 5 of each path
     middle: torch.Tensor        # (B, C / 2, 16, 16)
     last: torch.Tensor          # (B, C, 8, 8)
     small: torch.Tensor         # (B, C / 2, 8, 8)
@@ -253,7 +252,7 @@ class Discriminator(nn.Module):
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
         logits = torch.cat([self.to_logits(x).flatten(1), self.small_to_logits(from_small).flatten(1)], dim=1)
-        return Judgement(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 25)
+        return Judgement(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
 
     def reconstruct(self, judgement, real, quadrant=None):
         """{name: (rebuilt, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
