@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 import gallery
+import page
 import utils
 from distributed import say
 from families import FAMILIES
@@ -35,11 +36,16 @@ class Source:
     latents: Latents
     batch: int
     step: int
-    samples: Path
+    folders: utils.RunFolders
 
     def path(self, what, config):
         """Where a picture of this step and seed goes, without its suffix."""
-        return self.samples / f"{self.step:07d}_{what}_seed{config.seed}"
+        return self.folders.samples / f"{self.step:07d}_{what}_seed{config.seed}"
+
+    def tell(self, config, words):
+        """Show what was written on the run's page, and say where it is."""
+        page.write_pages(self.folders, config)
+        say(words)
 
 
 def open_source(config, place):
@@ -61,7 +67,7 @@ def open_source(config, place):
             z = latents.sampling(utils.SETTLING_IMAGES, generator).to(place.device)
             utils.settle_batch_statistics(G, z, batch)
     folders.samples.mkdir(parents=True, exist_ok=True)
-    return Source(G, latents, batch, state["step"], folders.samples)
+    return Source(G, latents, batch, state["step"], folders)
 
 
 def sample(config, place):
@@ -83,7 +89,8 @@ def sample(config, place):
             shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
             progress.update(len(images))
     gallery.save_grid(torch.cat(shown), f"{folder}.png")
-    say(f"{config.num_samples} pictures of step {source.step} in {folder}{os.sep}, a grid of them in {folder}.png")
+    source.tell(config, f"{config.num_samples} pictures of step {source.step} in {folder}{os.sep}, "
+                f"a grid of them in {folder}.png")
     return 0
 
 
@@ -117,11 +124,11 @@ def interpolate(config, place):
     for part in tqdm(z, unit="frame", dynamic_ncols=True):
         part = part[None].to(place.device)
         image = source.G(part)[0]
-        page = FAMILIES[config.model].page(source.G, part, image, config.attn_queries, source.step)
-        frames.append(page or Image.fromarray(gallery.to_uint8(image)[0]))
+        shown = FAMILIES[config.model].page(source.G, part, image, config.attn_queries, source.step)
+        frames.append(shown or Image.fromarray(gallery.to_uint8(image)[0]))
     path = Path(f"{source.path('interpolation', config)}.{config.film}")
     utils.write_atomically(path, lambda temporary: _save_film(frames, temporary, config.film))
-    say(f"a film of {len(frames)} frames of step {source.step} in {path}")
+    source.tell(config, f"a film of {len(frames)} frames of step {source.step} in {path}")
     return 0
 
 
@@ -166,8 +173,8 @@ def style_mix(config, place):
         rows.append(torch.cat([source.G(content)[0], mixed]).cpu())
     path = f"{source.path('style_mix', config)}.png"
     gallery.save_grid(torch.cat(rows), path, columns=STYLES + 1)
-    say(f"a grid of mixed styles of step {source.step} in {path}: "
-        "the first row gives the styles, the first column what is drawn")
+    source.tell(config, f"a grid of mixed styles of step {source.step} in {path}: "
+                "the first row gives the styles, the first column what is drawn")
     return 0
 
 

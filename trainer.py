@@ -8,7 +8,6 @@ objective's business, what D returns is its family's. A step never waits for the
 import copy
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -22,6 +21,7 @@ import checkpoint
 import distributed
 import gallery
 import metadata
+import page
 import utils
 from data_loader import normalize, real_batches
 from diffaug import augment
@@ -270,7 +270,7 @@ def _train(config, dataset, place, folders, interrupt):
     _go_on(trainer, state, folders)
     if trainer.step >= config.total_step:
         say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}; "
-            f"a larger one goes on. Look at {folders.samples}{os.sep}")
+            f"a larger one goes on. Open {folders.samples / page.NAME} in a browser")
         return 0
     first = distributed.is_first()
     real_images = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world)
@@ -312,6 +312,7 @@ def _go_on(trainer, state, folders):
         moved = checkpoint.set_aside_after(folders.models, trainer.step)
         if moved:
             say(f"later checkpoints ({', '.join(map(str, moved))}) moved to {folders.models / 'superseded'}")
+            folders.set_aside_records_after(trainer.step)
     distributed.barrier()
     say(f"going on with '{config.version}' from step {trainer.step}")
     for name, value in json.loads(as_json(config)).items():
@@ -386,6 +387,8 @@ def _loop(trainer, real_images, journal, progress, interrupt):
                 journal.write(step, scalars)
             progress.set_postfix_str(_summary(scalars), refresh=False)
             figures = {}
+        if show and journal:
+            page.write_pages(folders, config)
         if save or stop:
             state = trainer.state()
             if journal:
@@ -400,7 +403,7 @@ def _loop(trainer, real_images, journal, progress, interrupt):
             say(f"interrupted: step {step} is saved in {folders.models}; the same command goes on from there")
             return 128 + (interrupt.signal or signal.SIGTERM)
     progress.close()
-    say(f"done: {config.total_step} steps. Look at {folders.samples}{os.sep}, curves are in {folders.logs}")
+    say(f"done: {config.total_step} steps. Open {folders.samples / page.NAME} in a browser")
     return 0
 
 

@@ -81,6 +81,15 @@ class RunFolders:
         for folder in (self.samples, self.attention, self.logs, self.models):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def set_aside_records_after(self, step):
+        """Move the pictures of later records into `superseded/` beside them: the run goes on from `step` anew."""
+        for folder in {self.samples, self.attention}:
+            for path in folder.iterdir():
+                number, _, rest = path.name.partition("_")
+                if rest and number.isdecimal() and int(number) > step and path.is_file():
+                    (folder / "superseded").mkdir(exist_ok=True)
+                    os.replace(path, folder / "superseded" / path.name)
+
 
 def lock_folder(folder):
     """An open file that keeps other processes from training into `folder`, or None if one already does.

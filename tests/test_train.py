@@ -26,6 +26,10 @@ def test_a_run_writes_what_the_readme_promises(run):
     names = {f"{step:07d}_{kind}.png" for step in (2, 4)
              for kind in ("fake", "attn_g8", "attn_g16", "attn_d4", "attn_d8")}
     assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
+    assert "samples/a/index.html" in out
+    newest = Path("samples/a/index.html").read_text()
+    assert '"step":4,' in newest and '"d_loss"' in newest and '"g_lr":0.0001' in newest
+    assert '"version":"a"' in Path("samples/index.html").read_text()
     for path in Path("samples/a").glob("*.png"):
         Image.open(path).load()
     assert Image.open("samples/a/0000004_fake.png").width >= 8 * 64, "8 x 8 faces, enlarged for the screen"
@@ -193,6 +197,14 @@ def test_pretrained_model_starts_from_that_step_and_loses_nothing(run):
     assert code == 5 and "--pretrained_model 77" in err and "1, 2, 3" in err
 
 
+def test_records_of_a_future_that_is_given_up_are_set_aside(run):
+    run("--version", "a", "--total_step", 4, "--sample_step", 2, "--model_save_step", 2, "--attn_path", "maps")
+    run("--version", "a", "--total_step", 3, "--pretrained_model", 2, "--attn_path", "maps")
+    assert {path.name[:7] for path in Path("samples/a").glob("*_fake.png")} == {"0000002", "0000003"}
+    assert Path("samples/a/superseded/0000004_fake.png").exists()
+    assert Path("maps/a/superseded/0000004_attn_g8.png").exists() and not Path("maps/a/0000004_attn_g8.png").exists()
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said(run):
     run("--version", "a", "--total_step", 4, "--model_save_step", 2)
     path = Path("models/a/0000004.pth")
@@ -283,7 +295,7 @@ def test_attention_maps_go_where_asked(run):
     run("--version", "a", "--total_step", 1, "--attn_path", "maps", "--sample_path", "s", "--log_path", "l",
         "--model_save_path", "m")
     assert sorted(os.listdir("maps/a"))[0] == "0000001_attn_d4.png"
-    assert sorted(os.listdir("s/a")) == ["0000001_fake.png", "real.png"]
+    assert sorted(os.listdir("s/a")) == ["0000001_fake.png", "index.html", "real.png"]
     assert sorted(os.listdir()) == ["l", "m", "maps", "s"]
 
 
