@@ -62,17 +62,21 @@ class Family:
 
 
 def write_attention(G, D, view):
-    """SAGAN: a picture per attention layer, one overlay per query point. Returns {"entropy/<layer>": 0 to 1}."""
-    queries = _points(view.queries)
-    maps = {**G.attention_maps(view.z[:ATTENTION_ROWS], queries),
-            **D.attention_maps(view.images[:ATTENTION_ROWS], queries)}
-    figures, gammas = {}, sagan_models.gammas(G, D)
-    for layer, weights in maps.items():
-        figures[f"entropy/{layer}"] = entropy = gallery.normalized_entropy(weights).mean().item()
-        gallery.save_attention(view.images[:ATTENTION_ROWS], weights.cpu(), queries,
-                               view.attention / view.name(f"attn_{layer}"), layer, view.step,
-                               gammas[layer].item(), entropy)
-    view.save_raw({**maps, "queries": queries} if maps else {})
+    """SAGAN: a picture per attention layer, one overlay per query point; of D's layers one on real images too.
+
+    Returns {"entropy/<layer>": 0 to 1}, <layer> of D's on real images ending in _real.
+    """
+    queries, gammas = _points(view.queries), sagan_models.gammas(G, D)
+    generated, real = view.images[:ATTENTION_ROWS], view.real[:ATTENTION_ROWS]
+    shown = {layer: (generated, maps) for layer, maps in G.attention_maps(view.z[:ATTENTION_ROWS], queries).items()}
+    for suffix, images in (("", generated), ("_real", real)):
+        shown |= {layer + suffix: (images, maps) for layer, maps in D.attention_maps(images, queries).items()}
+    figures = {}
+    for name, (images, maps) in shown.items():
+        figures[f"entropy/{name}"] = entropy = gallery.normalized_entropy(maps).mean().item()
+        path, gamma = view.attention / view.name(f"attn_{name}"), gammas[name.removesuffix("_real")].item()
+        gallery.save_attention(images, maps, queries, path, name, view.step, gamma, entropy)
+    view.save_raw({**{name: maps for name, (_, maps) in shown.items()}, "queries": queries} if shown else {})
     return figures
 
 
@@ -99,9 +103,12 @@ def write_masks(G, D, view):
     """
     images, real = view.images[:ATTENTION_ROWS], view.real[:RECONSTRUCTED]
     masks = {**G.attention_maps(view.z[:ATTENTION_ROWS]), **D.attention_maps(images)}
-    view.save_raw(masks)
-    if masks:
-        gallery.save_masks(images, masks, view.attention / view.name("attn_slae"), "spatial attention", view.step)
+    on_real = {f"{layer}_real": mask for layer, mask in D.attention_maps(real[:ATTENTION_ROWS]).items()}
+    view.save_raw({**masks, **on_real})
+    for shown, of, name, title in ((images, masks, "attn_slae", "spatial attention"),
+                                   (real[:ATTENTION_ROWS], on_real, "attn_slae_real", "D's attention to real images")):
+        if of:
+            gallery.save_masks(shown, of, view.attention / view.name(name), title, view.step)
     quadrant = torch.arange(len(real), device=real.device) % 4          # the same in every record
     judgement = D([real, fastgan_models.downscale(real, fastgan_models.small_size(real.size(-1)))])
     rebuilt = D.reconstruct(judgement, real, quadrant)

@@ -142,8 +142,8 @@ def _name(step, kind):
 
 
 def _in_order(kind):
-    """Sorts layers as data flow: g8, g16, d8, d4, slae."""
-    match = re.fullmatch(r"attn_([gd])(\d{1,9})", kind)
+    """Sorts layers as data flow: g8, g16, d8, d8_real, d4, d4_real, slae."""
+    match = re.fullmatch(r"attn_([gd])(\d{1,9})(?:_real)?", kind)
     if not match:
         return 2, 0, kind
     size = int(match[2])

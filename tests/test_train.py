@@ -24,7 +24,7 @@ def test_a_run_writes_what_the_readme_promises(run):
                          "--model_save_step", 2, "--use_tensorboard", "true")
     assert code == 0
     names = {f"{step:07d}_{kind}.png" for step in (2, 4)
-             for kind in ("fake", "attn_g8", "attn_g16", "attn_d4", "attn_d8")}
+             for kind in ("fake", "attn_g8", "attn_g16", "attn_d4", "attn_d8", "attn_d4_real", "attn_d8_real")}
     assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
     assert "samples/a/index.html" in out
     newest = Path("samples/a/index.html").read_text()
@@ -303,7 +303,8 @@ def test_attention_is_shown_for_the_asked_points_and_written_as_numbers(run):
     run("--version", "a", "--total_step", 1, "--sample_step", 1, "--attn_raw", "true",
         "--attn_queries", "0.1,0.9;0.5,0.5;1,0")
     with np.load("samples/a/0000001_attn.npz") as raw:
-        assert set(raw) == {"g8", "g16", "d4", "d8", "queries"}
+        assert set(raw) == {"g8", "g16", "d4", "d8", "d4_real", "d8_real", "queries"}
+        assert (raw["d8"] != raw["d8_real"]).any()
         assert raw["g16"].shape == (4, 3, 16, 16) and raw["d4"].shape == (4, 3, 4, 4)
         assert raw["g16"].sum((2, 3)) == pytest.approx(np.ones((4, 3)), abs=1e-4)
         assert raw["queries"] == pytest.approx(np.array([[0.1, 0.9], [0.5, 0.5], [1, 0]]))

@@ -41,8 +41,10 @@ def test_a_run_writes_masks_reconstructions_and_their_figures(fastgan):
     assert code == 0
     with np.load("samples/a/0000004_attn.npz") as raw:
         assert {name: mask.shape for name, mask in raw.items()} == {
-            name: (4, 1, size, size) for name, size in (("slae4", 4), ("slae8", 8), ("slae16", 16), ("slae_d64", 64))}
-    names = {f"{step:07d}_{kind}.png" for step in (2, 4) for kind in ("fake", "attn_slae", "recon")}
+            name: (4, 1, size, size) for name, size in (
+                ("slae4", 4), ("slae8", 8), ("slae16", 16), ("slae_d64", 64), ("slae_d64_real", 64))}
+        assert (raw["slae_d64"] != raw["slae_d64_real"]).any()
+    names = {f"{step:07d}_{kind}.png" for step in (2, 4) for kind in ("fake", "attn_slae", "attn_slae_real", "recon")}
     assert {path.name for path in Path("samples/a").glob("*.png")} == names | {"real.png"}
     for path in Path("samples/a").glob("*.png"):
         Image.open(path).load()
