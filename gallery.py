@@ -259,7 +259,7 @@ def _caption(map):
     if not map.isfinite().all():
         return "map is not finite"
     low, high = (extreme.item() * map.numel() for extreme in (map.min(), map.max()))
-    return f"{low:.2g}x to {high:.1f}x   H {normalized_entropy(map[None, None]).item():.2f}"
+    return f"{low:.2f}x to {high:.1f}x   H {normalized_entropy(map[None, None]).item():.2f}"
 
 
 def _mask_caption(mask):

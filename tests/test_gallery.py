@@ -302,7 +302,7 @@ def test_beneath_each_overlay_stand_its_peak_and_its_entropy(tmp_path, written):
     two = one_hot(1, 1, 4, 4, 0, 0) / 2 + one_hot(1, 1, 4, 4, 3, 3) / 2
     maps = torch.cat([uniform(1, 1, 4, 4), one_hot(1, 1, 4, 4, 2, 1), two, two / 0 * 0], 1)
     page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), maps, gallery.default_queries()[:4])
-    expected = ["1x to 1.0x   H 1.00", "0x to 16.0x   H 0.00", "0x to 8.0x   H 0.25", "map is not finite"]
+    expected = ["1.00x to 1.0x   H 1.00", "0.00x to 16.0x   H 0.00", "0.00x to 8.0x   H 0.25", "map is not finite"]
     for colour, words in zip(gallery.QUERY_COLOURS, expected, strict=False):
         top, left, size = framed(page, colour)[0]
         [(x, y)] = [xy for xy, w in written if w == words]
