@@ -4,6 +4,7 @@ A new model is one file, one objective, one row here, one preset.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +72,15 @@ def write_attention(G, D, view):
     shown = {layer: (generated, maps) for layer, maps in G.attention_maps(view.z[:ATTENTION_ROWS], queries).items()}
     for suffix, images in (("", generated), ("_real", real)):
         shown |= {layer + suffix: (images, maps) for layer, maps in D.attention_maps(images, queries).items()}
-    figures = {}
-    for name, (images, maps) in shown.items():
-        figures[f"entropy/{name}"] = entropy = gallery.normalized_entropy(maps).mean().item()
+    figures = {f"entropy/{name}": gallery.normalized_entropy(maps).mean().item() for name, (_, maps) in shown.items()}
+
+    def write(name):
+        (images, maps), entropy = shown[name], figures[f"entropy/{name}"]
         path, gamma = view.attention / view.name(f"attn_{name}"), gammas[name.removesuffix("_real")].item()
         gallery.save_attention(images, maps, queries, path, name, view.step, gamma, entropy)
+
+    with ThreadPoolExecutor() as pool:              # most of it is compressing, which Pillow does beside other threads
+        list(pool.map(write, shown))                # a list, so that what goes wrong is raised here
     view.save_raw({**{name: maps for name, (_, maps) in shown.items()}, "queries": queries} if shown else {})
     return figures
 

@@ -30,6 +30,8 @@ from families import FAMILIES, View
 from parameter import RUN_SETTINGS, LockedError, NonFiniteError, as_json
 from spectral import power_iterate, shared_weights
 
+RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all
+
 
 class Trainer:
     """Networks, optimizers and counters of one run, and the steps on them.
@@ -127,10 +129,10 @@ class Trainer:
             "fixed_z": self.fixed_z, "metadata": self.latents.state(), "random": states,
         }
 
-    def settle(self):
+    def settle(self, images=utils.SETTLING_IMAGES):
         """Make G_ema fit to be looked at or saved; see `utils.settle_batch_statistics`."""
         with utils.forked_random_state(self.place.device):
-            utils.settle_batch_statistics(self.G_ema, self.settling_z, utils.drawing_batch(self.config.imsize))
+            utils.settle_batch_statistics(self.G_ema, self.settling_z[:images], utils.drawing_batch(self.config.imsize))
 
     def is_finite(self):
         """Whether every weight is a number; waits for the device. A checkpoint that is not would be worthless."""
@@ -369,8 +371,10 @@ def _loop(trainer, real_images, journal, progress, interrupt):
         good_until = step
         elapsed = time.perf_counter() - window.began
         aside = time.perf_counter()
-        if show or save or stop:
+        if save or stop:
             trainer.settle()
+        elif show:
+            trainer.settle(RECORD_IMAGES)
         if show and journal:
             figures = trainer.write_pictures()
         if log:
