@@ -115,8 +115,7 @@ def write_masks(G, D, view):
         if of:
             gallery.save_masks(shown, of, view.attention / view.name(name), title, view.step)
     quadrant = torch.arange(len(real), device=real.device) % 4          # the same in every record
-    judgement = D([real, fastgan_models.downscale(real, fastgan_models.small_size(real.size(-1)))])
-    rebuilt = D.reconstruct(judgement, real, quadrant)
+    rebuilt = D.reconstruct(D(fastgan_models.both_sizes(real)), real, quadrant)
     whole, quarter = rebuilt["last"][1], rebuilt["middle"][1]
     gallery.save_reconstructions({
         "real": whole, "from D's 8x8 map": rebuilt["last"][0], "from the small path": rebuilt["small"][0],

@@ -38,6 +38,11 @@ def downscale(images, size):
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
+def both_sizes(images):
+    """Real images (B, 3, imsize, imsize) as D takes them: [images, the same at `small_size`]."""
+    return [images, downscale(images, small_size(images.size(-1)))]
+
+
 def _width(table, size, conv_dim):
     return max(1, round(table[size] * conv_dim))
 
@@ -274,7 +279,7 @@ class Discriminator(nn.Module):
 
     def attention_maps(self, images, queries=None):
         """{"slae_d<size>": mask (B, 1, size, size) in (0, 1)} for images (B, 3, imsize, imsize); {} without `slae`."""
-        return _masks_during(self, [images, downscale(images, small_size(images.size(-1)))], "slae_d")
+        return _masks_during(self, both_sizes(images), "slae_d")
 
 
 def take_quadrant(x, quadrant):
@@ -329,15 +334,17 @@ def _decoder(layers, channels, size, conv_dim):
 
 @torch.no_grad()
 def _masks_during(net, x, prefix):
-    """Run net(x) and take the mask of each skip excitation that has one."""
+    """Run net(x) and take the mask of each skip excitation that has one; {} without a run where none has."""
+    attention = {source: net.skips[f"{target}"].attention for target, source in net.sources.items()}
     masks = {}
+    if not any(attention.values()):
+        return masks
 
     def take(source):
         def hook(layer, inputs, mask):
             masks[f"{prefix}{source}"] = mask
         return hook
 
-    attention = {source: net.skips[f"{target}"].attention for target, source in net.sources.items()}
     hooks = [layer.register_forward_hook(take(source)) for source, layer in attention.items() if layer is not None]
     try:
         net(x)

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vgg
 from distributed import after_first, say
-from fastgan_models import downscale
+from fastgan_models import both_sizes
 
 
 class Hinge:
@@ -98,7 +98,7 @@ class SelfSupervisedHinge:
 
     def d_loss(self, D, real, fake):
         # two passes: D's batch norm must not mix real with fake
-        on_real = D([real, downscale(real, fake[1].size(-1))])
+        on_real = D(both_sizes(real))
         on_fake = D(fake)
         loss, stats = hinge(on_real.logits, on_fake.logits, self.label_noise)
         # means over the batch: the weight is the same at every batch size
