@@ -35,6 +35,11 @@ def steps_in(folder):
 def save(state, folder):
     """Write `state` under its "step". Raises CheckpointError when the disk refuses; older files stay as they are."""
     path = path_of(folder, state["step"])
+    _write(state, path)
+    return path
+
+
+def _write(state, path):
     try:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
     except (OSError, RuntimeError) as error:     # a full disk comes as RuntimeError out of torch.save
@@ -42,7 +47,24 @@ def save(state, folder):
             f"cannot write {path} ({_first_line(error)}); earlier checkpoints are untouched.\n"
             "Free some space (or lower --keep_checkpoints), then give the same command again."
         ) from None
-    return path
+
+
+def save_best(state, folder):
+    """Write `state`, whose "best" says by which score, as best.pth: it is never pruned. Raises CheckpointError."""
+    _write(state, best_path(folder))
+
+
+def best_path(folder):
+    """Where the checkpoint of the best fid is kept."""
+    return Path(folder) / "best.pth"
+
+
+def best_score(folder):
+    """{"fid": float, "protocol": str, "source": str} of best.pth, or None where there is none that is whole."""
+    try:
+        return load(best_path(folder)).get("best")
+    except CheckpointError:
+        return None
 
 
 def load(path):
@@ -80,7 +102,12 @@ def load_newest(folder, warn=print):
 
 
 def require_step(folder, step):
-    """Raise CheckpointError, naming those there are, unless `folder` has a checkpoint of `step`."""
+    """Raise CheckpointError, naming those there are, unless `folder` has a checkpoint of `step` (or of "best")."""
+    if step == "best":
+        if not best_path(folder).is_file():
+            raise CheckpointError(f"--pretrained_model best: there is no {best_path(folder)}; --metric_step N in "
+                                  "training, or --mode evaluate, keeps it")
+        return
     steps = steps_in(folder)
     if step not in steps:
         there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
@@ -88,14 +115,14 @@ def require_step(folder, step):
 
 
 def load_asked(folder, step, warn=print):
-    """The state of `step`, or, where that is None, the newest whole one (None if there is none).
+    """The state of `step`, "best" among them, or, where that is None, the newest whole one (None if there is none).
 
     Raises CheckpointError: somebody who asks for one step does not want another.
     """
     if step is None:
         return load_newest(folder, warn)
     require_step(folder, step)
-    return load(path_of(folder, step))
+    return load(best_path(folder) if step == "best" else path_of(folder, step))
 
 
 def saved_config(folder):
@@ -119,14 +146,24 @@ def prune(folder, keep):
 
 def set_aside_after(folder, step):
     """Move checkpoints later than `step` into `superseded/`: the run goes on from `step`, and they are no longer its
-    newest. Nothing is deleted. Returns the moved steps.
+    newest. Nothing is deleted. Returns the moved files' names.
     """
-    moved = [later for later in steps_in(folder) if later > step]
+    moved = [path_of(folder, later) for later in steps_in(folder) if later > step]
+    if _step_of_best(folder) > step:
+        moved.append(best_path(folder))
     aside = Path(folder) / "superseded"
-    for later in moved:
+    for path in moved:
         aside.mkdir(exist_ok=True)
-        os.replace(path_of(folder, later), path_of(aside, later))
-    return moved
+        os.replace(path, aside / path.name)
+    return [path.name for path in moved]
+
+
+def _step_of_best(folder):
+    """The step of best.pth; -1 where there is none that is whole."""
+    try:
+        return load(best_path(folder))["step"] if best_path(folder).is_file() else -1
+    except CheckpointError:
+        return -1
 
 
 def _first_line(error):

@@ -175,12 +175,46 @@ DATASETS = {  # --dataset: how to open it
 }
 
 
+def part(dataset: Pictures, indices: Sequence[int], word: str) -> Pictures:
+    """Those of the pictures, in this order; `word` says which they are."""
+    sources = dataset.sources  # a file for each picture, or files of many
+    if len(sources) == len(dataset):
+        sources = [sources[index] for index in indices]
+    read = partial(_read_part, dataset, indices)
+    return Pictures(read, len(indices), f"{len(indices)} {word} of {dataset.summary}", sources)
+
+
+def _read_part(dataset: Pictures, indices: Sequence[int], index: int) -> torch.Tensor:
+    return dataset[indices[index]]
+
+
+def split(dataset: Pictures, share: float) -> tuple[Pictures, Pictures]:
+    """(to train on, held out): a random `share` of the pictures, at least one, is held out; which follows from their
+    number and the share alone, not from --seed. Both keep the pictures' order.
+    """
+    length = len(dataset)
+    order = np.random.default_rng(0).permutation(length)
+    held_out = max(1, round(share * length))
+    return (part(dataset, sorted(order[held_out:].tolist()), "trained on"),
+            part(dataset, sorted(order[:held_out].tolist()), "held out"))
+
+
+def open_dataset(config) -> Pictures:
+    """The data set that `config` names, whole: `len()`, and `[index]` -> uint8 (3, imsize, imsize). Writes nothing.
+
+    Raises DataError where it is missing or unreadable.
+    """
+    return DATASETS[config.dataset](config)
+
+
 def build_dataset(config) -> Dataset:
-    """The data set that `config` names: `len()`, and `[index]` -> uint8 (3, imsize, imsize). Writes nothing.
+    """What a run of this `config` trains on: `open_dataset` less what `--holdout` keeps back.
 
     Raises DataError where it is missing, unreadable, or smaller than one batch.
     """
-    dataset = DATASETS[config.dataset](config)
+    dataset = open_dataset(config)
+    if config.holdout:
+        dataset, _ = split(dataset, config.holdout)
     if len(dataset) < config.batch_size:
         raise DataError(
             f"--batch_size {config.batch_size} is more than the {dataset.summary}; "

@@ -41,6 +41,17 @@ def find_pictures(folder: Path) -> list[str]:
     return sorted(paths)
 
 
+def picture_size(path: str) -> tuple[int, int] | None:
+    """(width, height) in pixels, from the file's head alone; None where that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size
+    except (Image.DecompressionBombError, *DAMAGE):
+        return None
+
+
 def read_picture(path: str, imsize: int, crop: int | None = None) -> torch.Tensor:
     """`decode` of the file at `path`, uint8 (3, imsize, imsize). Raises DataError, which names it."""
     try:

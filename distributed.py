@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ def after_first(first, others):
 def is_first():
     """True in a process that runs alone or has rank 0: the one that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress(total, unit, what=None, **more):
+    """A progress bar (tqdm) on rank 0; where its output is no terminal, a line every ten seconds."""
+    return tqdm(total=total, unit=unit, desc=what, dynamic_ncols=True, disable=not is_first(),
+                mininterval=0.5 if sys.stderr.isatty() else 10, **more)
 
 
 def say(*words, end="\n"):

@@ -204,13 +204,14 @@ def masks_page(images, masks, title, step):
     return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows)[0]
 
 
-def save_reconstructions(rows, path, title, step):
+def save_reconstructions(rows, path, title, step, captions=None, legend="each column belongs to one image"):
     """Write one PNG with a labelled row of pictures per entry: real images and what was made of them.
 
     rows: {label: (B, 3, h, w) in [-1, 1]}, in the order of the page; column i of every row belongs to the
-    same image. Rows may differ in h and w: all are shown at one size, that of save_attention for the largest
-    of them, or less so that 8 columns stay within 1920 px; what is not square keeps its shape. title: str;
-    step: int. A row with numbers that are not finite says so. The file appears whole or not at all; missing
+    same image. captions: {label: B short texts to stand beneath the pictures of that row}. Rows may differ in
+    h and w: all are shown at one size, that of save_attention for the largest of them, or less so that 8
+    columns stay within 1920 px; what is not square keeps its shape. title: str; step: int, or None to leave it
+    out. A row with numbers that are not finite says so. The file appears whole or not at all; missing
     folders are made.
     Raises ValueError if the shapes do not fit together, OSError if the file cannot be written.
     """
@@ -221,21 +222,26 @@ def save_reconstructions(rows, path, title, step):
     gap, small = 2 * GAP, _font(13)
     limit = min(256, (SCREEN - 2 * MARGIN) // min(B, 8) - gap)
     cell = _shown(max(max(shape[2:]) for shape in shapes), limit)
+    captions = captions or {}
     labels = []
     for label, images in rows.items():
         parts = [(label, INK)] + [("not finite", WARN)] * (not images.isfinite().all())
         labels.append(_flow(parts, small, math.inf, 14)[0])
     width = max([B * (cell + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
-    legend = ("each column belongs to one image",)
-    page, draw, top = _page([(title, INK), (f"step {step}", QUIET)], legend, width, len(rows) * (cell + 38))
-    for label, images in zip(labels, rows.values(), strict=True):
-        _put(page, draw, label, MARGIN, top + 10, small)
+    head = [(title, INK)] + [(f"step {step}", QUIET)] * (step is not None)
+    page, draw, top = _page(head, (legend,), width, len(rows) * (cell + 38) + len(captions) * 18)
+    for placed, (label, images) in zip(labels, rows.items(), strict=True):
+        _put(page, draw, placed, MARGIN, top + 10, small)
         top += 32
         for i, picture in enumerate(_enlarge(to_uint8(images), cell)):
             h, w, _ = picture.shape
             place = MARGIN + i * (cell + gap) + (cell - w) // 2, top + (cell - h) // 2
             page.paste(Image.fromarray(picture), place)
         top += cell + 6
+        if label in captions:
+            for i, text in enumerate(captions[label]):
+                draw.text((MARGIN + i * (cell + gap), top + 10), text, QUIET, small, "ls")
+            top += 18
     save_page(page, path)
 
 

@@ -5,6 +5,7 @@
     python main.py --model fastgan --dataset folder --image_path DIR        the same, for some hundred pictures
     python main.py --dataset toy --preset cpu                   no data, no GPU: faces drawn by code
     python main.py --version NAME --train false                 pictures from a finished or running run
+    python main.py --version NAME --mode evaluate               its FID, KID, precision, recall and Inception Score
     torchrun --nproc_per_node=2 main.py ...                     several processes, one run
 
 To resume, give the same command again. Pictures appear in samples/, curves in logs/, checkpoints in models/.
@@ -48,13 +49,14 @@ def run(argv):
     import checkpoint
     import data_loader
     import distributed
+    import evaluate
     import sampler
     import trainer
     import utils
     import vgg
 
-    config = parameter.resolve(typed, checkpoint.saved_config, vgg.is_there)
-    if config.parallel and config.mode == "train" and not distributed.launched():
+    config = parameter.resolve(typed, checkpoint.saved_config, vgg.FILE.is_there)
+    if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
         distributed.relaunch(__file__, argv)
     place = distributed.start(config)
     try:
@@ -63,6 +65,8 @@ def run(argv):
         if config.dry_run:
             describe(config, dataset, place)
             return 0
+        if config.mode == "evaluate":
+            return evaluate.evaluate(config, place)
         if config.mode != "train":
             return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":

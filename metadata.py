@@ -5,22 +5,16 @@ says what is there and not whose face it is. Rows are taken from the pictures on
 holds them decorrelated, travels in the checkpoint and is what training and sampling draw from.
 """
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
-import checkpoint
 import vgg
+from cache import Cache
 from data_loader import fingerprint, normalize
-from distributed import after_first, say
-from parameter import CheckpointError, DataError
-from utils import write_atomically
+from distributed import after_first, progress, say
+from parameter import DataError
 
 MAX_ROWS = 4096         # in a bank: 4 MB of a checkpoint
 PROCEDURE = 1           # to be raised when `_extract`, or how pictures are decoded, changes: caches are made anew
@@ -35,7 +29,7 @@ BATCH = 16              # pictures
 class Bank:
     """`rows` (N, 512) float16: metadata of training pictures, over all of these of mean 0 and mean variance 1, with
     no direction that stands out; a dimension in which they do not differ is 0. `layer` and `weights`
-    (`vgg.identity`) are what they were seen through, `pictures` is the fingerprint of the data set.
+    (`vgg.FILE.identity`) are what they were seen through, `pictures` is the fingerprint of the data set.
     """
 
     rows: torch.Tensor
@@ -100,13 +94,30 @@ class Latents:
     def __init__(self, z_dim, bank=None, how="mix", device="cpu"):
         self.z_dim, self.how, self.device = z_dim, how, device
         if bank is not None and bank.weights == "random":
-            vgg.warn_of_random()
+            vgg.FILE.warn_of_random()
         self.bank = None if bank is None else bank.to(device)
         self._on_cpu = None if bank is None else bank.to("cpu")
+
+    @property
+    def width(self):
+        """Numbers of each."""
+        return self.z_dim + (0 if self.bank is None else self.bank.rows.shape[1])
 
     def state(self):
         """The bank's, for a checkpoint; None without one."""
         return None if self.bank is None else self.bank.state()
+
+    def source(self, seed):
+        """What protocols call the samples of this seed."""
+        return f"G_ema, seed {seed}" + ("" if self.bank is None else f", metadata {self.how}")
+
+    def of_seed(self, seed):
+        """Those of samples 0, 1, 2, ... of this seed, on the CPU, endlessly and 64 at a time: sample i's are the same
+        however many are drawn.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.sampling(64, generator)
 
     def training(self, count):
         """(count, z_dim) or (count, z_dim + 512) on the device, from its global random state."""
@@ -131,14 +142,12 @@ def find_bank(config, dataset, device):
     states stay as they are. Raises DataError, UsageError.
     """
     # the fingerprint before the pictures: one that changes meanwhile belongs to another fingerprint
-    origin = {"pictures": fingerprint(dataset, config), "weights": vgg.identity(config.vgg_weights),
+    origin = {"pictures": fingerprint(dataset, config), "weights": vgg.FILE.identity(config.vgg_weights),
               "layer": config.metadata_layer, "procedure": PROCEDURE}
-    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
-    path = Path(config.cache_path, "metadata", f"{key[:16]}.pt")
-    averages = after_first(lambda: _read_or_take(path, origin, config, dataset, device),
-                           lambda: _read(path, origin, len(dataset)))
+    cache = Cache(config.cache_path, "metadata", origin)
+    averages = after_first(lambda: _read_or_take(cache, config, dataset, device), lambda: _read(cache, len(dataset)))
     if averages is None:
-        raise DataError(f"--cache_path {config.cache_path}: the first process left no {path}.\n"
+        raise DataError(f"--cache_path {config.cache_path}: the first process left no {cache.path}.\n"
                         "Unless it said why, name a folder that all processes share.")
     return Bank(_decorrelate(averages), origin["layer"], origin["weights"], origin["pictures"]).to(device)
 
@@ -148,15 +157,26 @@ def same_pictures(bank, config, dataset):
     return bank.pictures == fingerprint(dataset, config)
 
 
-def _read_or_take(path, origin, config, dataset, device):
-    averages = _read(path, origin, len(dataset))
+def _read_or_take(cache, config, dataset, device):
+    averages = _read(cache, len(dataset))
     if averages is None:
         say(f"metadata: taking {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, this once")
         averages = _extract(config, dataset, device)
-        _write(path, {"origin": origin, "averages": averages}, needed=dist.is_initialized())
+        cache.write({"averages": averages}, needed=True)
         return averages
-    say(f"metadata: {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, read from {path}")
+    say(f"metadata: {config.metadata_layer} of VGG-16 from {len(dataset)} pictures, read from {cache.path}")
     return averages
+
+
+def _read(cache, count):
+    """The averages of `count` pictures in the cache, or None if it has none."""
+    def fits(kept):
+        averages = kept.get("averages")
+        return (isinstance(averages, torch.Tensor) and averages.dtype == torch.float16
+                and averages.shape == (count, vgg.WIDTH))
+
+    kept = cache.read(fits)
+    return None if kept is None else kept["averages"]
 
 
 @torch.no_grad()
@@ -164,13 +184,13 @@ def _extract(config, dataset, device):
     """The layer's averages over space, float16 (len(dataset), 512), of every picture in order, without flips."""
     net = vgg.load(config.vgg_weights, "--metadata false")[: vgg.LAYERS[config.metadata_layer]].to(device)
     averages = torch.empty(len(dataset), vgg.WIDTH, dtype=torch.float16)
-    with tqdm(total=len(dataset), unit="picture", desc="metadata", dynamic_ncols=True) as progress:
+    with progress(len(dataset), "picture", "metadata") as done:
         for indices in torch.arange(len(dataset)).split(BATCH):
             images = normalize(torch.stack([dataset[index] for index in indices.tolist()]).to(device))
             if images.shape[-1] > LARGEST:
                 images = interpolate(images, size=(LARGEST, LARGEST), mode="bilinear", antialias=True)
             averages[indices] = net(vgg.normalize(images)).mean((2, 3)).half().cpu()
-            progress.update(len(indices))
+            done.update(len(indices))
     if not averages.isfinite().all():
         raise DataError(f"--vgg_weights {config.vgg_weights}: these weights give numbers that are not finite")
     return averages
@@ -193,33 +213,3 @@ def _decorrelate(averages):
     shrunk = variance / (variance + 1)
     factor = (variance + 1).rsqrt() * (vgg.WIDTH / shrunk.sum().clamp(min=1e-6)) ** 0.5
     return (x[kept].double() @ (direction * factor) @ direction.T).half()
-
-
-def _read(path, origin, count):
-    """The averages in the cache file, or None if there is none that is whole and of this origin; says why."""
-    if not path.exists():
-        return None
-    try:
-        cache = checkpoint.load(path)                   # checks the file's checksums, too
-    except CheckpointError as error:
-        say(f"metadata: the cache {error}; taking it anew")
-        return None
-    averages = cache.get("averages") if isinstance(cache, dict) and cache.get("origin") == origin else None
-    if (not isinstance(averages, torch.Tensor) or averages.dtype != torch.float16
-            or averages.shape != (count, vgg.WIDTH)):
-        say(f"metadata: the cache {path} is of other pictures, weights or another program; taking it anew")
-        return None
-    return averages
-
-
-def _write(path, cache, needed):
-    """Write the cache file. Where the disk refuses, says so, or raises DataError if other processes need it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda temporary: torch.save(cache, temporary))
-    except (OSError, RuntimeError) as error:            # a full disk comes as RuntimeError out of torch.save
-        problem = f"cannot write {path} ({(str(error).splitlines() or [type(error).__name__])[0]})"
-        if needed:
-            raise DataError(f"--cache_path: {problem}, from where the other processes read it; free some space, "
-                            "or name another folder") from None
-        say(f"metadata: {problem}; going on without, and taking it again next time (--cache_path moves it)")

@@ -1,17 +1,26 @@
-"""How far drawn pictures are from real ones: each metric takes two sets and gives a number.
+"""Sets of pictures that metrics take, and the one metric that needs no network: the sliced Wasserstein distance.
 
-A set is uint8 (N, 3, S, S) in 0..255: a tensor, or `PictureFiles` that reads a folder batch by batch. The sliced
-Wasserstein distance needs no network, hence no weights: it works without a download, but knows shapes and textures
-only, not what is in a picture. Numbers compare only where imsize and everything else but the pictures are equal.
+A set is uint8 (N, 3, S, S) in 0..255, of which a slice is made when it is asked for: a tensor, files of a folder, a
+data set, or what a generator draws. The sliced Wasserstein distance works without weights, hence without a download,
+but knows shapes and textures only, not what is in a picture. Numbers compare only where imsize and everything else but
+the pictures are equal.
 """
 
+import itertools
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+import gallery
+import utils
+from parameter import DataError
+
+DECODERS = 4                # threads; Pillow lets them run beside each other
 
 
 class PictureFiles:
@@ -41,6 +50,58 @@ class PictureFiles:
         half = len(self) // 2
         return (PictureFiles([self.paths[i] for i in order[:half]]),
                 PictureFiles([self.paths[i] for i in order[half:2 * half]]))
+
+
+class Decoded:
+    """The pictures of a data set (`[index]` -> uint8 (3, S, S)), decoded by several threads at a time.
+
+    Raises DataError at unreadable pictures, once, with their number and the first of them.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, part):
+        with ThreadPoolExecutor(DECODERS) as pool:
+            try:
+                return torch.stack(list(pool.map(self.dataset.__getitem__, range(len(self))[part])))
+            except DataError:
+                raise self._all_unreadable(pool) from None
+
+    def _all_unreadable(self, pool):
+        problems = [problem for problem in pool.map(self._problem, range(len(self))) if problem]
+        if len(problems) == 1:
+            return DataError(problems[0])
+        return DataError(f"{len(problems)} of {len(self)} pictures cannot be used; the first:\n{problems[0]}")
+
+    def _problem(self, index):
+        try:
+            self.dataset[index]
+        except DataError as error:
+            return str(error)
+        return None
+
+
+class Drawn:
+    """Samples 0 to count - 1 of a seed, drawn when they are asked for by G, in eval mode on `device`.
+
+    They are those that `--mode sample` writes, to the byte. `latents`: metadata.Latents.
+    """
+
+    def __init__(self, G, latents, count, seed, device, imsize):
+        self.G, self.device, self.batch = G, device, utils.drawing_batch(imsize)
+        chunks = itertools.islice(latents.of_seed(seed), -(-count // 64))
+        self.z = torch.cat(list(chunks))[:count]
+
+    def __len__(self):
+        return len(self.z)
+
+    def __getitem__(self, part):
+        pictures = gallery.to_uint8(utils.draw(self.G, self.z[part], self.device, self.batch))
+        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 
 # ------------------------------------------------------------------------------------ sliced Wasserstein distance

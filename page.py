@@ -5,6 +5,7 @@ pictures stay where they are, as relative links. Whatever users name (versions, 
 in that JSON and nothing else: the template's script writes it as text, and the page's policy runs no other script.
 
 A page is written after every record, so nothing is read twice: of metrics.jsonl only the lines since the last page.
+Two kinds of lines stand there: those of training, in order of steps, and measurements of quality, in any order.
 What goes wrong with the disk leaves as OSError.
 """
 
@@ -25,11 +26,13 @@ from utils import write_atomically
 
 NAME = "index.html"
 BUCKETS = 200               # at most, of a curve; even
+DEVIATION = "_std"          # what a key ends in that says how far a measured figure varies
 
 _RECORD = re.compile(r"(\d{7,})_(fake|recon|attn_.+)\.png", re.DOTALL)
 _EXTRA = re.compile(r"\d{7,}_.+\.(png|webp|gif)", re.DOTALL)
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>', re.DOTALL)
 _SUMMARY_WITHIN = 1 << 16   # bytes from a page's beginning; it stands before everything large
+_PROTOCOLS_WITHIN = 1 << 15 # bytes of the summary: a letter may take twelve of them
 
 
 def write_pages(folders, config):
@@ -50,9 +53,9 @@ def write_run_page(folders, config):
     newest = {kind: _name(steps[-1] if there is None else steps[there[-1]], kind) for kind, there in pictures.items()}
     summary = {
         "version": settings["version"], "model": settings["model"], "dataset": _data_set(settings),
-        "imsize": settings["imsize"], "step": max([*steps[-1:], *metrics.steps[-1:]], default=0),
+        "imsize": settings["imsize"], "step": max([*steps[-1:], metrics.reached]),
         "total_step": settings["total_step"], "written": int(time.time()), "thumb": newest.get("fake"),
-        "figures": metrics.newest,
+        "figures": metrics.newest, "measured": metrics.how_measured(),
     }
     real = "real.png" if (folders.samples / "real.png").is_file() else None
     data = {
@@ -60,7 +63,7 @@ def write_run_page(folders, config):
         "sizes": {kind: _png_size((folders.attention if attention and kind.startswith("attn_") else folders.samples)
                                   / name) for kind, name in {**newest, **({"real": real} if real else {})}.items()},
         "keys": metrics.keys, "rows": metrics.rows(steps),
-        "curves": [curve.columns() for curve in metrics.curves],
+        "curves": [curve.columns() for curve in metrics.curves], "measured": metrics.measurements(),
         "others": [name for name in _runs_in(folders.samples.parent) if name != folders.samples.name],
         "config": settings,
     }
@@ -221,7 +224,10 @@ class _Metrics:
         self.tail = b""                     # the last line taken in
         self.steps, self.offsets = array("q"), array("q")
         self.keys, self.curves = [], []
+        self.reached = 0                    # the furthest step of any line
         self.newest = {}                    # {key: its last value}
+        self._how = {}                      # {key: (protocol, source, step) of its last value} of those measured
+        self._measured = {}                 # {(key, protocol, source): {step: (value, deviation or None)}}
         self._index = {}                    # {key: index in keys}
         self._rows = {}                     # {step of a picture: row}
 
@@ -248,19 +254,77 @@ class _Metrics:
                 self.end += len(line)
 
     def _take(self, line):
-        values = _parse(line)
-        if values is None or self.steps and values["step"] <= self.steps[-1]:
+        """A line of training counts if its step is larger than the last; a measurement always, for it may come late."""
+        found = _load(line)
+        if found is None:
             return
-        step = values.pop("step")
-        self.steps.append(step)
+        if isinstance(found.get("protocol"), str):
+            self._take_measured(found)
+        elif not self.steps or found["step"] > self.steps[-1]:
+            self._take_trained(found)
+
+    def _take_trained(self, found):
+        self.steps.append(found["step"])
         self.offsets.append(self.end)
-        for key, value in values.items():
+        self.reached = max(self.reached, found["step"])
+        for key, value in _numbers(found).items():
             if key not in self._index:
                 self._index[key] = len(self.keys)
                 self.keys.append(key)
                 self.curves.append(_Curve())
-            self.curves[self._index[key]].add(step, value)
+            self.curves[self._index[key]].add(found["step"], value)
             self.newest[key] = value
+            self._how.pop(key, None)
+
+    def _take_measured(self, found):
+        """Keeps each figure apart by how it was taken, since only those of one protocol and source compare.
+
+        All the points stay: one takes minutes to measure, so there are few. What came last stands last.
+        """
+        step, numbers = found["step"], _numbers(found)
+        source = found.get("source")
+        how = found["protocol"], source if isinstance(source, str) else ""
+        self.reached = max(self.reached, step)
+        for key, value in numbers.items():
+            if key.endswith(DEVIATION) and key.removesuffix(DEVIATION) in found:
+                continue                    # a band, not a curve
+            deviation = numbers.get(key + DEVIATION)
+            points = self._measured.pop((key, *how), {})
+            points[step] = value, deviation
+            self._measured[(key, *how)] = points
+            self._how.pop(key, None)
+            self._how[key] = (*how, step)
+            self.newest[key] = value
+            self.newest.pop(key + DEVIATION, None)
+            if deviation is not None:
+                self.newest[key + DEVIATION] = deviation
+
+    def measurements(self):
+        """{"groups": [(protocol, source), ...], "series": [[key, its group's index, steps, values, deviations], ...]}.
+
+        What was measured last comes first.
+        """
+        groups, series = {}, []
+        for (key, *how), points in reversed(self._measured.items()):
+            steps = sorted(points)
+            series.append([key, groups.setdefault(tuple(how), len(groups)), steps,
+                           [points[step][0] for step in steps], [points[step][1] for step in steps]])
+        return {"groups": list(groups), "series": series}
+
+    def how_measured(self):
+        """[[protocol, source, {key: step}], ...] of the newest figures, what was measured last first.
+
+        Cut to the room of a summary: one that is too long would not be found again.
+        """
+        groups, found, room = {}, [], _PROTOCOLS_WITHIN
+        for key, (protocol, source, step) in reversed(self._how.items()):
+            groups.setdefault((_cut(protocol, 1000), _cut(source, 200)), {})[key] = step
+        for (protocol, source), steps in groups.items():
+            room -= len(_embed([protocol, source, steps]))
+            if room < 0:
+                break
+            found.append([protocol, source, steps])
+        return found
 
     def rows(self, steps):
         """For each of the steps of pictures [step of the line, values by keys] of the first line at or after it: that
@@ -275,40 +339,40 @@ class _Metrics:
                     final = line < len(self.steps)
                     line = line if final else -1
                     file.seek(self.offsets[line])
-                    row = self._row(_parse(file.readline()))
+                    row = self._row(_load(file.readline()))
                     if final:
                         self._rows[step] = row
                     else:                   # the line of this step will come
                         return [self._rows.get(other, row) for other in steps]
         return [self._rows.get(step) for step in steps]
 
-    def _row(self, values):
-        row = [None] * (1 + max((self._index[key] for key in values if key != "step"), default=-1) + 1)
-        row[0] = values.pop("step")
-        for key, value in values.items():
-            row[1 + self._index[key]] = value
-        return row
+    def _row(self, found):
+        values = {self._index[key]: value for key, value in _numbers(found).items()}
+        return [found["step"], *(values.get(index) for index in range(max(values, default=-1) + 1))]
 
 
-def _parse(line):
-    """{"step": int, key: float to four digits} of a line of metrics.jsonl; None where it is none.
-
-    What is not a finite number is left out.
-    """
+def _load(line):
+    """The object of a line of metrics.jsonl, with a whole number for its step; None where it is none."""
     try:
-        values = json.loads(line)
+        found = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(values, dict) or type(values.get("step")) is not int:
-        return None
-    return {"step": values["step"], **{
-        key: _short(value) for key, value in values.items()
-        if key != "step" and type(value) in (int, float) and math.isfinite(value)}}
+    return found if isinstance(found, dict) and type(found.get("step")) is int else None
+
+
+def _numbers(found):
+    """{key: float to four digits} of a line, without its step. What is not a finite number is left out."""
+    return {key: _short(value) for key, value in found.items()
+            if key != "step" and type(value) in (int, float) and math.isfinite(value)}
 
 
 def _short(value):
     """Rounded to the four digits that the page shows."""
     return float(f"{value:.4g}")
+
+
+def _cut(text, length):
+    return text if len(text) <= length else text[:length - 1] + "…"
 
 
 @lru_cache(maxsize=8)
@@ -336,7 +400,14 @@ def _read_summary(path):
     if not isinstance(summary, dict) or not all(
             isinstance(summary.get(key), kind) for key, kind in _SUMMARY_TYPES.items()):
         return None
-    return summary
+    measured = summary.get("measured")      # not in the pages of older versions
+    return {**summary, "measured": list(filter(_is_how, measured)) if isinstance(measured, list) else []}
+
+
+def _is_how(entry):
+    """Whether this is [protocol, source, {key: step}]."""
+    return isinstance(entry, list) and list(map(type, entry)) == [str, str, dict] and all(
+        type(step) is int for step in entry[2].values())
 
 
 _SUMMARY_TYPES = {"version": str, "model": str, "dataset": str, "imsize": int, "step": int, "total_step": int,

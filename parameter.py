@@ -95,6 +95,21 @@ def policies(text):
     return tuple(_POLICY(part) for part in text.split(","))
 
 
+def metrics(text):
+    """'fid,kid' -> ("fid", "kid"), each once."""
+    return tuple(dict.fromkeys(_METRIC(part) for part in text.split(",")))
+
+
+def step_or_best(text):
+    """'5000' -> 5000, 'best' -> "best"."""
+    if text == "best":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a step nor best") from None
+
+
 def one_of(*names):
     """A converter that accepts these names and suggests the nearest one for others."""
 
@@ -109,6 +124,9 @@ def one_of(*names):
 
 
 _POLICY = one_of("color", "translation", "cutout")
+DURING_TRAINING = ("fid", "kid", "pr", "is", "swd")     # metrics of two sets of pictures that --metric_step can take
+OF_FOLDERS = (*DURING_TRAINING, "nearest")              # and --fake_dir
+_METRIC = one_of(*OF_FOLDERS, "lpips", "cost")
 
 # --------------------------------------------------------------------------------------------------------- flags
 
@@ -138,8 +156,9 @@ FLAGS = {
              "settings for what is left unset: the published ones, or those that learn fastest on two CPU cores"),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins"),
         Flag("version", str, _AUTO, "name of the run and of its folders (default: MODEL_DATASET)"),
-        Flag("mode", one_of("train", "sample", "interpolate", "style_mix"), "train",
-             "train, or from a checkpoint: sample (pictures) | interpolate (a film) | style_mix (fastgan: a grid)"),
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "evaluate"), "train",
+             "train, or from a checkpoint: sample (pictures) | interpolate (a film) | style_mix (fastgan: a grid) | "
+             "evaluate (--metrics)"),
         Flag("train", boolean, True, "false is the same as --mode sample"),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto takes CUDA where there is one"),
         Flag("parallel", boolean, False, "train on every visible GPU, one process each; batch_size is shared out"),
@@ -155,7 +174,10 @@ FLAGS = {
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
         Flag("num_workers", int, 2, "loader processes; 0 loads in the training process", 0, 256),
         Flag("hflip", boolean, False, "mirror every other picture at random"),
-        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: the metadata of a data set"),
+        Flag("holdout", float, 0.0, "share of the pictures that is never trained on, for --metrics lpips; 0.1 is "
+             "usual", 0.0, 0.5),
+        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: a data set's metadata and "
+             "its statistics for --metrics"),
     ),
     "network": (
         Flag("z_dim", int, 128, "length of the noise vector", 1),
@@ -183,8 +205,6 @@ FLAGS = {
              "relu5_3 | relu4_3 (shallower, for small pictures)", model="fastgan"),
         Flag("metadata_sample", one_of("mix", "bank", "gauss"), "mix", "metadata of a sample: mix (of 2 or 3 "
              "pictures') | bank (one picture's) | gauss (normal, of the same covariance)", model="fastgan"),
-        Flag("vgg_weights", str, "imagenet", "weights of VGG-16: imagenet (torchvision's file) | random (for tests) | "
-             "PATH", model="fastgan"),
         Flag("recon", one_of("lpips", "l1"), _AUTO, "distance of real pictures from what D's decoders make of them: "
              "lpips | l1 (default: lpips if VGG-16's weights are there, else l1)", model="fastgan"),
         Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss", 0.0, model="fastgan"),
@@ -217,8 +237,28 @@ FLAGS = {
         Flag("attn_raw", boolean, False, "also write the attention maps as numbers, in one .npz per record"),
         Flag("attn_path", str, None, "folder of the attention maps (default: beside the samples)"),
     ),
+    "evaluation": (
+        Flag("metrics", metrics, ("fid", "kid", "pr", "is"), "any of fid, kid, pr (precision and recall), is "
+             "(Inception Score), swd (sliced Wasserstein distance: needs no weights); in --mode evaluate also nearest "
+             "(are samples copies?), lpips (back-tracking of held-out pictures), cost (time, memory)"),
+        Flag("metric_step", int, 0, "steps between measurements in training, the best fid's checkpoint being kept as "
+             "best.pth; 0: none", 0),
+        Flag("num_eval", int, 5000, "samples that metrics are taken of", 2),
+        Flag("inception_weights", str, "standard", "weights of the Inception of fid, kid, pr and is: standard "
+             "(TensorFlow's of 2015-12-05) | random (for tests) | PATH"),
+        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for nearest and lpips, and fastgan's metadata and "
+             "reconstructions: imagenet (torchvision's file) | random (for tests) | PATH"),
+        Flag("fake_dir", str, None, "score the pictures of this folder, whoever made them, instead of a run's samples"),
+        Flag("real_dir", str, None, "score against the pictures of this folder instead of the data set"),
+        Flag("backtrack_steps", int, 300, "lpips: steps of Adam on the latent of each held-out picture", 1),
+        Flag("backtrack_metadata", boolean, False, "lpips: let Adam find the metadata too, not z alone",
+             model="fastgan"),
+        Flag("against", one_of("baseline"), None, "cost: measure baseline (FastGAN without SLAE and metadata) in turn "
+             "with the run's model", model="fastgan"),
+    ),
     "from a checkpoint": (
-        Flag("pretrained_model", int, None, "start (or sample) from the checkpoint of this step", 1),
+        Flag("pretrained_model", step_or_best, None, "start from, sample or evaluate the checkpoint of this step, or "
+             "best: of the best fid", 1),
         Flag("num_samples", int, 64, "pictures that --mode sample writes", 1),
         Flag("num_frames", int, 120, "frames of the film that --mode interpolate writes", 2),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "its format: webp | gif | mp4 (needs imageio-ffmpeg)"),
@@ -244,10 +284,12 @@ PRESETS = {
 IMSIZES = {"sagan": (32, 64, 128, 256), "fastgan": (64, 128, 256, 512, 1024)}
 
 # What a run was started with for good: its checkpoints' tensors belong to these (a preset fills in several).
-FIXED = ("model", "preset", "imsize", "z_dim", "g_conv_dim", "d_conv_dim", "sn", "adv_loss", "g_attn", "d_attn", "slae",
-         "slae_kernel", "slae_d", "metadata", "metadata_layer", "vgg_weights")
+FIXED = ("model", "preset", "imsize", "holdout", "z_dim", "g_conv_dim", "d_conv_dim", "sn", "adv_loss", "g_attn",
+         "d_attn", "slae", "slae_kernel", "slae_d", "metadata", "metadata_layer",
+         "vgg_weights")     # of the metadata alone
 # What describes one call, not the run: never taken over from a saved config.
 _PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples", "num_frames", "film",
+             "fake_dir", "real_dir", "backtrack_steps", "backtrack_metadata", "against",
              "cache_path", "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
 # What a checkpoint's run was made with: worth a word when it changes from one call to the next.
 RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "sagan", "fastgan", "optimization")
@@ -321,7 +363,8 @@ def defaults(flag):
 
 
 def _metavar(flag):
-    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES", points: "POINTS"}
+    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES", metrics: "NAMES",
+             points: "POINTS", step_or_best: "STEP"}
     return kinds.get(flag.type, "NAME")
 
 
@@ -353,16 +396,20 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
     values = {flag.name: flag.default for flag in _BY_NAME.values()} | given
     version = values["version"] or f"{values['model']}_{values['dataset']}"
     _check_version(version)
-    saved = find_saved(Path(values["model_save_path"]) / version)
+    of_run = not (values["fake_dir"] and values["real_dir"])
+    saved = find_saved(Path(values["model_save_path"]) / version) if of_run else None
     known = {name: _as_flag(name, value, "the run's saved config") for name, value in (saved or {}).items()
-             if name in _BY_NAME and name not in _PER_CALL} | given
+             if name in _BY_NAME and name not in _PER_CALL
+             and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
     values.update(PRESETS[model][preset] | known)
     values["version"] = version
+    if values["fake_dir"]:
+        values["imsize"] = known.get("imsize")          # None: that of the folder's pictures
     _keep_to_model(values, typed)
     _fill_in(values, weights_there)
     validate(values)
-    if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given}:
+    if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given} and not values["real_dir"]:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
     if saved:
         _check_fixed(values, saved, values["version"])
@@ -413,7 +460,9 @@ def _fill_in(values, weights_there):
         values["d_iters"] = 5 if wgan else 1
     if values["sn"] == "auto":
         values["sn"] = "none" if wgan else "both"
-    imsize = values["imsize"]
+    if values["vgg_weights"] is None:                   # in the saved config of a SAGAN of before it had the flag
+        values["vgg_weights"] = "imagenet"
+    imsize = values["imsize"] or 64                     # None for folders alone, which ask for no network
     if values["model"] == "sagan" and values["g_attn"] is None:
         values["g_attn"] = (imsize // 4, imsize // 2)
     if values["model"] == "sagan" and values["d_attn"] is None:
@@ -439,8 +488,9 @@ def validate(values):
     for name in ("beta1", "beta2", "ema_decay"):
         if not 0 <= values[name] < 1:
             raise UsageError(f"--{name} {values[name]}: must be in [0, 1)")
-    imsize, model = values["imsize"], values["model"]
-    if imsize not in IMSIZES[model]:
+    _check_evaluation(values)
+    imsize, model = values["imsize"] or 64, values["model"]
+    if imsize not in IMSIZES[model] and not values["fake_dir"]:
         *others, last = IMSIZES[model]
         raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
     if values["mode"] == "style_mix" and model != "fastgan":
@@ -451,13 +501,37 @@ def validate(values):
         raise UsageError("--adv_loss wgan-gp: a penalty per sample, and fastgan's D has batch norm; use hinge")
     for name, there in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
         wrong = [size for size in values[name] or () if size not in there]
-        if wrong:
+        if wrong and not values["fake_dir"]:
             raise UsageError(f"--{name} {written(values[name])}: at --imsize {imsize} the feature sizes are "
                              f"{written(there)}; there is no {wrong[0]}")
     world = _processes()
+    if world > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
+        raise UsageError("--metrics cost: is measured on one device; start it without torchrun and --parallel")
     if values["batch_size"] % world:
         raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of the {world} processes")
     _check_device(values)
+
+
+def _check_evaluation(values):
+    """Raise UsageError where the metrics do not fit what they shall be taken of."""
+    mode, chosen = values["mode"], values["metrics"]
+    for name in ("fake_dir", "real_dir"):
+        if values[name] and mode != "evaluate":
+            raise UsageError(f"--{name} {values[name]}: is for --mode evaluate")
+    for allowed, applies, where in (
+            (DURING_TRAINING, mode == "train" and values["metric_step"], "are not taken during training: leave them to "
+             "--mode evaluate"),
+            (OF_FOLDERS, values["fake_dir"], "need a run, not --fake_dir: name one with --version")):
+        wrong = [name for name in chosen if name not in allowed]
+        if applies and wrong:
+            raise UsageError(f"--metrics {written(chosen)}: {' and '.join(wrong)} {where}")
+    if values["against"] and "cost" not in chosen:
+        raise UsageError(f"--against {values['against']}: compares what runs cost; add --metrics cost")
+    if values["backtrack_metadata"] and not values["metadata"]:
+        raise UsageError("--backtrack_metadata true: this run has no metadata; leave it out")
+    imsize = values["imsize"]
+    if values["fake_dir"] and imsize is not None and not 16 <= imsize <= 4096:
+        raise UsageError(f"--imsize {imsize}: must be from 16 to 4096 with --fake_dir")
 
 
 def _check_version(version):
@@ -492,6 +566,10 @@ def _check_device(values):
 
 def _check_fixed(values, saved, version):
     for name in FIXED:
+        if name == "vgg_weights" and not (values["metadata"] and values["mode"] == "train"):
+            continue                                    # here they are for metrics and reconstructions
+        if name == "imsize" and values["fake_dir"]:
+            continue
         if name in saved and written(values[name]) != written(saved[name]):
             raise UsageError(f"--{name} {written(values[name])}: run '{version}' was started with "
                              f"{written(saved[name])}; use that, or another --version")

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 import gallery
 import page
 import utils
@@ -78,12 +79,12 @@ def sample(config, place):
     source = open_source(config, place)
     folder = source.path("generated", config)
     folder.mkdir(exist_ok=True)
-    generator = torch.Generator().manual_seed(config.seed)
+    latents = source.latents.of_seed(config.seed)
     shown = []
-    with tqdm(total=config.num_samples, unit="picture", dynamic_ncols=True) as progress:
+    with distributed.progress(config.num_samples, "picture") as progress:
         while progress.n < config.num_samples:
-            z = source.latents.sampling(64, generator)                  # always 64: z i is the same for any number
-            images = utils.draw(source.G, z[:config.num_samples - progress.n], place.device, source.batch)
+            z = next(latents)[:config.num_samples - progress.n]
+            images = utils.draw(source.G, z, place.device, source.batch)
             for number, picture in enumerate(gallery.to_uint8(images), start=progress.n):
                 Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
             shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])

@@ -9,24 +9,24 @@ import copy
 import json
 import math
 import signal
-import sys
 import time
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import distributed
 import gallery
 import metadata
 import page
+import scores
 import utils
 from data_loader import normalize, real_batches
 from diffaug import augment
 from distributed import say
 from families import FAMILIES, View
+from journal import Journal
+from metrics import Drawn
 from parameter import RUN_SETTINGS, LockedError, NonFiniteError, as_json
 from spectral import power_iterate, shared_weights
 
@@ -149,6 +149,18 @@ class Trainer:
         if self.place.rank < len(state["random"]):
             utils.restore_random_states(state["random"][self.place.rank], self.place.device)   # last of all
 
+    # ----------------------------------------------------------------------------------------------- measures
+
+    def measure(self, meter, stopped):
+        """[Score, ...] by `meter` of the samples that a checkpoint of this step gives; None if `stopped()` came true.
+
+        All processes must call this. G_ema must be settled.
+        """
+        config, device = self.config, self.place.device
+        pictures = Drawn(self.G_ema, self.latents, config.num_eval, config.seed, device, config.imsize)
+        with utils.forked_random_state(device):
+            return meter.measure(pictures, self.latents.source(config.seed), stopped)
+
     # ------------------------------------------------------------------------------------------------ records
 
     @cached_property
@@ -173,52 +185,6 @@ class Trainer:
 
 
 # ------------------------------------------------------------------------------------------------------- the run
-
-
-class Journal:
-    """metrics.jsonl, one object per line, and TensorBoard events beside it. Rank 0 only."""
-
-    def __init__(self, folder, step, use_tensorboard):
-        self.path = Path(folder) / "metrics.jsonl"
-        self._forget_after(step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
-        self.board = None
-        if use_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only then needed
-
-            self.board = SummaryWriter(folder, purge_step=step + 1)
-
-    def _forget_after(self, step):
-        """Move lines later than the step that the run goes on from to superseded.jsonl: they will be written anew.
-
-        A line that a crash cut short is dropped.
-        """
-        if not self.path.exists():
-            return
-        kept, later = [], []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                (kept if json.loads(line)["step"] <= step else later).append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-        if later:
-            with open(self.path.with_name("superseded.jsonl"), "a", encoding="utf-8") as file:
-                file.writelines(later)
-        utils.write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
-
-    def write(self, step, values):
-        """One line {"step": step, **values}."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-            self.board.flush()
-
-    def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
 
 
 class _Interrupt:
@@ -270,20 +236,22 @@ def _train(config, dataset, place, folders, interrupt):
     state = checkpoint.load_asked(folders.models, config.pretrained_model, warn=say)
     trainer = Trainer(config, dataset, place, _find_bank(config, dataset, place, state))
     _go_on(trainer, state, folders)
+    del state                                           # a checkpoint in memory, no longer needed
     if trainer.step >= config.total_step:
         say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step {config.total_step}; "
             f"a larger one goes on. Open {folders.samples / page.NAME} in a browser")
         return 0
     first = distributed.is_first()
+    # before the first step: missing weights must not show after hours
+    meter = scores.Meter(config, scores.of_run(config, dataset), place) if config.metric_step else None
     real_images = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world)
-    journal = Journal(folders.logs, trainer.step, config.use_tensorboard) if first else None
-    progress = tqdm(total=config.total_step, initial=trainer.step, unit="step", dynamic_ncols=True, disable=not first,
-                    mininterval=0.5 if sys.stderr.isatty() else 10)
+    journal = Journal(folders.logs, config.use_tensorboard, going_on_from=trainer.step) if first else None
+    progress = distributed.progress(config.total_step, "step", initial=trainer.step)
     try:
         if first:
             utils.write_atomically(folders.models / "config.json", lambda path: path.write_text(as_json(config)))
             gallery.save_grid(trainer.real_pictures, folders.samples / "real.png")
-        return _loop(trainer, real_images, journal, progress, interrupt)
+        return _loop(trainer, real_images, meter, journal, progress, interrupt)
     finally:
         progress.close()
         real_images.close()
@@ -313,7 +281,7 @@ def _go_on(trainer, state, folders):
     if distributed.is_first():
         moved = checkpoint.set_aside_after(folders.models, trainer.step)
         if moved:
-            say(f"later checkpoints ({', '.join(map(str, moved))}) moved to {folders.models / 'superseded'}")
+            say(f"later checkpoints ({', '.join(moved)}) moved to {folders.models / 'superseded'}")
             folders.set_aside_records_after(trainer.step)
     distributed.barrier()
     say(f"going on with '{config.version}' from step {trainer.step}")
@@ -343,8 +311,8 @@ class _Window:
         self.began += time.perf_counter() - began
 
 
-def _loop(trainer, real_images, journal, progress, interrupt):
-    """Steps and records until the end or a signal. Returns the exit code."""
+def _loop(trainer, real_images, meter, journal, progress, interrupt):
+    """Steps, records and measures until the end or a signal. Returns the exit code."""
     config, place, folders = trainer.config, trainer.place, trainer.folders
     figures = {}
     good_until = trainer.step
@@ -356,22 +324,23 @@ def _loop(trainer, real_images, journal, progress, interrupt):
         last = step == config.total_step
         log, show, save = (last or step % every == 0
                            for every in (config.log_step, config.sample_step, config.model_save_step))
+        measure = meter is not None and (last or step % config.metric_step == 0)
         # processes must agree on the step to end at; they talk about it when they wait for each other anyway
         stop = interrupt.signal is not None if place.world == 1 else log and distributed.any_process(
             interrupt.signal is not None, place.device)
-        if not (log or show or save or stop):
+        if not (log or show or save or measure or stop):
             continue
 
         means = window.means()
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
-        if (save or stop) and not wrong and not trainer.is_finite():
+        if (save or measure or stop) and not wrong and not trainer.is_finite():
             wrong = ["a weight"]                        # the losses of this step were computed before its update
         if wrong:
             raise NonFiniteError(_not_finite(wrong, good_until, step, folders.models))
         good_until = step
         elapsed = time.perf_counter() - window.began
         aside = time.perf_counter()
-        if save or stop:
+        if save or measure or stop:
             trainer.settle()
         elif show:
             trainer.settle(RECORD_IMAGES)
@@ -391,7 +360,9 @@ def _loop(trainer, real_images, journal, progress, interrupt):
                 journal.write(step, scalars)
             progress.set_postfix_str(_summary(scalars), refresh=False)
             figures = {}
-        if show and journal:
+        if measure and not stop:
+            _measure(trainer, meter, journal, progress, interrupt)
+        if (show or measure) and journal:
             page.write_pages(folders, config)
         if save or stop:
             state = trainer.state()
@@ -409,6 +380,27 @@ def _loop(trainer, real_images, journal, progress, interrupt):
     progress.close()
     say(f"done: {config.total_step} steps. Open {folders.samples / page.NAME} in a browser")
     return 0
+
+
+def _measure(trainer, meter, journal, progress, interrupt):
+    """Take the metrics, write them down, and keep the checkpoint as best.pth if its fid is the best so far."""
+    config, folders = trainer.config, trainer.folders
+    # alone: of several processes one might stop, and the others would wait for it
+    found = trainer.measure(meter, lambda: trainer.place.world == 1 and interrupt.signal is not None)
+    if found is None:
+        return
+    if journal:
+        for score in found:
+            journal.write(trainer.step, score.line())
+        scores.record(config.log_path, config.version, trainer.step, found)
+        values = {name: value for score in found for name, value in score.values.items()}
+        progress.write(f"step {trainer.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+    better = distributed.gather(scores.better_fid(found, checkpoint.best_score(folders.models))
+                                if distributed.is_first() else None)[0]
+    if better:
+        state = {**trainer.state(), "best": better}
+        if journal:
+            checkpoint.save_best(state, folders.models)
 
 
 def _summary(scalars):

@@ -5,75 +5,22 @@ numbers from the global state, most of them for a classifier that nobody asks fo
 (torchvision's file, verified at every load), `random` (tests) or the path of a file.
 """
 
-import hashlib
-import http.client
-import os
-import pickle
-import socket
-from pathlib import Path
-
 import torch
 from torch import nn
 
-from distributed import is_first, say
 from parameter import DataError, UsageError
+from weights import Published
 
 WIDTH = 512                                             # channels of the layers below
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # how many modules of `load` run for that layer's output
-NAME = "vgg16-397923af.pth"
-URL = f"https://download.pytorch.org/models/{NAME}"
-SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
-BYTES = 553_433_881
+FILE = Published(
+    "--vgg_weights", "imagenet", "torchvision's vgg16", "VGG16", "vgg16-397923af.pth",
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0", 553_433_881)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet's pictures in [0, 1]
 
 _PLAN = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
 _SEED = 16                                              # of the random weights: the same in every run
-_TIMEOUT = 30                                           # seconds without a byte before a download is given up
-# What torch.load raises on files that are damaged, or no tensors at all.
-_DAMAGE = (EOFError, OSError, RuntimeError, pickle.UnpicklingError,
-           KeyError, ValueError, TypeError, AttributeError)
-
-
-# ---------------------------------------------------------------------------------------------- where weights are
-
-
-def places():
-    """Where torchvision's file is looked for: where download.sh puts it, then where torchvision itself does."""
-    return [Path("data", "VGG16", NAME), Path(torch.hub.get_dir(), "checkpoints", NAME)]
-
-
-def is_there(weights):
-    """Whether `weights` can be loaded without a network, as far as names and sizes tell. False for "random": a
-    perceptual loss on random weights is worth nothing.
-    """
-    if weights == "imagenet":
-        return any(os.path.isfile(path) and os.path.getsize(path) == BYTES for path in places())
-    return weights != "random" and os.path.isfile(weights)
-
-
-def identity(weights):
-    """What tells these weights from others: "random", or the hex sha256 of the file (of imagenet's it is known, so
-    that it need not be there). Raises UsageError if a path cannot be read.
-    """
-    if weights in ("imagenet", "random"):
-        return SHA256 if weights == "imagenet" else weights
-    try:
-        return _sha256(weights)
-    except OSError as error:
-        raise _unreadable(weights, error) from None
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _unreadable(weights, error):
-    return UsageError(f"--vgg_weights {weights}: cannot be read ({error.strerror}); give imagenet, or the path "
-                      "of a state dict of torchvision's vgg16")
 
 
 # ---------------------------------------------------------------------------------------------------- the network
@@ -88,20 +35,13 @@ def load(weights, otherwise):
     to go on without VGG-16, such as "--metadata false". Raises DataError, UsageError.
     """
     if weights == "random":
-        warn_of_random()
+        FILE.warn_of_random()
         state = _random_state()
-    elif weights == "imagenet":
-        state = _read(_find(otherwise), weights)
     else:
-        state = _read(Path(weights), weights)
+        state = _features(FILE.load(weights, otherwise), weights)
     net = _build()
     net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
-
-
-def warn_of_random():
-    """Says that `--vgg_weights random` is for tests; whoever uses what came of such weights says so too."""
-    say("--vgg_weights random: VGG-16 has random weights; that is for tests, use imagenet for anything else")
 
 
 def normalize(images):
@@ -134,59 +74,16 @@ def _random_state():
     return state
 
 
-def _read(path, weights):
-    """{"0.weight": float32, ...} from the file at `path`: torchvision's whole vgg16 or its features alone."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise _unreadable(weights, error) from None
-    except _DAMAGE as error:
-        raise DataError(f"--vgg_weights {weights}: {path} holds no state dict that can be read "
-                        f"({type(error).__name__})") from None
-    if not isinstance(loaded, dict):
-        raise DataError(f"--vgg_weights {weights}: {path} holds a {type(loaded).__name__}, no state dict")
+def _features(loaded, weights):
+    """{"0.weight": float32, ...} from a state dict of torchvision's whole vgg16 or of its features alone."""
     state = {}
     for name, expected in _build().state_dict().items():
         tensor = loaded.get(f"features.{name}", loaded.get(name))
         if not isinstance(tensor, torch.Tensor) or tensor.shape != expected.shape:
-            raise DataError(f"--vgg_weights {weights}: {path} is not torchvision's vgg16, features.{name} "
+            raise DataError(f"--vgg_weights {weights}: this is not torchvision's vgg16, features.{name} "
                             f"{tuple(expected.shape)} is missing or of another shape")
         state[name] = tensor.float()
     return state
-
-
-def _find(otherwise):
-    """The path of torchvision's file, verified; downloaded where it is nowhere."""
-    paths = [path for path in places() if os.path.isfile(path)]
-    path = paths[0] if paths else _download(otherwise)
-    try:
-        found = _sha256(path)
-    except OSError as error:
-        raise DataError(f"--vgg_weights imagenet: cannot read {path} ({error.strerror})") from None
-    if found != SHA256:
-        raise DataError(f"--vgg_weights imagenet: {path} is damaged or another file (sha256 {found}, expected "
-                        f"{SHA256}).\nDelete it and give the same command again, or fetch it with "
-                        "`bash download.sh VGG16`.")
-    return path
-
-
-def _download(otherwise):
-    path = places()[-1]
-    say(f"--vgg_weights imagenet: fetching {NAME} ({BYTES / 1e6:.0f} MB, once) into {path.parent}")
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(_TIMEOUT)                  # torch.hub sets none: silence would hold us for good
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256, progress=is_first())
-    except (OSError, RuntimeError, http.client.HTTPException) as error:     # RuntimeError: another hash
-        raise DataError(
-            f"--vgg_weights imagenet: {NAME} is neither in {places()[0].parent} nor in {path.parent}, and "
-            f"downloading it failed ({getattr(error, 'reason', None) or error}).\n"
-            f"Fetch it with `bash download.sh VGG16`, or go on without it: {otherwise}."
-        ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------- LPIPS
@@ -205,6 +102,20 @@ class Lpips(nn.Module):
     def forward(self, a, b):
         """Images a, b (B, 3, H, W) in [-1, 1], H, W >= 16, to their distances (B,)."""
         return self.net(a, b).flatten()
+
+    def embed(self, images):
+        """Points (B, D) of the images (B, 3, H, W) whose squared Euclidean distances are their LPIPS.
+
+        For many distances between few images, or to one image many times: an image goes through the network once. D is
+        some 120 times the number of pixels.
+        """
+        layers = self.net.net(self.net.scaling_layer(images))
+        parts = []
+        for features, head in zip(layers, self.net.lins, strict=True):          # (B, C, h, w) each
+            unit = features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
+            weight = head.model[-1].weight.clamp(min=0)                         # (1, C, 1, 1); trained to be >= 0
+            parts.append((unit * (weight / unit[0, 0].numel()).sqrt()).flatten(1))
+        return torch.cat(parts, 1)
 
 
 def lpips(weights, otherwise="--recon l1"):

@@ -6,13 +6,12 @@
 import json
 import math
 import platform
-import re
 import statistics
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+import cost
 from gallery import INK, MARGIN, PAGE, QUIET
 from parameter import Failure
 from processes import cores
@@ -236,11 +235,5 @@ def cost_of(journal, steps):
 
 def hardware():
     """The processor, the cores in use, the GPU, the versions, in one line."""
-    name = platform.processor() or platform.machine()
-    try:
-        table = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        name = re.search(r"^model name\s*:\s*(.+)$", table, re.MULTILINE).group(1)
-    except (OSError, AttributeError):       # not Linux, or a processor without a name
-        pass
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {cores()} cores; {gpu}; torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{cost.processor()}, {cores()} cores; {gpu}; torch {torch.__version__}, Python {platform.python_version()}"

@@ -9,45 +9,18 @@ step of both (medians) and the ratio A / B: the median over the rounds and the r
 
 import statistics
 import sys
-import time
 from pathlib import Path
-
-import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distributed  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
-from data_loader import build_dataset, real_batches  # noqa: E402
-from trainer import Trainer  # noqa: E402
-
-SECONDS = 120       # that the comparison lasts, and LEAST rounds at the least
-LEAST = 8
-TURN = 0.5          # seconds that each side takes in a round, and one step at the least
-WARM_UP = 3         # steps
+from cost import Side, alternate, ratios  # noqa: E402
 
 
-class Side:
-    """One configuration: its trainer and its pictures."""
-
-    def __init__(self, argv):
-        self.config = parameter.resolve(parameter.parse(["--dataset", "toy", "--num_workers", "0", *argv]))
-        self.place = distributed.start(self.config)
-        dataset = build_dataset(self.config)
-        self.trainer = Trainer(self.config, dataset, self.place)
-        self.pictures = real_batches(self.config, dataset, 0, self.place.device)
-        self.seconds = []
-        self.run(WARM_UP)
-
-    def run(self, steps):
-        """Seconds per step over `steps` steps, the device's work included."""
-        began = time.perf_counter()
-        for _ in range(steps):
-            self.trainer.train_step(self.pictures)
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize(self.place.device)
-        return (time.perf_counter() - began) / steps
+def _side(argv):
+    config = parameter.resolve(parameter.parse(["--dataset", "toy", *argv]))
+    return Side(config, distributed.start(config))
 
 
 def main(argv):
@@ -58,23 +31,16 @@ def main(argv):
         first = argv.index("--")
         second = argv.index("--", first + 1)
         both, flags = argv[:first], (argv[first + 1:second], argv[second + 1:])
-        sides = [Side([*both, *own]) for own in flags]
+        sides = [_side([*both, *own]) for own in flags]
     except parameter.Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
-    steps = max(1, round(TURN / sides[0].run(WARM_UP)))
-    began, progress = time.perf_counter(), tqdm(unit="round")
-    while progress.n < LEAST or time.perf_counter() - began < SECONDS:
-        for side in sides if progress.n % 2 else sides[::-1]:
-            side.seconds.append(side.run(steps))
-        progress.update()
-    progress.close()
-    a, b = (side.seconds for side in sides)
-    ratios = [one / other for one, other in zip(a, b, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    for name, own, seconds in zip("AB", flags, (a, b), strict=True):
-        print(f"{name}: {statistics.median(seconds):.4f} s per step  {' '.join(own)}")
-    print(f"A / B: {middle:.3f} (middle half of {len(ratios)} rounds of {steps} steps: {low:.3f} to {high:.3f})")
+    steps = alternate(sides)
+    low, middle, high = ratios(*sides)
+    for name, own, side in zip("AB", flags, sides, strict=True):
+        print(f"{name}: {statistics.median(side.seconds):.4f} s per step  {' '.join(own)}")
+    print(f"A / B: {middle:.3f} (middle half of {len(sides[0].seconds)} rounds of {steps} steps: {low:.3f} to "
+          f"{high:.3f})")
     return 0
 
 

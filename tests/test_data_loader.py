@@ -30,7 +30,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 def make_config(path=".", **changes):
     values = dict(dataset="folder", image_path=str(path), imsize=16, batch_size=4)
-    values |= dict(num_workers=0, seed=7, hflip=False)
+    values |= dict(num_workers=0, seed=7, hflip=False, holdout=0.0)
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -560,7 +560,7 @@ from types import SimpleNamespace
 from data_loader import build_dataset, real_batches
 
 config = SimpleNamespace(dataset="folder", image_path={str(ten)!r}, imsize=16, batch_size=4)
-vars(config).update(num_workers=2, seed=0, hflip=False)
+vars(config).update(num_workers=2, seed=0, hflip=False, holdout=0.0)
 batches = real_batches(config, build_dataset(config), 0, "cpu")
 next(batches)
 raise SystemExit(3)

@@ -6,9 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = {
     "parameter": 0, "utils": 0, "distributed": 0, "spectral": 0, "diffaug": 0, "toy_faces": 0,
-    "sagan_models": 1, "fastgan_models": 1, "checkpoint": 1, "gallery": 1, "vgg": 1, "decode": 1,
-    "data_loader": 2, "losses": 2, "metrics": 2, "page": 2,
-    "metadata": 3, "families": 4, "trainer": 5, "sampler": 5, "main": 6,
+    "sagan_models": 1, "fastgan_models": 1, "checkpoint": 1, "gallery": 1, "decode": 1, "weights": 1, "journal": 1,
+    "vgg": 2, "cache": 2, "data_loader": 2, "metrics": 2, "page": 2, "inception": 2,
+    "losses": 3, "perceptual": 3, "metadata": 3, "families": 4, "scores": 4, "trainer": 5, "sampler": 5,
+    "cost": 6, "evaluate": 7, "main": 8,
 }
 
 

@@ -40,7 +40,7 @@ def folder(home):
 
 
 def make_config(folder, **changes):
-    values = dict(dataset="folder", image_path=str(folder), imsize=16, batch_size=2, num_workers=0)
+    values = dict(dataset="folder", image_path=str(folder), imsize=16, batch_size=2, num_workers=0, holdout=0.0)
     values |= dict(vgg_weights="random", metadata_layer="relu5_3", cache_path="cache")
     return SimpleNamespace(**{**values, **changes})
 
@@ -318,7 +318,7 @@ def test_a_cache_made_with_imagenets_weights_needs_no_weights(folder, monkeypatc
     fresh = find(folder, vgg_weights="imagenet")
     monkeypatch.setattr(vgg, "load", lambda *words: pytest.fail("VGG was loaded"))
     assert same(find(folder, vgg_weights="imagenet"), fresh)
-    assert fresh.weights == vgg.SHA256
+    assert fresh.weights == vgg.FILE.sha256
 
 
 def test_a_bad_picture_is_named_and_nothing_is_cached(folder):
@@ -452,7 +452,7 @@ def test_mix_is_of_two_or_three_rows_with_weights_of_norm_one():
 
 
 def test_metadata_of_random_weights_are_said_on_every_use(capsys):
-    for weights, said in (("random", True), (vgg.SHA256, False)):
+    for weights, said in (("random", True), (vgg.FILE.sha256, False)):
         Latents(8, Bank(torch.zeros(2, 512).half(), "relu5_3", weights, ""))
         assert ("random weights" in capsys.readouterr().out) == said
 

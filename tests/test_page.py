@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import page
 from utils import RunFolders
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
+HOSTILE_PROTOCOL = "</script><img src=x onerror=alert(1)>"
 HOSTILE_VERSION = "<script>alert(2)<%script><!-- &amp; '\"%20#?"       # no / in a version
 
 
@@ -69,6 +71,17 @@ def embedded(path, name):
     """What stands in a page's JSON block, read as a browser does: up to the first </script."""
     text = path.read_text(encoding="utf-8")
     return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script', text, re.DOTALL)[1])
+
+
+def measure(step, protocol="P", source="G_ema, seed 0", **figures):
+    """A line of measurements."""
+    return {"step": step, **figures, "protocol": protocol, "source": source}
+
+
+def points(data, key):
+    """{(protocol, source): [[step, value, deviation], ...]} of a key, in the order of the page."""
+    return {tuple(data["measured"]["groups"][group]): list(map(list, zip(*columns, strict=True)))
+            for name, group, *columns in data["measured"]["series"] if name == key}
 
 
 @pytest.fixture
@@ -194,13 +207,124 @@ def test_read_on_or_read_anew_is_the_same(run, tmp_path):
     assert run.data() == once
 
 
+def test_measurements_come_in_any_order_and_disturb_no_other_line(run):
+    usual = [{"step": step, "d_loss": step} for step in (100, 200, 300)]
+    for step in (100, 150, 300, 400):
+        run.record(step)
+    run.log(*usual)
+    expected = run.data()
+    page._metrics_of.cache_clear()
+    (run.folders.logs / "metrics.jsonl").unlink()
+    run.log(measure(100, fid=90), usual[0], measure(100, swd=31.5), usual[1], measure(200, fid=50), usual[2],
+            measure(50, fid=120), measure(100, fid=80.5), {"step": 100, "d_loss": 9}, measure(250, fid=45, flag=True),
+            measure(350, fid=math.nan, kid="?"))
+    data = run.data()
+    assert {name: data[name] for name in ("keys", "rows", "curves")} == {
+        name: expected[name] for name in ("keys", "rows", "curves")}
+    same = ("P", "G_ema, seed 0")
+    assert points(data, "fid") == {same: [[50, 120, None], [100, 80.5, None], [200, 50, None], [250, 45, None]]}
+    assert points(data, "swd") == {same: [[100, 31.5, None]]}
+    assert {name for name, *_ in data["measured"]["series"]} == {"fid", "swd"}
+
+
+def test_measurements_stay_apart_by_protocol_and_source_the_newest_first(run):
+    run.log(measure(100, fid=90, kid=0.5), measure(200, "Q", fid=50), measure(100, "Q", fid=60),
+            measure(200, source="G, seed 1", fid=70), measure(200, fid=80), {"step": 300, "fid": 1, "protocol": "R"})
+    data = run.data()
+    assert list(points(data, "fid").items()) == [
+        (("R", ""), [[300, 1, None]]),
+        (("P", "G_ema, seed 0"), [[100, 90, None], [200, 80, None]]),
+        (("P", "G, seed 1"), [[200, 70, None]]),
+        (("Q", "G_ema, seed 0"), [[100, 60, None], [200, 50, None]])]
+    assert points(data, "kid") == {("P", "G_ema, seed 0"): [[100, 0.5, None]]}
+    assert len(data["measured"]["groups"]) == 4
+
+
+def test_deviations_are_bands_and_no_curves(run):
+    run.log(measure(100, kid=0.5, kid_std=0.01, lonely_std=3), measure(200, kid=0.4),
+            measure(300, kid=0.3, kid_std=math.inf), measure(400, kid=math.nan, kid_std=0.02))
+    data = run.data()
+    same = ("P", "G_ema, seed 0")
+    assert points(data, "kid") == {same: [[100, 0.5, 0.01], [200, 0.4, None], [300, 0.3, None]]}
+    assert points(data, "lonely_std") == {same: [[100, 3, None]]}
+    assert len(data["measured"]["series"]) == 2
+    assert embedded(run.path, "summary")["figures"] == {"kid": 0.3, "lonely_std": 3}    # no band of an older figure
+
+
+def test_measurements_are_read_once_and_anew_where_the_file_was_replaced(run, monkeypatch):
+    run.log(measure(100, fid=90), {"step": 100, "d_loss": 1}, measure(200, fid=50))
+    run.data()
+    read = []
+    monkeypatch.setattr(page, "_load", lambda line, load=page._load: read.append(line) or load(line))
+    run.log('{"step": 150, "fid": 60, "proto', end="")
+    assert points(run.data(), "fid") == {("P", "G_ema, seed 0"): [[100, 90, None], [200, 50, None]]}
+    read.clear()
+    run.log('col": "P", "source": "G_ema, seed 0"}')
+    data = run.data()
+    assert points(data, "fid") == {("P", "G_ema, seed 0"): [[100, 90, None], [150, 60, None], [200, 50, None]]}
+    assert len(read) == 1
+    page._metrics_of.cache_clear()
+    assert run.data() == data                                           # as if it had been read at once
+    (run.folders.logs / "metrics.jsonl").write_text("")
+    run.log(measure(100, "another protocol, of more words than before: " + "w" * 500, fid=7))
+    assert list(points(run.data(), "fid").values()) == [[[100, 7, None]]]
+    assert embedded(run.path, "summary")["figures"] == {"fid": 7} and embedded(run.path, "summary")["step"] == 100
+
+
+def test_a_step_that_only_a_measurement_knows_is_reached(run):
+    run.log(measure(700, fid=9), measure(300, fid=10))
+    assert run.data()["keys"] == [] and embedded(run.path, "summary")["step"] == 700
+
+
+def test_the_overview_knows_how_the_newest_figures_were_measured(run):
+    run.log(measure(100, "old", fid=90, swd=3), measure(200, fid=50, kid=0.5, d_loss=1), {"step": 300, "d_loss": 2},
+            measure(100, "Q", swd=4))
+    run.write()
+    page.write_overview(run.path.parent.parent)
+    listed, = embedded(run.root / "samples" / "index.html", "data")["runs"]
+    assert listed["figures"] == {"fid": 50, "kid": 0.5, "d_loss": 2, "swd": 4}
+    source = "G_ema, seed 0"
+    assert listed["measured"] == [["Q", source, {"swd": 100}], ["P", source, {"kid": 200, "fid": 200}]]
+
+
+def test_long_protocols_leave_a_summary_its_room(run):
+    run.log(*(measure(number, f"{number}" + "\U0001f600" * 5000, "<" * 5000, **{f"k{number}": number})
+              for number in range(100)))
+    data = run.data()
+    assert len(data["measured"]["groups"][0][0]) > 5000                 # whole on the run's own page
+    measured = embedded(run.path, "summary")["measured"]
+    assert 1 <= len(measured) < 100 and measured[0][2] == {"k99": 99}
+    assert len(measured[0][0]) == 1000 and measured[0][0].endswith("…") and len(measured[0][1]) == 200
+    assert page._read_summary(run.path) is not None
+    run.log({"step": 500, "d_loss": 1})
+    run.write()                                                         # it is still known as ours
+    assert embedded(run.path, "summary")["step"] == 500
+
+
+def test_summaries_without_measurements_or_with_odd_ones_are_listed(run):
+    run.log(measure(100, fid=50))
+    text = run.write().read_text(encoding="utf-8")
+    summary = embedded(run.path, "summary")
+    good = ["P", "", {"fid": 100}]
+    for odd, expected in ((None, []), (3, []), ([good, 3, ["P", "", {"fid": "x"}], ["P", ""], ["P", 1, {}]], [good])):
+        summary["measured"] = odd
+        if odd is None:
+            del summary["measured"]                                     # as in a page of an older version
+        block = json.dumps(summary) + "</script>"
+        run.path.write_text(re.sub('(id="summary">).*?</script>', lambda match, to=block: match[1] + to, text, count=1))
+        page.write_overview(run.path.parent.parent)
+        listed, = embedded(run.root / "samples" / "index.html", "data")["runs"]
+        assert listed["measured"] == expected and listed["figures"] == {"fid": 50}
+
+
 def test_a_thousand_records_and_a_long_log_are_written_fast_and_small(run):
     for step in range(100, 100_100, 100):
         for kind in ("fake", "attn_g8", "attn_g16", "attn_d8", "attn_d4"):
             (run.folders.samples / f"{step:07d}_{kind}.png").touch()
     keys = ("d_loss", "g_loss", "d_real", "d_fake", "gamma/g8", "gamma/g16", "entropy/g8", "epoch", "sec_per_step")
     rng = np.random.default_rng(0)
-    run.log(*({"step": step, **dict(zip(keys, rng.normal(size=9), strict=True))} for step in range(10, 100_010, 10)))
+    run.log(*({"step": step, **dict(zip(keys, rng.normal(size=9), strict=True))} for step in range(10, 100_010, 10)),
+            *(measure(step, "p" * 500, fid=step, kid=step, swd=step) for step in range(1000, 101_000, 1000)))
     run.write()
     times = []
     for step in range(100_010, 100_060, 10):
@@ -218,12 +342,14 @@ def test_a_thousand_records_and_a_long_log_are_written_fast_and_small(run):
 def test_names_cannot_leave_the_data(tmp_path):
     run = Run(tmp_path, HOSTILE_VERSION)
     run.record(100, ("fake", f"attn_{HOSTILE}"))
-    run.log({"step": 100, "</script><script>alert(3)</script>": 1})
+    run.log({"step": 100, "</script><script>alert(3)</script>": 1},
+            measure(100, HOSTILE_PROTOCOL, "</script>", fid=1))
     text = run.write().read_text(encoding="utf-8")
     assert text.count("<script") == 3 == text.count("</script")         # summary, data, the script
     assert "onerror" not in re.sub(r'<script type="application/json".*?</script>', "", text, flags=re.DOTALL).replace(
         "img.onerror", "")
     data = embedded(run.path, "data")
+    assert data["measured"]["groups"] == [[HOSTILE_PROTOCOL, "</script>"]]
     assert f"attn_{HOSTILE}" in data["pictures"] and data["keys"] == ["</script><script>alert(3)</script>"]
     assert embedded(run.path, "summary")["version"] == HOSTILE_VERSION == data["config"]["version"]
 
@@ -371,6 +497,26 @@ def shown(tmp_path_factory):
     return run
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A run with measurements: two protocols of fid, one of them hostile, deviations, a single lpips, and costs."""
+    run = Run(tmp_path_factory.mktemp("measured"))
+    for step in range(100, 601, 100):
+        run.record(step, ("fake",))
+    for name in ("nearest", "nearest_gauss", "backtrack"):
+        picture(run.folders.samples / f"0000600_{name}.png", size=(300, 100))
+    run.log(*({"step": step, "d_loss": 1, "g_loss": 2} for step in range(10, 610, 10)),
+            measure(600, "timed", peak_memory_mib=800), measure(600, "VGG", "D", lpips=0.31, lpips_std=0.05),
+            measure(300, "cosine", nearest=0.75, nearest_copies=0.01), measure(300, "sliced", swd=31.25),
+            *(measure(step, inception_score=step / 100, inception_score_std=0.1, precision=step / 1000, recall=0.2,
+                      kid=kid, kid_std=0.001, fid=fid)
+              for step, kid, fid in ((500, 0.02, 45), (100, 0.06, 180.5), (300, 0.01, 41.2))),
+            measure(300, HOSTILE_PROTOCOL, "other", fid=60), measure(500, HOSTILE_PROTOCOL, "other", fid=50))
+    run.write()
+    page.write_overview(run.root / "samples")
+    return run
+
+
 SOURCE = "document.querySelector('.stage .picture img').getAttribute('src')"
 STEP = "document.querySelector('#step').textContent"
 
@@ -498,6 +644,173 @@ def test_curves_tell_their_values_to_a_pointer_and_to_a_reader(chromium, shown):
     assert chromium.js(STEP) in ("step 300", "step 400")
 
 
+TITLES = "[...document.querySelectorAll('.curve h2')].map(h => h.textContent)"
+CHART = "[...document.querySelectorAll('.curve')].find(c => c.querySelector('h2').textContent === arguments[0])"
+PLACE = f"(c => [c.getAttribute('cx'), c.getAttribute('cy')])({CHART}.querySelectorAll(arguments[1])[arguments[2]])"
+
+
+@pytest.mark.browser
+def test_measures_of_quality_come_first(chromium, measured):
+    chromium.open(measured.path)
+    assert chromium.js(TITLES) == ["fid", "kid", "precision and recall", "inception_score", "swd", "nearest",
+                                   "nearest_copies", "lpips", "peak_memory_mib", "losses"]
+    top = chromium.js("[...document.querySelectorAll('.curve')].map(c => c.getBoundingClientRect().top)")
+    assert top == sorted(top)
+    assert chromium.js("[...document.querySelectorAll('.more li')].map(li => li.innerText)") == [
+        "0000600_backtrack.png", "0000600_nearest.png", "0000600_nearest_gauss.png"]
+    chromium.js("document.querySelector('#more').scrollIntoView()")
+    chromium.wait("[...document.querySelectorAll('.more img')].every(i => i.naturalWidth === 300 && i.width > 200)")
+    assert chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_each_measurement_is_a_dot_and_only_like_ones_are_joined(chromium, measured):
+    chromium.open(measured.path)
+
+    def drawn(title, what):
+        return chromium.js(f"{CHART}.querySelectorAll(arguments[1]).length", title, what)
+
+    dots = {title: drawn(title, ".point") for title in chromium.js(TITLES)}
+    assert dots == {"fid": 5, "kid": 3, "precision and recall": 6, "inception_score": 3, "swd": 1, "nearest": 1,
+                    "nearest_copies": 1, "lpips": 1, "peak_memory_mib": 1, "losses": 0}
+    size = chromium.js(f"(r => [r.width, r.height])({CHART}.querySelector('.point').getBoundingClientRect())", "lpips")
+    assert min(size) >= 4
+    fill = chromium.js(f"getComputedStyle({CHART}.querySelector('.point')).fill", "lpips")
+    assert fill == chromium.js(f"getComputedStyle({CHART}.querySelector('.line')).stroke", "lpips") != "none"
+    assert chromium.js(f"[...{CHART}.querySelectorAll('.line')].map(p => p.getAttribute('d').split('L').length)",
+                       "fid") == [2, 3]
+    assert {title: drawn(title, ".band") for title in ("fid", "kid", "inception_score", "lpips")} == {
+        "fid": 0, "kid": 1, "inception_score": 1, "lpips": 1}
+    band = chromium.js(f"(r => [r.width, r.height])({CHART}.querySelector('.band').getBoundingClientRect())", "lpips")
+    assert band[0] > 5 and band[1] > 50                                 # seen, though it is of one point
+    assert chromium.js("document.querySelector('#deviations').checkVisibility()")
+
+
+@pytest.mark.browser
+def test_a_band_reaches_one_deviation_up_and_down(chromium, measured):
+    chromium.open(measured.path)
+    outline = chromium.js(f"{CHART}.querySelector('.band').getAttribute('d')", "inception_score")
+    heights = [float(number) for number in re.findall(r"[\d.]+", outline)[1::2]]
+    lower, upper = heights[:3], heights[:2:-1]                          # at steps 100, 300, 500
+    centre = [float(chromium.js(PLACE, "inception_score", ".point", number)[1]) for number in range(3)]
+    per_unit = (centre[0] - centre[1]) / 2                              # 1 at step 100, 3 at step 300
+    for low, middle, high in zip(lower, centre, upper, strict=True):
+        assert low - middle == pytest.approx(0.1 * per_unit, abs=0.1)
+        assert middle - high == pytest.approx(0.1 * per_unit, abs=0.1)
+
+
+@pytest.mark.browser
+def test_how_figures_were_measured_stands_below_them(chromium, measured):
+    chromium.open(measured.path)
+    told = f"[...{CHART}.querySelectorAll('.protocol')].map(p => p.textContent)"
+    assert chromium.js(told, "fid") == [f"other; {HOSTILE_PROTOCOL}", "G_ema, seed 0; P"]   # the newest first
+    assert chromium.js(told, "kid") == ["G_ema, seed 0; P"] and chromium.js(told, "lpips") == ["D; VGG"]
+    marks = chromium.js(f"[...{CHART}.querySelectorAll('ul')].map(u => "
+                        "getComputedStyle(u.querySelector('li'), '::before').backgroundColor)", "fid")
+    lines = chromium.js(f"[...{CHART}.querySelectorAll('.line')].map(p => getComputedStyle(p).stroke)", "fid")
+    assert marks == lines and len(set(lines)) == 2
+    order = chromium.js(f"[...{CHART}.querySelectorAll('ul, .protocol')].map(e => e.tagName)", "fid")
+    assert order == ["UL", "P", "UL", "P"]                              # each below its mark
+    assert chromium.js("document.querySelectorAll('img[onerror], img[src=x]').length") == 0
+    assert chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_the_best_is_marked_and_told(chromium, measured):
+    chromium.open(measured.path)
+    best = f"[...{CHART}.querySelectorAll('.best')].map(b => b.textContent)"
+    assert {title: chromium.js(best, title) for title in chromium.js(TITLES)} == {
+        "fid": ["best 50 at step 500", "best 41.2 at step 300"], "kid": ["best 0.01 at step 300"],
+        "precision and recall": ["best precision 0.5 at step 500, best recall 0.2 at step 100"],
+        "inception_score": ["best 5 at step 500"], "swd": ["best 31.25 at step 300"],
+        "nearest": [], "nearest_copies": [], "lpips": ["best 0.31 at step 600"],
+        "peak_memory_mib": [], "losses": []}
+    assert chromium.js(f"{CHART}.querySelector('.bar').textContent", "kid") == "kidbest 0.01 at step 300"
+    for title, number in (("kid", 1), ("inception_score", 2)):          # the rings are around their points
+        assert chromium.js(PLACE, title, ".ring", 0) == chromium.js(PLACE, title, ".point", number)
+    assert chromium.js(f"{CHART}.querySelectorAll('.ring').length", "fid") == 2
+    assert chromium.js(f"{CHART}.querySelectorAll('.ring').length", "peak_memory_mib") == 0
+
+
+@pytest.mark.browser
+def test_measurements_tell_the_nearest_point_and_its_step(chromium, measured):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def pointer_to(element):
+        ActionChains(chromium.driver, duration=0).move_to_element(element).perform()
+
+    chromium.open(measured.path)
+    legend = f"[...{CHART}.querySelectorAll('li')].map(li => li.textContent.trim())"
+    assert chromium.js(legend, "kid") == ["0.02 ± 0.001 at step 500"]
+    assert chromium.js(legend, "fid") == ["50 at step 500", "45 at step 500"]
+    chromium.keys(Keys.HOME)
+    assert chromium.js(legend, "kid") == ["0.06 ± 0.001"]               # measured at the slider's very step
+    assert chromium.js(legend, "fid") == ["60 at step 300", "180.5"]
+    assert chromium.js(legend, "losses") == ["d_loss 1", "g_loss 2"]
+    chart = chromium.js(f"{CHART}.querySelector('svg')", "fid")
+    assert chart.get_attribute("aria-label") == "fid at step 100: 60 at step 300 (other), 180.5 (G_ema, seed 0)"
+    chromium.js("arguments[0].scrollIntoView({block: 'center'})", chart)
+    pointer_to(chart)
+    assert chromium.js(legend, "fid") == ["60 at step 300", "41.2 at step 300"]
+    assert chromium.js(PLACE, "fid", ".dot:not(.point)", 1) == chromium.js(PLACE, "fid", ".ring", 1)
+    pointer_to(chromium.driver.find_element("css selector", "#quality h2"))
+    assert chromium.js(legend, "fid") == ["60 at step 300", "180.5"]
+    chart.click()
+    assert chromium.js(STEP) in ("step 300", "step 400")
+
+
+@pytest.mark.browser
+def test_measurements_alone_make_a_page(chromium, tmp_path):
+    run = Run(tmp_path)
+    run.log(measure(500, fid=41.2))
+    chromium.open(run.write())
+    assert chromium.js(TITLES) == ["fid"] and chromium.js(STEP) == "no pictures yet"
+    assert chromium.js(f"{CHART}.querySelector('li').textContent.trim()", "fid") == "41.2"
+    assert chromium.js(f"{CHART}.checkVisibility()", "fid")
+    assert not chromium.js("document.querySelector('#numbers').checkVisibility()")
+    assert not chromium.js("document.querySelector('#deviations').checkVisibility()")
+    assert chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_the_overview_tells_how_figures_were_measured(chromium, measured):
+    other = Run(measured.root, "losses only")
+    other.log({"step": 10, "d_loss": 1})
+    other.write()
+    page.write_overview(measured.root / "samples")
+    chromium.open(measured.root / "samples" / "index.html")
+    cards = chromium.js("[...document.querySelectorAll('.runs li')].map(li => li.innerText)")
+    card, = (card for card in cards if "losses only" not in card)
+    plain, = (card for card in cards if "losses only" in card)
+    assert ("fid 50 kid 0.01 ± 0.001 precision 0.3 recall 0.2 inception_score 3 ± 0.1 swd 31.25 nearest 0.75 "
+            "lpips 0.31 ± 0.05 how measured") in re.sub(r"\s+", " ", card)
+    assert "how measured" not in plain and "d_loss" in plain
+    words = "[...document.querySelectorAll('.runs details p')].map(p => p.textContent)"
+    assert chromium.js(words) == [
+        f"fid at step 500: other; {HOSTILE_PROTOCOL}",
+        "kid, precision, recall, inception_score at step 300: G_ema, seed 0; P",
+        "swd at step 300: G_ema, seed 0; sliced", "nearest at step 300: G_ema, seed 0; cosine",
+        "lpips at step 600: D; VGG"]
+    assert not chromium.js("document.querySelector('.runs details p').checkVisibility()")
+    chromium.click(".runs details summary")
+    assert chromium.js("document.querySelector('.runs details p').checkVisibility()")
+    assert chromium.js("document.querySelectorAll('img[onerror], img[src=x]').length") == 0
+    assert chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_the_overview_keeps_the_order_of_quality(chromium, run):
+    run.log({"step": 10, "d_loss": 1}, measure(10, "cubic", kid=0.5, kid_std=0.1), measure(20, "sliced", swd=3))
+    run.write()
+    page.write_overview(run.root / "samples")
+    chromium.open(run.root / "samples" / "index.html")
+    assert chromium.js("document.querySelector('.runs dl').innerText").split() == [
+        "kid", "0.5", "±", "0.1", "swd", "3", "d_loss", "1"]
+    assert chromium.js("[...document.querySelectorAll('.runs details p')].map(p => p.textContent)") == [
+        "kid at step 10: G_ema, seed 0; cubic", "swd at step 20: G_ema, seed 0; sliced"]
+
+
 @pytest.mark.browser
 def test_light_and_dark(chromium, shown):
     def lightness(scheme, path):
@@ -518,6 +831,8 @@ def test_a_phone_needs_no_sideways_scrolling(chromium, shown, tmp_path):
     wide = Run(tmp_path, "w" * 100)
     wide.record(10_000_000, ("fake", f"attn_{'m' * 80}", f"attn_{'n' * 80}"))
     wide.log({"step": 10_000_000, "k" * 80: 1, **{f"gamma/{'g' * 60}{n}": -1.234e-12 for n in range(9)}})
+    wide.log(*(measure(10_000_000, "p" * 500, "s" * 90, **{"k" * 90: -1.234e-12, "inception_score": 1.234, "fid": fid})
+               for fid in (1, 2)), measure(9_999_999, "q" * 500, fid=12345.6, fid_std=1.234e-5, precision=1, recall=1))
     wide.write()
     page.write_overview(tmp_path / "samples")
     for path in (shown.path, shown.path.parent.parent / "index.html", wide.path, tmp_path / "samples" / "index.html"):

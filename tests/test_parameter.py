@@ -111,7 +111,7 @@ def test_what_belongs_to_one_model_is_unset_with_the_other():
     for flag in (flag for group in FLAGS.values() for flag in group if flag.model):
         owner, other = (sagan, fastgan) if flag.model == "sagan" else (fastgan, sagan)
         assert getattr(other, flag.name) is None, flag.name
-        assert getattr(owner, flag.name) is not None or flag.name == "attn_queries"
+        assert getattr(owner, flag.name) is not None or flag.name in ("attn_queries", "against")
     assert resolve({"augment": ("cutout",), "label_noise": 0.1}).label_noise == 0.1, "DiffAugment serves both"
 
 

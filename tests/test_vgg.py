@@ -5,6 +5,7 @@ import http.client
 import socket
 import sys
 import urllib.error
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,7 @@ def published(state, tmp_path, monkeypatch):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
     path.unlink()
-    monkeypatch.setattr(vgg, "SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(vgg, "BYTES", len(content))
+    monkeypatch.setattr(vgg, "FILE", replace(vgg.FILE, sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)))
     return content
 
 
@@ -133,30 +133,30 @@ def test_global_random_state_stays(state, tmp_path):
 
 @pytest.mark.parametrize("place", ["data/VGG16", "torch/hub/checkpoints"])
 def test_imagenet_is_found_in_both_places(home, published, state, place):
-    assert not vgg.is_there("imagenet")
+    assert not vgg.FILE.is_there("imagenet")
     path = write(home / place / "vgg16-397923af.pth", published)
-    assert vgg.is_there("imagenet")
+    assert vgg.FILE.is_there("imagenet")
     assert same(vgg.load("imagenet", ""), state)
     path.write_bytes(published[:-1])                    # half a download
-    assert not vgg.is_there("imagenet")
+    assert not vgg.FILE.is_there("imagenet")
 
 
 def test_the_shipped_hash_and_address_are_torchvisions():
     from torchvision.models import VGG16_Weights
 
-    assert VGG16_Weights.IMAGENET1K_V1.url == vgg.URL
-    assert vgg.SHA256.startswith(vgg.NAME[len("vgg16-"):-len(".pth")]) and len(vgg.SHA256) == 64
+    assert VGG16_Weights.IMAGENET1K_V1.url == vgg.FILE.url
+    assert vgg.FILE.sha256.startswith(vgg.FILE.name[len("vgg16-"):-len(".pth")]) and len(vgg.FILE.sha256) == 64
     script = (Path(vgg.__file__).parent / "download.sh").read_text()
     row = next(line for line in script.splitlines() if line.startswith("VGG16|")).split("|")
-    assert Path("data", row[2], row[3]) == vgg.places()[0]
-    assert (int(row[4]), row[6], row[8]) == (vgg.BYTES, f"sha256:{vgg.SHA256}", vgg.URL)
+    assert Path("data", row[2], row[3]) == vgg.FILE.places()[0]
+    assert (int(row[4]), row[6], row[8]) == (vgg.FILE.bytes, f"sha256:{vgg.FILE.sha256}", vgg.FILE.url)
 
 
 def test_a_wrong_hash_is_named_and_nothing_of_the_file_is_used(home, published):
     path = write(home / "data/VGG16/vgg16-397923af.pth", published[:-1] + bytes([published[-1] ^ 1]))
     text = refused(DataError, "imagenet")
     assert str(path.relative_to(home)) in text and "Delete it" in text and "bash download.sh VGG16" in text
-    assert vgg.SHA256 in text and hashlib.sha256(path.read_bytes()).hexdigest() in text
+    assert vgg.FILE.sha256 in text and hashlib.sha256(path.read_bytes()).hexdigest() in text
 
 
 @pytest.mark.parametrize("error", [
@@ -197,7 +197,7 @@ def test_it_is_downloaded_once_into_torchs_folder(home, published, state, monkey
     place = home / "torch/hub/checkpoints"
     assert str(place) in capsys.readouterr().out and (place / "vgg16-397923af.pth").exists()
     vgg.load("imagenet", "")
-    assert asked == [("https://download.pytorch.org/models/vgg16-397923af.pth", vgg.SHA256)]
+    assert asked == [("https://download.pytorch.org/models/vgg16-397923af.pth", vgg.FILE.sha256)]
 
 
 def test_a_download_that_is_not_the_file_is_refused(published, monkeypatch):
@@ -253,18 +253,18 @@ def test_a_missing_file_is_a_wrong_flag(tmp_path):
     for path in (tmp_path / "nowhere.pth", tmp_path):
         assert "cannot be read" in refused(UsageError, str(path))
         with pytest.raises(UsageError, match="--vgg_weights"):
-            vgg.identity(str(path))
-        assert not vgg.is_there(str(path))
+            vgg.FILE.identity(str(path))
+        assert not vgg.FILE.is_there(str(path))
 
 
 def test_identities_tell_weights_apart(tmp_path):
     path = write(tmp_path / "w.pth", b"one")
-    assert vgg.is_there(str(path)) and not vgg.is_there("random")
-    first = vgg.identity(str(path))
+    assert vgg.FILE.is_there(str(path)) and not vgg.FILE.is_there("random")
+    first = vgg.FILE.identity(str(path))
     assert first == hashlib.sha256(b"one").hexdigest()
     write(path, b"two")
-    assert len({first, vgg.identity(str(path)), vgg.identity("random"), vgg.identity("imagenet")}) == 4
-    assert vgg.identity("imagenet") == vgg.SHA256       # where there is no such file
+    assert len({first, vgg.FILE.identity(str(path)), vgg.FILE.identity("random"), vgg.FILE.identity("imagenet")}) == 4
+    assert vgg.FILE.identity("imagenet") == vgg.FILE.sha256       # where there is no such file
 
 
 # ---- LPIPS ----
