@@ -64,8 +64,8 @@ class Side:
         return [sum(weight.numel() for weight in net.parameters()) for net in (self.trainer.G, self.trainer.D)]
 
 
-def alternate(sides, seconds=SECONDS):
-    """Time the sides in turn, `seconds` each, in an order that changes from round to round. Fills their `seconds`;
+def alternate(sides):
+    """Time the sides in turn, SECONDS each, in an order that changes from round to round. Fills their `seconds`;
     returns the steps that one takes in a round.
     """
     for side in sides:
@@ -73,7 +73,7 @@ def alternate(sides, seconds=SECONDS):
     steps = max(1, round(TURN / sides[0].run(WARM_UP)))
     began = time.perf_counter()
     with distributed.progress(None, "round", "timing steps") as progress:
-        while progress.n < LEAST or time.perf_counter() - began < seconds * len(sides):
+        while progress.n < LEAST or time.perf_counter() - began < SECONDS * len(sides):
             for side in sides if progress.n % 2 else sides[::-1]:
                 side.seconds.append(side.run(steps))
             progress.update()

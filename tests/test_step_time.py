@@ -2,14 +2,15 @@
 
 import re
 
+import cost
 import step_time
 
 TINY = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")
 
 
 def test_the_dearer_side_is_told_from_the_cheaper_one(monkeypatch, capsys):
-    monkeypatch.setattr(step_time, "SECONDS", 0.5)
-    monkeypatch.setattr(step_time, "TURN", 0.01)
+    monkeypatch.setattr(cost, "SECONDS", 0.25)
+    monkeypatch.setattr(cost, "TURN", 0.01)
     assert step_time.main([*TINY, "--", "--d_iters", "4", "--", "--d_iters", "1"]) == 0
     out = capsys.readouterr().out
     a, b = (float(seconds) for seconds in re.findall(r"^[AB]: (\S+) s per step", out, re.M))
