@@ -89,13 +89,15 @@ def load_newest(folder, warn=print):
 
     Damaged ones are passed over, with a word to `warn`. Raises CheckpointError if all are damaged.
     """
-    steps = steps_in(folder)
-    for step in reversed(steps):
+    paths = [path_of(folder, step) for step in reversed(steps_in(folder))]
+    if best_path(folder).is_file():                     # the last there is, after pruning and going back to it
+        paths.append(best_path(folder))
+    for path in paths:
         try:
-            return load(path_of(folder, step))
+            return load(path)
         except CheckpointError as error:
             warn(f"warning: {error}; going back to the one before")
-    if steps:
+    if paths:
         raise CheckpointError(f"every checkpoint in {folder} is damaged.\n"
                               "Move that folder away to start anew, or use another --version.")
     return None
@@ -127,8 +129,7 @@ def load_asked(folder, step, warn=print):
 
 def saved_config(folder):
     """The config that the run in `folder` was started with, or None where there is no checkpoint to go on from."""
-    steps = steps_in(folder)
-    if not steps:
+    if not steps_in(folder) and not best_path(folder).is_file():
         return None
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -146,7 +147,7 @@ def prune(folder, keep):
 
 def set_aside_after(folder, step):
     """Move checkpoints later than `step` into `superseded/`: the run goes on from `step`, and they are no longer its
-    newest. Nothing is deleted. Returns the moved files' names.
+    newest. Only a file of that name already there, of an earlier future, is replaced. Returns the moved files' names.
     """
     moved = [path_of(folder, later) for later in steps_in(folder) if later > step]
     if _step_of_best(folder) > step:

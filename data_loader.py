@@ -49,7 +49,8 @@ class Pictures(Dataset):
         return self.read(index)
 
 
-def _files(folder: Path, imsize: int, crop: int | None = None) -> Dataset:
+def pictures_in(folder: Path, imsize: int, crop: int | None = None) -> Pictures:
+    """The picture files below a folder, sorted by path. Raises DataError where there are none."""
     paths = find_pictures(folder)
     read = partial(_read_file, paths, imsize=imsize, crop=crop)
     return Pictures(read, len(paths), f"{len(paths)} pictures in {folder}", paths)
@@ -62,7 +63,7 @@ def _read_file(paths: list[str], index: int, imsize: int, crop: int | None) -> t
 def open_folder(config) -> Dataset:
     """Any folder of pictures, `--image_path` itself. Raises DataError."""
     try:
-        return _files(Path(config.image_path), config.imsize)
+        return pictures_in(Path(config.image_path), config.imsize)
     except DataError as error:
         raise DataError(f"--dataset folder: {error}; let --image_path name a folder of pictures") from None
 
@@ -77,7 +78,7 @@ def _missing(config, problem: object, name: str) -> DataError:
 def open_celeb(config) -> Dataset:
     """CelebA's aligned pictures below `{image_path}/CelebA`, the central 160 px of each. Raises DataError."""
     try:
-        return _files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
+        return pictures_in(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
     except DataError as error:
         raise _missing(config, error, "CelebA") from None
 

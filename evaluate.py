@@ -25,7 +25,7 @@ import vgg
 from decode import picture_size
 from distributed import say
 from journal import Journal
-from parameter import DURING_TRAINING, Config, DataError
+from parameter import DURING_TRAINING, OF_FOLDERS, Config, DataError
 from scores import Score
 from utils import write_atomically
 
@@ -48,11 +48,8 @@ def _evaluate_run(config, place):
     source = sampler.open_source(config, place)
     source.G.requires_grad_(False)
     report = _Report(config, config.version, source.step, source)
-    dataset = None
-    if set(config.metrics) != {"cost"}:
-        dataset = data_loader.build_dataset(config)
-        reference = scores.of_folder(config.real_dir, config.imsize) if config.real_dir else scores.of_run(
-            config, dataset)
+    if set(config.metrics) & set(OF_FOLDERS):
+        reference = _reference(config, config.imsize)
     say(f"evaluating '{config.version}' at step {source.step}")
     if set(config.metrics) & set(DURING_TRAINING):
         found = scores.Meter(config, reference, place).measure(
@@ -61,13 +58,14 @@ def _evaluate_run(config, place):
         if not config.real_dir and distributed.is_first():
             _keep_best(config, source, found)
     if "nearest" in config.metrics:
-        lpips = _lpips(config, place)
+        lpips, usual = _lpips(config, place), None
         for how in ("bank", "gauss") if config.metadata else (None,):
             # with one training picture's metadata samples might be copies where others are not
             drawing = sampler.open_source(Config.of({**vars(config), "metadata_sample": how}), place) if how else source
             picture = source.folders.samples / f"{source.step:07d}_nearest{f'_{how}' if how else ''}.png"
-            report.add([_nearest(config, reference, _samples(config, drawing, place), lpips, place,
-                                 drawing.latents.source(config.seed), picture, source.step)])
+            score, usual = _nearest(config, reference, _samples(config, drawing, place), lpips, place,
+                                    drawing.latents.source(config.seed), picture, source.step, usual)
+            report.add([score])
     if "lpips" in config.metrics:
         report.add([_backtrack(config, source, _lpips(config, place), place)])
     if "cost" in config.metrics and distributed.is_first():
@@ -111,8 +109,9 @@ def _keep_best(config, source, found):
     best = checkpoint.best_score(source.folders.models)
     better = scores.better_fid(found, best)
     comparable = best is None or any(scores.same_kind(score, best) for score in found)
-    if better and comparable and config.pretrained_model != "best":
-        state = checkpoint.load(checkpoint.path_of(source.folders.models, source.step))
+    path = checkpoint.path_of(source.folders.models, source.step)
+    if better and comparable and config.pretrained_model != "best" and path.is_file():  # a training may have pruned it
+        state = checkpoint.load(path)
         checkpoint.save_best({**state, "best": better}, source.folders.models)
         say(f"step {source.step} has the best fid so far, {better['fid']:.2f}: kept as "
             f"{checkpoint.best_path(source.folders.models)}")
@@ -123,13 +122,8 @@ def _keep_best(config, source, found):
 
 def _evaluate_folder(config, place):
     imsize = config.imsize or _one_size(config)
-    if config.real_dir:
-        reference = scores.of_folder(config.real_dir, imsize)
-        _note_others(config.real_dir, "--real_dir", imsize)
-    else:
-        sized = Config.of({**vars(config), "imsize": imsize})
-        reference = scores.of_run(sized, data_loader.build_dataset(sized))
-    fake = scores.of_folder(config.fake_dir, imsize)
+    reference = _reference(config, imsize)
+    fake = scores.of_folder(config.fake_dir, imsize, "--fake_dir")
     _note_others(config.fake_dir, "--fake_dir", imsize)
     report = _Report(config, config.fake_dir, None)
     drawn = metrics.Decoded(fake.dataset)
@@ -140,10 +134,22 @@ def _evaluate_folder(config, place):
         report.add(scores.Meter(config, reference, place).measure(drawn, "the folder"))
     if "nearest" in config.metrics:
         name = Path(config.fake_dir).resolve().name
-        report.add([_nearest(config, reference, drawn, _lpips(config, place), place, "the folder",
-                             Path(config.log_path, f"{name}_nearest.png"), None)])
+        path = Path(config.log_path, f"{name}_nearest.png")
+        score, _ = _nearest(config, reference, drawn, _lpips(config, place), place, "the folder", path, None)
+        report.add([score])
+        say(f"the closest pairs: {path}")
     report.end()
     return 0
+
+
+def _reference(config, imsize):
+    """The real pictures: those of --real_dir, or what the run was trained on. Raises DataError."""
+    if config.real_dir:
+        reference = scores.of_folder(config.real_dir, imsize, "--real_dir")
+        _note_others(config.real_dir, "--real_dir", imsize)
+        return reference
+    sized = Config.of({**vars(config), "imsize": imsize})
+    return scores.of_run(sized, data_loader.build_dataset(sized))
 
 
 def _sizes(folder):
@@ -164,7 +170,7 @@ def _one_size(config):
     try:
         sizes = _sizes(config.fake_dir)
     except DataError as error:
-        raise DataError(f"--fake_dir: {error}") from None
+        raise DataError(f"--fake_dir: {error}; name a folder of pictures") from None
     if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
         problem = (f"the pictures are not squares of one size ({_in_words(sizes)})" if sizes
                    else "no picture can be read")
@@ -198,10 +204,14 @@ def _weights_in_words(config):
         found, f"LPIPS on a VGG-16 of other weights (sha256 {found[:8]})")
 
 
-def _nearest(config, reference, drawn, lpips, place, source, path, step):
-    """The Score of how near samples are to training pictures, and a picture of the closest pairs."""
+def _nearest(config, reference, drawn, lpips, place, source, path, step, usual=None):
+    """(Score of how near samples are to training pictures, how near these are to each other), and a picture of the
+    closest pairs. Raises DataError.
+    """
     real = metrics.Decoded(reference.dataset)
-    neighbours = perceptual.nearest(lpips, real, drawn, place)
+    if len(real) < 2:
+        raise DataError(f"--metrics nearest: {len(real)} real picture has no other to compare with; give more")
+    neighbours = perceptual.nearest(lpips, real, drawn, place, usual)
     count, S = len(neighbours.distance), drawn[0:1].shape[-1]
     if distributed.is_first():
         _show_pairs(real, drawn, neighbours, path, step)
@@ -209,7 +219,7 @@ def _nearest(config, reference, drawn, lpips, place, source, path, step):
         f"{_weights_in_words(config)} at {min(S, perceptual.SIDE)} px from each of {count:,} samples to the nearest of "
         f"{reference.words}, over that of {len(neighbours.real):,} training pictures to the nearest other; "
         "nearest: ratio of the medians, far under 1 is copying; nearest_copies: share of samples nearer than 99 % of "
-        "the training pictures are"), source)
+        "the training pictures are, or than a hundredth of what is usual"), source), neighbours.real
 
 
 def _show_pairs(real, drawn, neighbours, path, step):

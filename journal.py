@@ -1,9 +1,20 @@
 """metrics.jsonl, one object per line, and TensorBoard events beside it."""
 
 import json
+import os
 from pathlib import Path
 
 import utils
+
+
+def open_to_add(path):
+    """The file `path`, open to add lines. A last line that a crash cut short is ended: it must swallow none of them."""
+    with open(path, "ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+    return open(path, "a", encoding="utf-8")
 
 
 class Journal:
@@ -18,7 +29,7 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if going_on_from is not None:
             self._forget_after(going_on_from)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - held for the life of the run
+        self.file = open_to_add(self.path)              # held for the life of the run
         self.board = None
         if use_tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and only then needed

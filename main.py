@@ -88,8 +88,9 @@ def describe(config, dataset, place):
     from families import FAMILIES
 
     say(parameter.as_json(config), end="")
-    for name, net in zip("GD", FAMILIES[config.model].build(config), strict=True):
-        say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
+    if not config.fake_dir:                             # which asks for no network
+        for name, net in zip("GD", FAMILIES[config.model].build(config), strict=True):
+            say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
     say(f"device: {place.device}" + (f", {place.world} processes" if place.world > 1 else ""))

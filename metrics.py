@@ -68,11 +68,13 @@ class Decoded:
         with ThreadPoolExecutor(DECODERS) as pool:
             try:
                 return torch.stack(list(pool.map(self.dataset.__getitem__, range(len(self))[part])))
-            except DataError:
-                raise self._all_unreadable(pool) from None
+            except DataError as error:
+                raise self._all_unreadable(pool) or error from None
 
     def _all_unreadable(self, pool):
         problems = [problem for problem in pool.map(self._problem, range(len(self))) if problem]
+        if not problems:                                # a disk may fail once
+            return None
         if len(problems) == 1:
             return DataError(problems[0])
         return DataError(f"{len(problems)} of {len(self)} pictures cannot be used; the first:\n{problems[0]}")
@@ -88,7 +90,9 @@ class Decoded:
 class Drawn:
     """Samples 0 to count - 1 of a seed, drawn when they are asked for by G, in eval mode on `device`.
 
-    They are those that `--mode sample` writes, to the byte. `latents`: metadata.Latents.
+    They are those that `--mode sample` writes: to the byte if all are asked for, or 64 from a multiple of 64. In other
+    slices G's batches are of other sizes, and one number in 100,000 may be rounded the other way. `latents`:
+    metadata.Latents.
     """
 
     def __init__(self, G, latents, count, seed, device, imsize):

@@ -161,7 +161,8 @@ FLAGS = {
              "evaluate (--metrics)"),
         Flag("train", boolean, True, "false is the same as --mode sample"),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto takes CUDA where there is one"),
-        Flag("parallel", boolean, False, "train on every visible GPU, one process each; batch_size is shared out"),
+        Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
+             "shared out"),
         Flag("seed", int, 0, "of weights, batch order, z and flips", 0, 2**31 - 1),
         Flag("deterministic", boolean, False, "same bits again on CUDA too, at some cost in speed"),
         Flag("dry_run", boolean, False, "print the resolved config, sizes and device, then end"),
@@ -519,9 +520,9 @@ def _check_evaluation(values):
         if values[name] and mode != "evaluate":
             raise UsageError(f"--{name} {values[name]}: is for --mode evaluate")
     for allowed, applies, where in (
-            (DURING_TRAINING, mode == "train" and values["metric_step"], "are not taken during training: leave them to "
-             "--mode evaluate"),
-            (OF_FOLDERS, values["fake_dir"], "need a run, not --fake_dir: name one with --version")):
+            (DURING_TRAINING, mode == "train" and values["metric_step"], "cannot be taken during training, only "
+             "by --mode evaluate"),
+            (OF_FOLDERS, values["fake_dir"], "cannot be taken of --fake_dir, only of a run")):
         wrong = [name for name in chosen if name not in allowed]
         if applies and wrong:
             raise UsageError(f"--metrics {written(chosen)}: {' and '.join(wrong)} {where}")

@@ -19,6 +19,7 @@ import inception
 import metrics
 from cache import Cache
 from distributed import say
+from journal import open_to_add
 from parameter import Config, DataError
 from utils import write_atomically
 
@@ -61,10 +62,13 @@ def of_run(config, dataset):
                      data_loader.fingerprint(dataset, config))
 
 
-def of_folder(path, imsize):
-    """The pictures of a folder, cut and resized as training would. Raises DataError."""
+def of_folder(path, imsize, flag):
+    """The pictures of a folder, which `flag` named, cut and resized as training would. Raises DataError."""
     config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
-    dataset = data_loader.open_dataset(config)
+    try:
+        dataset = data_loader.pictures_in(Path(path), imsize)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}; name a folder of pictures") from None
     return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",
                      data_loader.fingerprint(dataset, config))
 
@@ -76,22 +80,25 @@ class Meter:
     """Measures sets of pictures against one reference, with those of `config.metrics` that compare two sets.
 
     What the reference needs is taken when it is built, or read from the cache: all processes must build it and call
-    `measure`. Raises DataError, UsageError.
+    `measure`. If `stopped()` came true meanwhile it is not there, and nothing can be measured. Raises DataError,
+    UsageError.
     """
 
-    def __init__(self, config, reference, place):
+    def __init__(self, config, reference, place, stopped=lambda: False):
         self.config, self.reference, self.place = config, reference, place
         self.seen_by_inception = [name for name in inception.METRICS if name in config.metrics]
         if not self.seen_by_inception:
             return
         _refuse_few(len(reference), "real", self.seen_by_inception)
+        if not config.fake_dir:                         # nor this after hours, in training
+            _refuse_few(config.num_eval, "generated", self.seen_by_inception)
 
         def load():
             return inception.load(config.inception_weights)
 
         # the first may have to download the weights
         self.net = distributed.after_first(load, load).to(place.device)
-        self.real = self._reference_features()
+        self.real = self._reference_features(stopped)
 
     def measure(self, pictures, source, stopped=lambda: False):
         """[Score, ...] of a set of uint8 pictures, the same on every process; None if `stopped()` came true meanwhile.
@@ -116,7 +123,7 @@ class Meter:
         """What compute() returns on the first process, on every one."""
         return distributed.gather(distributed.after_first(compute, lambda: None))[0]
 
-    def _reference_features(self):
+    def _reference_features(self, stopped):
         config, reference = self.config, self.reference
         cache = Cache(config.cache_path, "reference", {
             "pictures": reference.fingerprint, "weights": inception.FILE.identity(config.inception_weights),
@@ -126,8 +133,9 @@ class Meter:
             say(f"reference: {reference.words}, seen by Inception before, read from {cache.path}")
             return inception.Features(len(reference), kept["mean"], kept["covariance"], kept["rows"])
         say(f"reference: {reference.words}, seen by Inception this once")
-        features = inception.take(self.net, metrics.Decoded(reference.dataset), self.place, "reference")
-        if distributed.is_first():
+        features = inception.take(self.net, metrics.Decoded(reference.dataset), self.place, "reference",
+                                  stopped=stopped)
+        if distributed.is_first() and features is not None:
             cache.write({"mean": features.mean, "covariance": features.covariance, "rows": features.rows})
         return features
 
@@ -206,7 +214,7 @@ def record(log_path, name, step, found):
                for score in found]
     folder = Path(log_path)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "scores.jsonl", "a", encoding="utf-8") as file:      # whole lines, from several programs at once
+    with open_to_add(folder / "scores.jsonl") as file:      # whole lines, from several programs at once
         file.write("".join(json.dumps(entry) + "\n" for entry in entries))
     text = "\n".join([
         "# Scores", "", "Rows of one table compare: they were taken as the line above it says. Rows of different "
@@ -221,12 +229,18 @@ def _read(path):
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
-            key = tuple(entry[part] for part in ("protocol", "name", "step", "source"))
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             continue
-        entries.pop(key, None)
-        entries[key] = entry
+        if _is_whole(entry):
+            key = tuple(entry[part] for part in ("protocol", "name", "step", "source"))
+            entries.pop(key, None)
+            entries[key] = entry
     return list(entries.values())
+
+
+def _is_whole(entry):
+    return (isinstance(entry, dict) and "step" in entry and isinstance(entry["step"], (int, type(None)))
+            and all(isinstance(entry.get(part), str) for part in ("protocol", "name", "source", "taken")))
 
 
 def tables(entries):

@@ -199,6 +199,10 @@ class _Interrupt:
             raise KeyboardInterrupt
         self.signal = number
 
+    def of_one(self, place):
+        """() -> whether there was a signal; never, where of several processes one would stop and the others wait."""
+        return lambda: place.world == 1 and self.signal is not None
+
     def __enter__(self):
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
@@ -243,7 +247,11 @@ def _train(config, dataset, place, folders, interrupt):
         return 0
     first = distributed.is_first()
     # before the first step: missing weights must not show after hours
-    meter = scores.Meter(config, scores.of_run(config, dataset), place) if config.metric_step else None
+    meter = scores.Meter(config, scores.of_run(config, dataset), place,
+                         interrupt.of_one(place)) if config.metric_step else None
+    if interrupt.of_one(place)():
+        say(f"interrupted before step {trainer.step + 1}; the same command starts again there")
+        return 128 + interrupt.signal
     real_images = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world)
     journal = Journal(folders.logs, config.use_tensorboard, going_on_from=trainer.step) if first else None
     progress = distributed.progress(config.total_step, "step", initial=trainer.step)
@@ -360,15 +368,15 @@ def _loop(trainer, real_images, meter, journal, progress, interrupt):
                 journal.write(step, scalars)
             progress.set_postfix_str(_summary(scalars), refresh=False)
             figures = {}
-        if measure and not stop:
-            _measure(trainer, meter, journal, progress, interrupt)
-        if (show or measure) and journal:
-            page.write_pages(folders, config)
         if save or stop:
             state = trainer.state()
             if journal:
                 checkpoint.save(state, folders.models)
                 checkpoint.prune(folders.models, config.keep_checkpoints)
+        if measure and not stop:
+            _measure(trainer, meter, journal, progress, interrupt)
+        if (show or measure) and journal:
+            page.write_pages(folders, config)
         if log:
             window = _Window()
         else:
@@ -385,8 +393,7 @@ def _loop(trainer, real_images, meter, journal, progress, interrupt):
 def _measure(trainer, meter, journal, progress, interrupt):
     """Take the metrics, write them down, and keep the checkpoint as best.pth if its fid is the best so far."""
     config, folders = trainer.config, trainer.folders
-    # alone: of several processes one might stop, and the others would wait for it
-    found = trainer.measure(meter, lambda: trainer.place.world == 1 and interrupt.signal is not None)
+    found = trainer.measure(meter, interrupt.of_one(trainer.place))
     if found is None:
         return
     if journal:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import checkpoint
+import inception
 import main
 
 MAIN = str(Path(__file__).parent.parent / "main.py")
@@ -50,6 +51,38 @@ def pictures(tmp_path):
     for number in range(12):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(folder / f"{number}.png")
     return folder
+
+
+class SmallInception(torch.nn.Module):
+    """Stands in for Inception: uint8 (B, 3, H, W) -> features (B, 16), logits (B, 10), a matter of milliseconds.
+
+    `seen` counts the pictures that passed.
+    """
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.randn(16, 3 * 8 * 8, generator=generator) / 8)
+        self.seen = 0
+
+    def forward(self, pictures):
+        self.seen += len(pictures)
+        small = torch.nn.functional.interpolate(pictures.float() / 128 - 1, (8, 8), mode="area")
+        features = torch.tanh(small.flatten(1) @ self.weight.T)             # (B, 16)
+        return features, features[:, :10]
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    """`inception.load` gives a small network that needs no weights; the list of those that it gave."""
+    nets = []
+
+    def load(weights):
+        nets.append(SmallInception())
+        return nets[-1]
+
+    monkeypatch.setattr(inception, "load", load)
+    return nets
 
 
 def lines(version):

@@ -21,7 +21,18 @@ import torch
 from PIL import Image
 
 import data_loader
-from data_loader import DATASETS, DecodedCache, Pictures, build_dataset, describe, fingerprint, real_batches
+from data_loader import (
+    DATASETS,
+    DecodedCache,
+    Pictures,
+    build_dataset,
+    describe,
+    fingerprint,
+    open_dataset,
+    part,
+    real_batches,
+    split,
+)
 from decode import decode, find_pictures
 from parameter import DataError
 
@@ -436,7 +447,7 @@ def test_the_fingerprint_is_that_of_the_pictures(tmp_path, monkeypatch):
     seen = [now()]
     assert len(seen[0]) == 64 and int(seen[0], 16)
     assert now(batch_size=2, num_workers=2, hflip=True, seed=8) == seen[0]
-    assert fingerprint(data_loader._files(folder, 16), make_config(folder)) == seen[0]  # without a cache, too
+    assert fingerprint(data_loader.pictures_in(folder, 16), make_config(folder)) == seen[0]  # without a cache, too
     monkeypatch.chdir(tmp_path)
     assert now("a") == now("b/../a") == seen[0]
 
@@ -460,6 +471,107 @@ def test_a_picture_that_vanished_has_no_fingerprint(tmp_path):
     (tmp_path / "002.png").unlink()
     with pytest.raises(DataError, match="002.png: No such file"):
         fingerprint(dataset, config)
+
+
+# ---- what is held out ----
+
+
+def numbered(count: int, files: bool = True) -> Pictures:
+    """Pictures that show their number, from a file each or from one alone."""
+    sources = [f"{index}.png" for index in range(count)] if files else ["all.bin"]
+    return Pictures(lambda index: torch.tensor(index), count, f"{count} numbers", sources)
+
+
+def numbers(dataset) -> list[int]:
+    return [int(dataset[index]) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_a_part_keeps_the_asked_order_and_the_files(files):
+    dataset = part(numbered(9, files), [7, 0, 4], "chosen")
+    assert len(dataset) == 3 and numbers(dataset) == [7, 0, 4]
+    assert dataset.sources == (["7.png", "0.png", "4.png"] if files else ["all.bin"])
+    assert dataset.summary == "3 chosen of 9 numbers"
+    again = part(dataset, [2, 0], "left")
+    assert numbers(again) == [4, 7] and again.sources == (["4.png", "7.png"] if files else ["all.bin"])
+
+
+def test_a_part_travels_to_spawned_workers(tmp_path):
+    dataset, _ = split(open_dataset(make_config(fill(tmp_path, 5))), 0.2)
+    arrived = pickle.loads(pickle.dumps(dataset))
+    assert len(arrived) == 4 and all(torch.equal(arrived[index], dataset[index]) for index in range(4))
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [
+    (10, 0.1, 1), (12, 0.1, 1), (1000, 0.1, 100), (3, 0.1, 1), (2, 0.5, 1), (19, 0.1, 2), (10, 0.5, 5), (7, 0.9, 6),
+])
+def test_the_two_parts_are_disjoint_and_together_the_whole(count, share, held):
+    trained, held_out = split(numbered(count), share)
+    assert len(held_out) == held and len(trained) == count - held
+    for dataset in (trained, held_out):
+        assert numbers(dataset) == sorted(numbers(dataset))
+        assert dataset.sources == [f"{number}.png" for number in numbers(dataset)]
+    assert sorted(numbers(trained) + numbers(held_out)) == list(range(count))
+    assert f"{held} held out of {count} numbers" == held_out.summary
+
+
+def test_a_random_share_is_held_out_the_same_one_every_time():
+    state = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    chosen = [numbers(split(numbered(1000), 0.1)[1]) for _ in range(2)]
+    assert chosen[0] == chosen[1]
+    tenths = np.histogram(chosen[0], 10, (0, 1000))[0]
+    assert tenths.min() > 2 and tenths.max() < 25, "neither the first nor the last"
+    assert len({b - a for a, b in zip(chosen[0], chosen[0][1:], strict=False)}) > 5, "nor every tenth"
+    assert set(chosen[0]) <= set(numbers(split(numbered(1000), 0.2)[1])), "a larger share holds out more of them"
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+
+
+def test_holdout_leaves_pictures_out_of_training_and_says_so(tmp_path):
+    config = make_config(fill(tmp_path, 12), holdout=0.1)
+    dataset, whole = build_dataset(config), open_dataset(config)
+    trained, held_out = split(whole, 0.1)
+    assert len(whole) == 12 and len(dataset) == 11
+    assert dataset.sources == trained.sources and set(held_out.sources) == set(whole.sources) - set(trained.sources)
+    assert all(torch.equal(dataset[index], trained[index]) for index in range(11))
+    assert describe(dataset, config) == f"folder: 11 trained on of 12 pictures in {tmp_path}"
+    assert build_dataset(make_config(tmp_path, holdout=0.1, seed=99)).sources == dataset.sources
+    assert len(build_dataset(make_config(tmp_path))) == 12
+    with pytest.raises(DataError, match="--batch_size 12 is more than the 11 trained on of 12 pictures"):
+        build_dataset(make_config(tmp_path, holdout=0.1, batch_size=12))
+
+
+def test_the_fingerprint_follows_the_trained_pictures_alone(tmp_path):
+    config, all_of_them = make_config(fill(tmp_path, 12), holdout=0.25), make_config(tmp_path)
+
+    def now(config):
+        return fingerprint(build_dataset(config), config)
+
+    first = now(config)
+    assert first == now(config) != now(all_of_them)
+    assert now(make_config(tmp_path, holdout=0.5)) not in (first, now(all_of_them))
+    trained, held_out = split(open_dataset(config), 0.25)
+    os.utime(held_out.sources[1], ns=(10**18, 10**18))
+    assert now(config) == first
+    os.utime(trained.sources[1], ns=(10**18, 10**18))
+    assert now(config) != first
+    toy = [make_config(dataset="toy", holdout=share) for share in (0.0, 0.1, 0.2)]
+    assert len({now(config) for config in toy}) == 3, "of drawn faces, too"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", [0, 2**30])
+def test_no_batch_shows_a_held_out_picture(tmp_path, monkeypatch, cache, num_workers):
+    monkeypatch.setattr(data_loader, "CACHE_BYTES", cache)
+    config = make_config(fill(tmp_path, 12), holdout=0.25, num_workers=num_workers)
+    dataset, whole = build_dataset(config), open_dataset(config)
+    assert isinstance(dataset, DecodedCache) == bool(cache)
+    _, held_out = split(whole, 0.25)
+    every, kept = (set(identities(data_loader.normalize(torch.stack([pictures[i] for i in range(len(pictures))]))))
+                   for pictures in (whole, held_out))
+    assert len(every) == 12 and len(kept) == 3
+    shown = identities(take(real_batches(config, dataset, 0, "cpu"), 18))       # 72 samples: 8 epochs
+    assert set(shown) == every - kept
+    assert set(Counter(shown).values()) == {8}
 
 
 # ---- sampling ----

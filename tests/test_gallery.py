@@ -673,6 +673,63 @@ def test_the_head_of_the_reconstructions_names_the_run_and_the_step(tmp_path):
     assert len(heads) == 3
 
 
+def strip(page, top, left, width=192, height=14):
+    """The pixels beneath a picture that are of the colour of captions, or nearly."""
+    part = page[top:top + height, left:left + width]
+    return (np.abs(part - gallery.PAGE).max(2) > 40).sum()
+
+
+def test_captions_stand_beneath_the_pictures_of_their_row(tmp_path, written):
+    levels = [[50, 60, 70], [80, 90, 100], [110, 120, 130]]
+    rows = {f"row {i}": flat(row, 32) for i, row in enumerate(levels)}
+    captions = {"row 1": ["0.25", "", "a third"]}
+    gallery.save_reconstructions(rows, tmp_path / "r.png", "fastgan", 1, captions)
+    page = read(tmp_path / "r.png")
+    boxes = [[box(page, level) for level in row] for row in levels]
+    under = [[strip(page, top + size + 3, left) for top, left, size, _ in row] for row in boxes]
+    assert under[1][0] > 10 and under[1][1] == 0 and under[1][2] > under[1][0]
+    # beneath the others are a label of the next row, in the first column alone, or nothing
+    assert under[0][1:] == [0, 0] and under[2] == [0, 0, 0]
+    assert [words for _, words in written if words in ("0.25", "a third")] == ["0.25", "a third"]
+    for (x, y), words in written:
+        if words in ("0.25", "a third"):
+            top, left, size, _ = boxes[1][0 if words == "0.25" else 2]
+            assert x == left and top + size + 8 < y < top + size + 24
+    [label] = [y for (_, y), words in written if words == "row 2"]
+    [caption] = [y for (_, y), words in written if words == "0.25"]
+    assert label - 13 - caption > boxes[2][0][0] - label > 0, "the next label is nearer to its own row"
+    gallery.save_reconstructions(rows, tmp_path / "none.png", "fastgan", 1)
+    assert read(tmp_path / "none.png").shape[0] < page.shape[0]
+
+
+def test_captions_of_the_last_row_stay_clear_of_the_legend(tmp_path, written):
+    rows = {"a": flat([50], 32), "b": flat([60], 32)}
+    gallery.save_reconstructions(rows, tmp_path / "r.png", "fastgan", 1, {"a": ["1.00"], "b": ["2.00"]}, "the legend")
+    page = read(tmp_path / "r.png")
+    places = {words: y for (_, y), words in written}
+    assert places["b"] - places["1.00"] > 14 and places["the legend"] - places["2.00"] > 14
+    assert places["the legend"] < page.shape[0] - 4
+
+
+def test_the_legend_says_what_is_asked(tmp_path, written):
+    rows = {"real": flat([50], 32)}
+    write_rows(tmp_path / "r.png", rows)
+    assert "each column belongs to one image" in [words for _, words in written]
+    del written[:]
+    gallery.save_reconstructions(rows, tmp_path / "r.png", "fastgan", 1, legend="numbers are LPIPS")
+    assert "numbers are LPIPS" in [words for _, words in written]
+    assert "each column belongs to one image" not in [words for _, words in written]
+
+
+def test_without_a_step_none_is_written(tmp_path, written):
+    write_rows(tmp_path / "r.png", {"real": flat([50], 32)}, step=0)
+    assert "step 0" in [words for _, words in written]
+    del written[:]
+    write_rows(tmp_path / "r.png", {"real": flat([50], 32)}, step=None)
+    words = [words for _, words in written]
+    assert "fastgan" in words and not any("step" in text or "None" in text for text in words)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [

@@ -1,11 +1,20 @@
-"""The distances between sets of pictures: zero for the same set, larger the worse the fake ones are."""
+"""Sets of pictures, decoded or drawn when they are asked for, and a distance between sets: zero for the same one,
+larger the worse the fake ones are.
+"""
+
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import checkpoint
+import data_loader
 import metrics
+import sampler
+from distributed import Place
 from metrics import sliced_wasserstein
+from parameter import DataError, resolve
 
 
 def noise(n, size=64, seed=0):
@@ -88,3 +97,98 @@ def test_the_floor_is_small_but_not_zero(tmp_path, monkeypatch):
     assert len(one) == len(other) == 20 and not set(one.paths) & set(other.paths)
     floor = metrics.floor(real)
     assert 0 < floor < distance(real, blurred(noise(41, seed=1)))
+
+
+# ---------------------------------------------------------------- what a generator draws
+
+
+FASTGAN = ("--model", "fastgan", "--imsize", 64, "--recon", "l1", "--vgg_weights", "random")
+
+
+@pytest.mark.parametrize(("flags", "how"), [((), None), (FASTGAN, "mix"), (FASTGAN, "gauss")],
+                         ids=["sagan", "fastgan with metadata", "other metadata than in training"])
+def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, how):
+    code, _, err = run("--version", "a", "--total_step", 1, *flags, "--dataset", "folder", "--image_path", pictures)
+    assert code == 0, err
+    again = {"version": "a", "seed": 3, "device": "cpu"} | ({"metadata_sample": how} if how else {})
+    command = [word for flag, value in again.items() for word in (f"--{flag}", value)]
+    code, _, err = run("--mode", "sample", "--num_samples", 70, *command, tiny=False)
+    assert code == 0, err
+    written = metrics.PictureFiles.below(Path("samples/a/0000001_generated_seed3"))
+    assert len(written) == 70 and len(torch.unique(written[0:70], dim=0)) == 70
+    config = resolve(again, checkpoint.saved_config)
+    place = Place(torch.device("cpu"))
+    source = sampler.open_source(config, place)
+    drawn = metrics.Drawn(source.G, source.latents, 70, 3, place.device, config.imsize)
+    assert len(drawn) == 70 and drawn[0:70].dtype == torch.uint8
+    for part in (slice(0, 70), slice(0, 64), slice(64, 70)):
+        assert torch.equal(drawn[part], written[part])
+    for part in (slice(5, 12), slice(60, 68), slice(69, 80), slice(-3, None)):
+        apart = (drawn[part].int() - written[part]).abs()
+        assert apart.max() <= 1 and apart.float().mean() < 1e-3, "but for rounding"
+    fewer = metrics.Drawn(source.G, source.latents, 6, 3, place.device, config.imsize)
+    assert len(fewer) == 6 and (fewer[0:9].int() - written[0:6]).abs().max() <= 1
+
+
+# ---------------------------------------------------------------- decoded pictures
+
+
+def decoded(folder):
+    config = resolve({"dataset": "folder", "image_path": str(folder), "imsize": 32})
+    dataset = data_loader.open_dataset(config)
+    return metrics.Decoded(dataset), dataset
+
+
+def test_a_slice_of_pictures_is_decoded_in_order(pictures):
+    found, dataset = decoded(pictures)
+    assert len(found) == 12
+    whole = torch.stack([dataset[index] for index in range(12)])
+    assert len(torch.unique(whole, dim=0)) == 12
+    for part in (slice(0, 12), slice(3, 7), slice(10, 20), slice(4, 5)):
+        assert found[part].dtype == torch.uint8 and torch.equal(found[part], whole[part])
+
+
+def test_unreadable_pictures_are_counted_and_the_first_is_named(pictures):
+    for name in ("11", "3", "9"):                       # whichever way they are sorted, the last one too
+        (pictures / f"{name}.png").write_bytes(b"<html>")
+    found, dataset = decoded(pictures)
+    damaged = [Path(path).stem in ("11", "3", "9") for path in dataset.sources]
+    first = damaged.index(True)
+    last = len(damaged) - damaged[::-1].index(True)
+    with pytest.raises(DataError) as caught:
+        found[last - 1:last]                            # whichever of them is met
+    with pytest.raises(DataError) as direct:
+        dataset[first]
+    assert str(caught.value) == f"3 of 12 pictures cannot be used; the first:\n{direct.value}"
+    assert Path(dataset.sources[first]).name in str(caught.value)
+    assert caught.value.__suppress_context__, "one error is enough"
+    assert len(found[first + 1:first + 2]) == 1, "others can still be read"
+
+
+def test_a_single_unreadable_picture_speaks_for_itself(pictures):
+    (pictures / "7.png").write_bytes(b"<html>")
+    found, dataset = decoded(pictures)
+    number = [Path(path).name for path in dataset.sources].index("7.png")
+    with pytest.raises(DataError) as direct:
+        dataset[number]
+    with pytest.raises(DataError) as caught:
+        found[0:12]
+    assert str(caught.value) == str(direct.value) and "7.png" in str(caught.value)
+
+
+def test_a_picture_that_can_be_read_the_second_time_is_named_all_the_same():
+    class Shaky:
+        """A disk that fails once."""
+        failed = False
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            if index == 1 and not self.failed:
+                self.failed = True
+                raise DataError("cannot read 1.png")
+            return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    with pytest.raises(DataError, match="^cannot read 1.png$"):
+        metrics.Decoded(Shaky())[0:3]

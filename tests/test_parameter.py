@@ -62,6 +62,30 @@ README = Path(__file__).parent.parent / "README.md"
     ("--train false --mode train", "contradict"),
     ("--config nowhere.json", "--config nowhere.json"),
     ("--parallel true --device cpu", "--parallel true: needs two or more CUDA devices"),
+    ("--metrics fdi", "--metrics: 'fdi' is not one of fid, kid, pr, is, swd, nearest, lpips, cost; did you mean fid?"),
+    ("--metrics fid,lpip", "did you mean lpips?"),
+    ("--metrics fid,", "--metrics: '' is not one of"),
+    ("--pretrained_model bset", "--pretrained_model: 'bset' is neither a step nor best"),
+    ("--pretrained_model 0", "--pretrained_model 0: must be at least 1"),
+    ("--fake_dir x", "--fake_dir x: is for --mode evaluate"),
+    ("--mode sample --real_dir x", "--real_dir x: is for --mode evaluate"),
+    ("--metric_step 5 --metrics fid,lpips", "--metrics fid,lpips: lpips cannot be taken during training"),
+    ("--metric_step 5 --metrics cost", "--metrics cost: cost cannot be taken during training, only by --mode ev"),
+    ("--metric_step 5 --metrics nearest,swd,cost", "nearest and cost cannot be taken during training"),
+    ("--mode evaluate --fake_dir x --metrics fid,lpips,cost", "lpips and cost cannot be taken of --fake_dir"),
+    ("--mode evaluate --fake_dir x --real_dir y --metrics lpips", "lpips cannot be taken of --fake_dir"),
+    ("--model fastgan --mode evaluate --against baseline", "--against baseline: compares what runs cost; add"),
+    ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
+    ("--model fastgan --mode evaluate --metrics cost --against sagan", "--against: 'sagan' is not one of baseline"),
+    ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
+    ("--mode evaluate --fake_dir x --imsize 15", "--imsize 15: must be from 16 to 4096 with --fake_dir"),
+    ("--mode evaluate --fake_dir x --real_dir y --imsize 4097", "--imsize 4097: must be from 16 to 4096"),
+    ("--mode evaluate --imsize 100", "--imsize 100: must be 32, 64, 128 or 256"),
+    ("--metric_step -1", "--metric_step -1: must be at least 0"),
+    ("--num_eval 1", "--num_eval 1: must be at least"),
+    ("--backtrack_steps 0", "--backtrack_steps 0: must be at least 1"),
+    ("--holdout 0.6", "--holdout 0.6: must be at most 0.5"),
+    ("--holdout nan", "--holdout nan: give a number"),
 ])
 def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     code, out, err = run(*flags.split(), tiny=False)
@@ -221,3 +245,106 @@ def test_readme_and_help_list_the_same_flags_and_defaults(run, capsys):
     for name, flag in flags.items():
         assert f"--{name} " in shown
         assert documented[name].strip("`") == (parameter.defaults(flag) or "–"), name
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def saved(**settings):
+    """find_saved(folder) of a run that was started with these."""
+    config = json.loads(parameter.as_json(resolve({"version": "a", **settings})))
+    return lambda folder: config
+
+
+def test_metrics_and_the_checkpoint_are_named_by_words():
+    typed = parameter.parse(["--metrics", "kid,fid,kid", "--pretrained_model", "best"])
+    assert typed == {"metrics": ("kid", "fid"), "pretrained_model": "best"}
+    assert resolve(typed).pretrained_model == "best"
+    assert parameter.parse(["--pretrained_model", "5000"]) == {"pretrained_model": 5000}
+    assert resolve({}).metrics == ("fid", "kid", "pr", "is") and resolve({}).metric_step == 0
+
+
+@pytest.mark.parametrize("flags", [
+    {"mode": "evaluate", "metrics": ("lpips", "nearest", "cost"), "metric_step": 5},    # metric_step is the run's
+    {"metrics": ("lpips",)},                                    # a training that takes none
+    {"metrics": ("fid", "kid", "pr", "is", "swd"), "metric_step": 5},
+    {"mode": "evaluate", "metrics": ("fid", "kid", "pr", "is", "swd", "nearest"), "fake_dir": "x", "dataset": "toy"},
+    {"model": "fastgan", "mode": "evaluate", "metrics": ("cost",), "against": "baseline"},
+    {"model": "fastgan", "mode": "evaluate", "metrics": ("lpips",), "backtrack_metadata": True},
+])
+def test_metrics_that_fit_are_taken(flags):
+    assert resolve(flags).metrics == flags["metrics"]
+
+
+def test_cost_is_measured_by_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="--metrics cost: is measured on one device"):
+        resolve({"mode": "evaluate", "metrics": ("fid", "cost")})
+    assert resolve({"mode": "evaluate"}).metrics and resolve({"metrics": ("cost",)}).mode == "train"
+
+
+def test_how_it_is_measured_is_the_runs_but_evaluate_takes_the_usual_metrics():
+    find = saved(metric_step=7, num_eval=99, metrics=("kid",), inception_weights="random")
+    config = resolve({"version": "a"}, find)
+    assert (config.metric_step, config.num_eval, config.metrics) == (7, 99, ("kid",))
+    assert config.inception_weights == "random"
+    config = resolve({"version": "a", "mode": "evaluate"}, find)
+    assert (config.num_eval, config.metrics) == (99, ("fid", "kid", "pr", "is"))
+    assert resolve({"version": "a", "mode": "evaluate", "metrics": ("swd",)}, find).metrics == ("swd",)
+    assert resolve({"version": "a", "metrics": ("swd",), "metric_step": 0}, find).metric_step == 0
+
+
+def test_what_was_held_out_stays_held_out():
+    assert resolve({"version": "a"}, saved(holdout=0.1)).holdout == 0.1
+    for mode in ("train", "evaluate"):
+        with pytest.raises(UsageError, match="--holdout 0.2: run 'a' was started with 0.1"):
+            resolve({"version": "a", "holdout": 0.2, "mode": mode}, saved(holdout=0.1))
+        with pytest.raises(UsageError, match="--holdout 0.1: run 'a' was started with 0.0"):
+            resolve({"version": "a", "holdout": 0.1, "mode": mode}, saved())
+    before = saved()(None)
+    del before["holdout"]                                       # of a program that had no such flag: it held out none
+    assert resolve({"version": "a"}, lambda folder: before).holdout == 0
+
+
+@pytest.mark.parametrize(("settings", "mode", "refused"), [
+    ({"model": "fastgan"}, "train", True),
+    ({"model": "fastgan"}, "evaluate", False),
+    ({"model": "fastgan"}, "sample", False),
+    ({"model": "fastgan", "metadata": False}, "train", False),
+    ({}, "train", False),
+    ({}, "evaluate", False),
+])
+def test_vgg_weights_are_fixed_where_metadata_come_from_them(settings, mode, refused):
+    typed = {"version": "a", "vgg_weights": "random", "mode": mode}
+    if refused:
+        with pytest.raises(UsageError, match="--vgg_weights random: run 'a' was started with imagenet"):
+            resolve(typed, saved(**settings))
+    else:
+        assert resolve(typed, saved(**settings)).vgg_weights == "random"
+    assert resolve({"version": "a", "mode": mode}, saved(**settings)).vgg_weights == "imagenet"
+
+
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
+def test_a_saved_sagan_of_before_it_had_vgg_weights_still_resolves(mode):
+    before = {**saved()(None), "vgg_weights": None}
+    assert resolve({"version": "a", "mode": mode}, lambda folder: before).vgg_weights == "imagenet"
+
+
+@pytest.mark.parametrize("imsize", [None, 16, 100, 4096])
+def test_two_folders_need_no_run_no_data_set_and_no_size_of_a_model(imsize):
+    def find(folder):
+        raise AssertionError("a run was looked for")
+
+    flags = {"mode": "evaluate", "dataset": "folder", "fake_dir": "x", "real_dir": "y"}
+    assert resolve({**flags, **({"imsize": imsize} if imsize else {})}, find).imsize == imsize
+
+
+def test_a_folder_against_a_runs_data_set_takes_size_and_data_from_the_run():
+    find = saved(dataset="folder", image_path="faces", imsize=128)
+    flags = {"version": "a", "mode": "evaluate", "fake_dir": "x"}
+    config = resolve(flags, find)
+    assert (config.imsize, config.image_path, config.dataset) == (128, "faces", "folder")
+    assert resolve({**flags, "imsize": 50}, find).imsize == 50, "its own size may be another"
+    assert resolve(flags).imsize is None
+    with pytest.raises(UsageError, match="--image_path DIR"):
+        resolve({**flags, "dataset": "folder"})

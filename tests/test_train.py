@@ -1,5 +1,7 @@
 """The real command at a tiny size: what it writes, that it goes on exactly, how it ends."""
 
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -12,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, TINY, assert_same_state, lines, state, torchrun
+from conftest import MAIN, TINY, SmallInception, assert_same_state, lines, state, torchrun
 from PIL import Image
 
 import checkpoint
+import inception
+import metrics
 import trainer
 
 
@@ -411,3 +415,248 @@ distributed.stop()
     result = torchrun(script)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "checked\n"
+
+
+# ---------------------------------------------------------------------------------------- measurements in training
+
+
+def measuring(pictures, *flags):
+    """Flags of a run on the 12 pictures that takes a FID of 8 samples every other step."""
+    return ("--dataset", "folder", "--image_path", pictures, "--metric_step", 2, "--num_eval", 8, "--metrics", "fid",
+            "--log_step", 100, *flags)
+
+
+def scored(version):
+    return {line["step"]: line["fid"] for line in lines(version) if "fid" in line}
+
+
+@pytest.fixture(autouse=True)
+def a_quick_swd(monkeypatch):
+    quick = functools.partial(metrics.sliced_wasserstein, count=2048, directions=64)
+    monkeypatch.setattr(metrics, "sliced_wasserstein", quick)
+
+
+@pytest.fixture
+def fids(monkeypatch, small_inception):
+    """fids(5, 3, ...): the next measurements give these."""
+    coming = []
+    monkeypatch.setattr(inception, "distances", lambda *_: {"fid": float(coming.pop(0))})
+    return lambda *values: coming.extend(values)
+
+
+def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_inception, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write_pages(folders, config):
+        pages.append(max(scored(config.version)))
+
+    pages = []
+    monkeypatch.setattr(trainer.page, "write_pages", write_pages)
+    code, out, _ = run(*measuring(pictures), "--version", "a", "--total_step", 5, "--use_tensorboard", "true",
+                       "--metrics", "fid,kid,pr,is,swd")
+    assert code == 0
+    found = [line for line in lines("a") if "protocol" in line]
+    names = {"fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std"}
+    assert [(line["step"], line.keys() - {"step", "protocol", "source"}) for line in found] == [
+        (step, values) for step in (2, 4, 5) for values in (names, {"swd"})]
+    for line in found:
+        assert "8 samples at 32 px" in line["protocol"] and "all 12 pictures of folder pictures" in line["protocol"]
+        assert line["source"] == "G_ema, seed 0"
+    assert len({line["protocol"] for line in found}) == 2
+    assert found[0]["fid"] != found[2]["fid"] and f"step 4: fid {found[2]['fid']:.4g}, kid " in out
+    (net,) = small_inception
+    assert net.seen == 12 + 3 * 8, "the reference once"
+    events = EventAccumulator("logs/a").Reload()
+    assert [event.step for event in events.Scalars("fid")] == [2, 4, 5]
+    assert [event.value for event in events.Scalars("swd")] == pytest.approx([line["swd"] for line in found[1::2]])
+    tags = {tag for kind in events.Tags().values() if isinstance(kind, list) for tag in kind}
+    assert names <= tags and not any(word in tag for tag in tags for word in ("protocol", "source"))
+    assert "| a   |    4 |" in Path("logs/scores.md").read_text(encoding="utf-8")
+    assert pages == [2, 4, 5], "the page shows a measurement at once"
+
+
+def test_measuring_changes_no_weight(run, pictures, small_inception):
+    quiet = ("--dataset", "folder", "--image_path", pictures, "--total_step", 4)
+    run(*quiet, "--version", "quiet")
+    run(*measuring(pictures), *quiet, "--version", "loud", "--metrics", "fid,kid,pr,is,swd")
+    assert len(scored("loud")) == 2 and not scored("quiet")
+    assert_same_state(state("quiet", 4), state("loud", 4))
+
+
+def test_a_measured_number_is_that_of_the_checkpoint_of_this_step(run, pictures, small_inception):
+    run(*measuring(pictures), "--version", "a", "--total_step", 3)
+    run(*measuring(pictures), "--version", "b", "--total_step", 2, "--metric_step", 0)
+    measured = [line for line in lines("a") if "fid" in line]
+    assert [line["step"] for line in measured] == [2, 3], "the first beside no checkpoint"
+    for version, line in zip("ba", measured, strict=True):
+        code, _, _ = run("--version", version, "--mode", "evaluate", "--metrics", "fid", "--device", "cpu", tiny=False)
+        assert code == 0 and lines(version)[-1] == line
+
+
+def test_best_pth_is_the_checkpoint_of_the_lowest_fid_and_is_not_pruned(run, pictures, fids):
+    run("--dataset", "folder", "--image_path", pictures, "--version", "straight", "--total_step", 6,
+        "--model_save_step", 4)
+    fids(5, 3, 4)
+    run(*measuring(pictures), "--version", "a", "--total_step", 6, "--model_save_step", 1, "--keep_checkpoints", 1)
+    assert scored("a") == {2: 5, 4: 3, 6: 4}
+    assert sorted(os.listdir("models/a")) == [".lock", "0000006.pth", "best.pth", "config.json"]
+    best = checkpoint.load("models/a/best.pth")
+    assert best.pop("best") == checkpoint.best_score("models/a") == {
+        "fid": 3, "source": "G_ema, seed 0", "protocol": lines("a")[0]["protocol"]}
+    assert_same_state(best, state("straight", 4))
+
+
+def test_best_pth_is_sampled_and_evaluated(run, pictures, fids):
+    fids(5, 3, 4, 2)
+    run(*measuring(pictures), "--version", "a", "--total_step", 6, "--model_save_step", 2)
+    code, _, _ = run("--version", "a", "--train", "false", "--pretrained_model", "best", "--num_samples", 2, tiny=False)
+    assert code == 0 and Path("samples/a/0000004_generated_seed0/000001.png").exists()
+    code, out, _ = run("--version", "a", "--mode", "evaluate", "--pretrained_model", "best", "--metrics", "fid",
+                       "--device", "cpu", tiny=False)
+    assert code == 0 and "evaluating 'a' at step 4" in out and lines("a")[-1]["fid"] == 2
+    assert checkpoint.best_score("models/a")["fid"] == 3, "its own score does not replace it"
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_scored_is_scored_all_the_same(run, pictures, fids, monkeypatch):
+    def prune(*_):
+        os.replace("models/a/0000002.pth", "models/a/0000003.pth")
+        return {"fid": 1.0}
+
+    run(*measuring(pictures), "--version", "a", "--total_step", 2, "--metric_step", 0)
+    monkeypatch.setattr(inception, "distances", prune)
+    code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu", tiny=False)
+    assert code == 0 and lines("a")[-1]["fid"] == 1 and checkpoint.best_score("models/a") is None
+
+
+def test_a_run_goes_on_from_its_best(run, pictures, fids):
+    fids(5, 3, 4)
+    run(*measuring(pictures), "--version", "a", "--total_step", 6, "--model_save_step", 2)
+    fids(3.5)
+    code, out, _ = run("--version", "a", "--total_step", 5, "--pretrained_model", "best", tiny=False)
+    assert code == 0 and "going on with 'a' from step 4" in out
+    assert "(0000006.pth) moved to models/a/superseded" in out
+    assert checkpoint.steps_in("models/a") == [2, 4, 5] and checkpoint.steps_in("models/a/superseded") == [6]
+    assert scored("a") == {2: 5, 4: 3, 5: 3.5}
+    assert checkpoint.load("models/a/best.pth")["step"] == 4
+
+
+def test_a_run_of_which_only_the_best_is_left_is_still_this_run(run, pictures, fids):
+    """It went back to its best, whose own checkpoint was pruned, and was killed before the next one."""
+    fids(5, 3, 4, 6)
+    run(*measuring(pictures), "--version", "a", "--total_step", 6, "--keep_checkpoints", 1)
+    best = checkpoint.load("models/a/best.pth")
+    os.remove("models/a/0000006.pth")
+    os.remove("models/a/config.json")
+    for flags in ((), ("--pretrained_model", "best")):
+        code, _, _ = run("--version", "a", "--train", "false", "--num_samples", 2, *flags, tiny=False)
+        assert code == 0 and Path("samples/a/0000004_generated_seed0/000001.png").exists()
+        shutil.rmtree("samples/a/0000004_generated_seed0")
+    code, out, _ = run("--version", "a", "--total_step", 5, tiny=False)
+    assert code == 0 and "going on with 'a' from step 4" in out
+    assert state("a", 5)["samples_seen"] == best["samples_seen"] + 4
+
+
+def test_a_resumed_run_keeps_a_best_that_is_better(run, pictures, fids):
+    fids(5, 3)
+    run(*measuring(pictures), "--version", "a", "--total_step", 4)
+    fids(3.5, 2)
+    run("--version", "a", "--total_step", 6, tiny=False)
+    assert checkpoint.load("models/a/best.pth")["step"] == 4 and checkpoint.best_score("models/a")["fid"] == 3
+    run("--version", "a", "--total_step", 8, tiny=False)
+    assert checkpoint.load("models/a/best.pth")["step"] == 8 and checkpoint.best_score("models/a")["fid"] == 2
+    fids(90)
+    run("--version", "a", "--total_step", 10, "--num_eval", 9, tiny=False)
+    assert checkpoint.best_score("models/a")["fid"] == 90, "of another protocol: the new one counts"
+
+
+def test_going_back_before_the_best_sets_it_aside(run, pictures, fids):
+    fids(5, 3, 4)
+    run(*measuring(pictures), "--version", "a", "--total_step", 6, "--model_save_step", 2)
+    fids(50)
+    code, out, _ = run("--version", "a", "--total_step", 4, "--pretrained_model", 2, tiny=False)
+    assert code == 0 and "(0000004.pth, 0000006.pth, best.pth) moved to models/a/superseded" in out
+    assert checkpoint.best_score("models/a/superseded")["fid"] == 3
+    assert checkpoint.best_score("models/a")["fid"] == 50, "nothing better is left of this run"
+
+
+def test_a_damaged_best_is_no_best(run, pictures, fids):
+    fids(5, 6)
+    run(*measuring(pictures), "--version", "a", "--total_step", 2)
+    Path("models/a/best.pth").write_bytes(b"<html>quota</html>")
+    code, _, err = run("--version", "a", "--pretrained_model", "best", "--train", "false", tiny=False)
+    assert code == 5 and "best.pth is damaged" in err and "Traceback" not in err
+    code, _, _ = run("--version", "a", "--total_step", 4, tiny=False)
+    assert code == 0 and checkpoint.best_score("models/a")["fid"] == 6
+
+
+def test_a_best_that_is_not_there_ends_with_5(run, pictures):
+    run("--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 1)
+    before = sorted(Path().rglob("*"))
+    for version, mode in itertools.product("ab", ("train", "sample", "evaluate", "interpolate")):
+        code, _, err = run("--version", version, "--mode", mode, "--pretrained_model", "best", "--device", "cpu",
+                           "--dataset", "folder", "--image_path", pictures, "--imsize", 32, "--batch_size", 4,
+                           tiny=False)
+        assert code == 5 and len(err.strip().splitlines()) <= 2, err
+        assert f"--pretrained_model best: there is no models/{version}/best.pth" in err and "--metric_step" in err
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_missing_weights_without_a_network_end_it_before_the_first_step(run, pictures, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("Temporary failure in name resolution")
+
+    monkeypatch.setenv("TORCH_HOME", str(pictures.parent / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    code, out, err = run(*measuring(pictures), "--version", "a", "--total_step", 3, "--log_step", 1)
+    assert code == 3 and "Traceback" not in err
+    last = err.strip().splitlines()[-2:]
+    assert last[0].startswith("error: --inception_weights standard: ") and "name resolution" in last[0]
+    assert "`bash download.sh Inception`" in last[1] and "--metrics swd" in last[1]
+    assert checkpoint.steps_in("models/a") == [] and not Path("logs/a/metrics.jsonl").exists()
+    code, _, _ = run(*measuring(pictures), "--version", "a", "--total_step", 1, "--metrics", "swd")
+    assert code == 0 and lines("a")[-1]["swd"] > 0 and not Path("models/a/best.pth").exists()
+
+
+def test_too_few_pictures_for_a_metric_end_it_before_the_first_step(run, pictures, small_inception):
+    flags = (*measuring(pictures), "--version", "a", "--total_step", 9, "--model_save_step", 1, "--batch_size", 1)
+    code, _, err = run(*flags, "--metrics", "pr", "--num_eval", 3)
+    assert code == 3 and "3 generated pictures: --metrics pr need 4" in err and checkpoint.steps_in("models/a") == []
+    for number in range(3, 12):
+        (pictures / f"{number}.png").unlink()
+    code, _, err = run(*flags, "--metrics", "pr")
+    assert code == 3 and "3 real pictures: --metrics pr need 4" in err and checkpoint.steps_in("models/a") == []
+    assert not small_inception
+
+
+@pytest.mark.parametrize(("when", "number", "code"), [
+    ("scoring", signal.SIGINT, 130), ("reference", signal.SIGTERM, 143)])
+def test_a_signal_ends_a_measurement_soon_and_saves(run, pictures, small_inception, monkeypatch, when, number, code):
+    def kill_and_look(net, part):
+        if part is not None and net.seen == (4 if when == "reference" else 12 + 4):
+            os.kill(os.getpid(), number)
+        return forward(net, part)
+
+    forward = SmallInception.forward
+    monkeypatch.setattr(SmallInception, "forward", kill_and_look)
+    monkeypatch.setattr(inception, "CHUNK", 4)
+    before = signal.getsignal(number)
+    found, out, err = run(*measuring(pictures), "--version", "a", "--total_step", 9, "--num_eval", 40)
+    assert found == code and "Traceback" not in err and signal.getsignal(number) == before
+    if when == "reference":
+        assert small_inception[0].seen == 8 and "interrupted before step 1" in out
+        assert checkpoint.steps_in("models/a") == [] and not Path("cache/reference").exists()
+    else:
+        assert small_inception[0].seen == 12 + 8, "the chunk that it was at is the last"
+        assert "step 3 is saved" in out and checkpoint.steps_in("models/a") == [3]
+        assert not scored("a") and not Path("logs/scores.jsonl").exists() and not Path("models/a/best.pth").exists()
+
+
+def test_how_it_is_measured_is_taken_over_when_a_run_goes_on_but_not_which_metrics_evaluate_takes(
+        run, pictures, small_inception):
+    run(*measuring(pictures), "--version", "a", "--total_step", 2, "--metrics", "kid")
+    run("--version", "a", "--total_step", 4, tiny=False)
+    found = [line for line in lines("a") if "protocol" in line]
+    assert [line["step"] for line in found] == [2, 4] and found[0]["protocol"] == found[1]["protocol"]
+    assert [line.keys() for line in found] == [{"step", "kid", "kid_std", "protocol", "source"}] * 2
+    code, _, _ = run("--version", "a", "--mode", "evaluate", "--device", "cpu", tiny=False)
+    assert code == 0 and {"fid", "kid", "precision", "inception_score"} < lines("a")[-1].keys()

@@ -1,0 +1,93 @@
+"""What a step costs: two models timed in turn, memory in a process of its own."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lines
+
+import cost
+from distributed import Place
+from parameter import Config, DataError, parse, resolve
+
+ALONE = Place(torch.device("cpu"))
+SMALL = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(cost, "SECONDS", 0.1)
+    monkeypatch.setattr(cost, "TURN", 0.01)
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_against_the_baseline_in_one_table(run, pictures, quick):
+    run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
+        "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
+    code, out, err = run("--version", "f", "--mode", "evaluate", "--metrics", "cost", "--against", "baseline",
+                         tiny=False)
+    assert code == 0, err
+    own, baseline = lines("f")[-2:]
+    more = own["g_parameters"] - baseline["baseline/g_parameters"]
+    assert more == 3 * 98 + 512 * 8, "three masks of 2 x 7 x 7, and W of 512 x 8"
+    assert own["d_parameters"] == baseline["baseline/d_parameters"]
+    assert own["sec_per_1000_steps"] > 0 and own["peak_memory_mib"] > 1
+    assert own["time_ratio_low"] <= own["time_ratio"] <= own["time_ratio_high"]
+    assert own["protocol"] == baseline["protocol"] and "64 px, batch 4" in own["protocol"]
+    assert "sec_per_1000_steps" in Path("logs/scores.md").read_text() and "time_ratio" in out
+    saved = json.loads(Path("models/f/config.json").read_text())
+    assert saved["slae"] and saved["metadata"], "measuring changes no run"
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_networks_and_not_of_this_process():
+    ballast = torch.ones(64 * 2**20)                    # 256 MiB, which are none of theirs
+
+    def peak(batch):
+        config = resolve(parse([*SMALL, "--imsize", "64", "--batch_size", str(batch)]))
+        return cost.peak_memory(config, None, ALONE)
+
+    few, many = peak(2), peak(64)
+    images = 64 * 3 * 64 * 64 * 4
+    assert few < 2**28 and many > few + 4 * images and ballast[0] == 1
+
+
+def test_a_mistake_in_the_other_process_is_told_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(parse(["--model", "fastgan", "--metadata", "false", "--recon", "lpips", "--vgg_weights", "random",
+                            "--imsize", "64", "--device", "cpu"]))
+    broken = tmp_path / "w.pth"
+    broken.write_bytes(b"no weights")
+    config = Config.of({**vars(config), "vgg_weights": str(broken)})
+    with pytest.raises(DataError, match="holds no state dict"):
+        cost.peak_memory(config, None, ALONE)
+
+
+def test_sides_take_turns_and_the_order_changes(quick, monkeypatch):
+    order = []
+
+    class Side:
+        def __init__(self, name, seconds):
+            self.name, self.each, self.seconds = name, seconds, []
+
+        def run(self, steps):
+            order.append(self.name)
+            return self.each
+
+    sides = [Side("a", 0.3), Side("b", 0.1)]
+    monkeypatch.setattr(cost, "SECONDS", 0)
+    assert cost.alternate(sides) == 1
+    assert order[:3] == ["a", "b", "a"], "warm-up of both, then how long a turn is"
+    turns = order[3:]
+    assert len(turns) == 2 * cost.LEAST and turns[:4] == ["b", "a", "a", "b"]
+    assert cost.ratios(*sides) == pytest.approx([3, 3, 3])
+
+
+def test_cost_needs_no_pictures(run, pictures, quick, monkeypatch):
+    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
+    shutil.rmtree(pictures)
+    monkeypatch.setattr(cost, "peak_memory", lambda *_: 2**20)
+    code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "cost", tiny=False)
+    assert code == 0 and lines("a")[-1]["peak_memory_mib"] == 1
