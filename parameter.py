@@ -508,7 +508,7 @@ def validate(values):
     world = _processes()
     if world > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
         raise UsageError("--metrics cost: is measured on one device; start it without torchrun and --parallel")
-    if values["batch_size"] % world:
+    if values["batch_size"] % world and values["mode"] == "train":
         raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of the {world} processes")
     _check_device(values)
 

@@ -700,11 +700,17 @@ def test_a_band_reaches_one_deviation_up_and_down(chromium, measured):
 
 
 @pytest.mark.browser
-def test_how_figures_were_measured_stands_below_them(chromium, measured):
+def test_how_figures_were_measured_is_numbered_below_them(chromium, measured):
     chromium.open(measured.path)
     told = f"[...{CHART}.querySelectorAll('.protocol')].map(p => p.textContent)"
-    assert chromium.js(told, "fid") == [f"other; {HOSTILE_PROTOCOL}", "G_ema, seed 0; P"]   # the newest first
-    assert chromium.js(told, "kid") == ["G_ema, seed 0; P"] and chromium.js(told, "lpips") == ["D; VGG"]
+    protocols = chromium.js("[...document.querySelectorAll('#protocols li')].map(p => p.textContent)")
+    assert len(protocols) == len(set(protocols)), "each once, however many charts share it"
+    one, other, third = (protocols.index(protocol) + 1 for protocol in (HOSTILE_PROTOCOL, "P", "VGG"))
+    assert one == 1, "in the order of the charts"
+    assert chromium.js(told, "fid") == [f"other, measured as {one}", f"G_ema, seed 0, measured as {other}"]
+    assert chromium.js(told, "kid") == [f"G_ema, seed 0, measured as {other}"]
+    assert chromium.js(told, "lpips") == [f"D, measured as {third}"]
+    assert chromium.js(f"{CHART}.querySelector('.protocol').title", "fid") == HOSTILE_PROTOCOL
     marks = chromium.js(f"[...{CHART}.querySelectorAll('ul')].map(u => "
                         "getComputedStyle(u.querySelector('li'), '::before').backgroundColor)", "fid")
     lines = chromium.js(f"[...{CHART}.querySelectorAll('.line')].map(p => getComputedStyle(p).stroke)", "fid")
