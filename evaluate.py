@@ -38,7 +38,9 @@ OTHERWISE = "--metrics without nearest and lpips"
 
 def evaluate(config, place):
     """Take `--metrics` and write them down. Returns exit code 0. Raises CheckpointError, DataError, UsageError."""
-    return _evaluate_folder(config, place) if config.fake_dir else _evaluate_run(config, place)
+    code = _evaluate_folder(config, place) if config.fake_dir else _evaluate_run(config, place)
+    distributed.barrier()           # one that leaves while another still receives can abort it
+    return code
 
 
 # ----------------------------------------------------------------------------------------------------------- a run
