@@ -1,5 +1,5 @@
 # make demo    set up .venv, train on toy faces, say where to look
-# make test    set up .venv, run the whole suite
+# make test    set up .venv, run the whole suite, a process and a thread for each core
 # make lint    ruff over everything
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(PY) main.py --dataset toy --imsize 32 --preset cpu --version demo --total_step 5000 --sample_step 250
 
 test: .venv/ready-for-tests
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/ready-for-tests
 	$(PY) -m ruff check .
