@@ -151,7 +151,14 @@ def _reference(config, imsize):
         _note_others(config.real_dir, "--real_dir", imsize)
         return reference
     sized = Config.of({**vars(config), "imsize": imsize})
-    return scores.of_run(sized, data_loader.build_dataset(sized))
+    try:
+        return scores.of_run(sized, data_loader.build_dataset(sized))
+    except DataError as error:
+        if not config.fake_dir:
+            raise
+        problem = str(error).splitlines()[0]
+        raise DataError(f"{problem}\nname the real pictures with --real_dir DIR, or a run that has them with "
+                        "--version") from None
 
 
 def _sizes(folder):

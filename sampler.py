@@ -54,7 +54,7 @@ def open_source(config, place):
     folders = utils.RunFolders.of(config)
     state = checkpoint.load_asked(folders.models, config.pretrained_model)
     if state is None:
-        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to sample from.\n"
+        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to draw from.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")
     G, _ = FAMILIES[config.model].build(config)
     G.load_state_dict(state["G_ema"])

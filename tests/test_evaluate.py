@@ -197,6 +197,11 @@ def test_a_folder_is_scored_against_a_runs_data_set(run, folders, pictures, smal
     assert code == 0 and "all 12 pictures of folder pictures" in scored()[-1]["protocol"]
 
 
+def test_a_folder_without_anything_to_compare_with_is_told_how_to_name_it(run, folders):
+    code, _, err = run("--mode", "evaluate", "--fake_dir", "fake", tiny=False)
+    assert code == 3 and "data/CelebA" in err and "--real_dir DIR" in err and len(err.strip().splitlines()) == 2
+
+
 def test_real_pictures_of_other_sizes_are_cut_as_in_training_and_counted(run, folders, small_inception):
     Image.new("RGB", (80, 50), "red").save("real/wide.png")
     code, out, _ = run("--mode", "evaluate", *FOLDERS, "--metrics", "fid", tiny=False)
