@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import checkpoint
 from distributed import say
-from parameter import CheckpointError, DataError
+from failures import CheckpointError, DataError
 from utils import write_atomically
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from parameter import CheckpointError
+from failures import CheckpointError
 from utils import write_atomically
 
 # What torch.load and zipfile raise on damaged files (truncated, overwritten, a page of HTML, ...).

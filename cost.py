@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import distributed
-from parameter import Config, Failure
+from failures import Failure
+from parameter import Config
 from scores import Score
 from trainer import Trainer
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import toy_faces
 from decode import decode, find_pictures, planes, read_picture, to_tensor
-from parameter import DataError
+from failures import DataError
 
 CELEBA_CROP = 160  # pixels: the face in an aligned 178x218 CelebA picture, cropped as published
 TOY_LENGTH = 4096  # faces

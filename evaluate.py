@@ -24,8 +24,9 @@ import scores
 import vgg
 from decode import picture_size
 from distributed import say
+from failures import DataError
 from journal import Journal
-from parameter import DURING_TRAINING, OF_FOLDERS, Config, DataError
+from parameter import DURING_TRAINING, OF_FOLDERS, Config
 from scores import Score
 from utils import write_atomically
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import distributed
-from parameter import DataError, UsageError
+from failures import DataError, UsageError
 from weights import Published
 
 FILE = Published(

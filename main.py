@@ -15,7 +15,7 @@ import errno
 import sys
 
 import parameter
-from parameter import CheckpointError, Failure
+from failures import CheckpointError, Failure
 
 
 def main(argv):

@@ -14,7 +14,7 @@ import vgg
 from cache import Cache
 from data_loader import fingerprint, normalize
 from distributed import after_first, progress, say
-from parameter import DataError
+from failures import DataError
 
 MAX_ROWS = 4096         # in a bank: 4 MB of a checkpoint
 PROCEDURE = 1           # to be raised when `_extract`, or how pictures are decoded, changes: caches are made anew

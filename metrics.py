@@ -18,7 +18,7 @@ from PIL import Image
 
 import gallery
 import utils
-from parameter import DataError
+from failures import DataError
 
 DECODERS = 4                # threads; Pillow lets them run beside each other
 

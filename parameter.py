@@ -1,9 +1,9 @@
-"""Every flag of the program, the presets, and the checks on them; also the exit codes.
+"""Every flag of the program, the presets, and the checks on them.
 
     typed  = parse(argv)              what the user wrote, nothing else
     config = resolve(typed, find)     command line > --config > the run's own saved config > preset > default
 
-A `Config` is read-only from then on. This room imports no other.
+A `Config` is read-only from then on.
 """
 
 import argparse
@@ -16,42 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-class Failure(Exception):
-    """Ends the program with `code` and the message, one or two lines, instead of a traceback."""
-
-    code = 1
-
-
-class UsageError(Failure):
-    """A flag that is wrong or does not fit the others."""
-
-    code = 2
-
-
-class DataError(Failure):
-    """Training pictures that are missing, unreadable or too few."""
-
-    code = 3
-
-
-class NonFiniteError(Failure):
-    """A loss became NaN or infinite."""
-
-    code = 4
-
-
-class CheckpointError(Failure):
-    """A checkpoint that cannot be read, or a disk that cannot be written."""
-
-    code = 5
-
-
-class LockedError(Failure):
-    """Another process is training in this run's folder."""
-
-    code = 6
-
+from failures import UsageError
 
 # ---------------------------------------------------------------------------------------------------- converters
 

@@ -20,9 +20,9 @@ import gallery
 import page
 import utils
 from distributed import say
+from failures import CheckpointError, UsageError
 from families import FAMILIES
 from metadata import Bank, Latents
-from parameter import CheckpointError, UsageError
 
 FRAMES_PER_SECOND = 20
 FRAMES_PER_LEG = 30             # of the walk from one latent to the next

@@ -19,8 +19,9 @@ import inception
 import metrics
 from cache import Cache
 from distributed import say
+from failures import DataError
 from journal import open_to_add
-from parameter import Config, DataError
+from parameter import Config
 from utils import write_atomically
 
 PROCEDURE = 1           # to be raised when how reference features are taken changes: caches are made anew

@@ -24,10 +24,11 @@ import utils
 from data_loader import normalize, real_batches
 from diffaug import augment
 from distributed import say
+from failures import LockedError, NonFiniteError
 from families import FAMILIES, View
 from journal import Journal
 from metrics import Drawn
-from parameter import RUN_SETTINGS, LockedError, NonFiniteError, as_json
+from parameter import RUN_SETTINGS, as_json
 from spectral import power_iterate, shared_weights
 
 RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all

@@ -8,7 +8,7 @@ numbers from the global state, most of them for a classifier that nobody asks fo
 import torch
 from torch import nn
 
-from parameter import DataError, UsageError
+from failures import DataError, UsageError
 from weights import Published
 
 WIDTH = 512                                             # channels of the layers below

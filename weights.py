@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from distributed import is_first, say
-from parameter import DataError, UsageError
+from failures import DataError, UsageError
 
 _TIMEOUT = 30                                           # seconds without a byte before a download is given up
 # What torch.load raises on files that are damaged, or no tensors at all.

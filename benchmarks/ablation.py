@@ -33,7 +33,7 @@ import data_loader  # noqa: E402
 import metrics  # noqa: E402
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
-from parameter import DataError, Failure, LockedError, UsageError  # noqa: E402
+from failures import CheckpointError, DataError, Failure, LockedError, UsageError  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
 from utils import lock_folder, write_atomically  # noqa: E402
 
@@ -433,7 +433,7 @@ def main(argv):
         return 130
     except OSError as error:
         print(f"error: --out: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-        return parameter.CheckpointError.code
+        return CheckpointError.code
 
 
 if __name__ == "__main__":

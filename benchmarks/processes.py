@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 
-from parameter import Failure
+from failures import Failure
 
 TAIL = 12       # lines of a failed command's output that are shown
 

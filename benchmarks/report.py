@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import cost
+from failures import Failure
 from gallery import INK, MARGIN, PAGE, QUIET
-from parameter import Failure
 from processes import cores
 from utils import write_atomically
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
 from cost import Side, alternate, ratios  # noqa: E402
+from failures import Failure, UsageError  # noqa: E402
 
 
 def _side(argv):
@@ -27,12 +28,12 @@ def main(argv):
     """Compare the two sides of the command line and print the figures. Returns exit code 0 or a Failure's."""
     try:
         if argv.count("--") != 2:
-            raise parameter.UsageError("give the flags of both, --, those of A, --, those of B")
+            raise UsageError("give the flags of both, --, those of A, --, those of B")
         first = argv.index("--")
         second = argv.index("--", first + 1)
         both, flags = argv[:first], (argv[first + 1:second], argv[second + 1:])
         sides = [_side([*both, *own]) for own in flags]
-    except parameter.Failure as failure:
+    except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
     steps = alternate(sides)

@@ -10,7 +10,8 @@ from conftest import lines
 
 import cost
 from distributed import Place
-from parameter import Config, DataError, parse, resolve
+from failures import DataError
+from parameter import Config, parse, resolve
 
 ALONE = Place(torch.device("cpu"))
 SMALL = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")

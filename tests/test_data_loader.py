@@ -34,7 +34,7 @@ from data_loader import (
     split,
 )
 from decode import decode, find_pictures
-from parameter import DataError
+from failures import DataError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

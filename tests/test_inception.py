@@ -15,7 +15,7 @@ from PIL import Image
 import inception
 import main
 from distributed import Place
-from parameter import DataError, UsageError
+from failures import DataError, UsageError
 
 ALONE = Place(torch.device("cpu"))
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "parameter": 0, "utils": 0, "distributed": 0, "spectral": 0, "diffaug": 0, "toy_faces": 0,
-    "sagan_models": 1, "fastgan_models": 1, "checkpoint": 1, "gallery": 1, "decode": 1, "weights": 1, "journal": 1,
-    "vgg": 2, "cache": 2, "data_loader": 2, "metrics": 2, "page": 2, "inception": 2,
-    "losses": 3, "perceptual": 3, "metadata": 3, "families": 4, "scores": 4, "trainer": 5, "sampler": 5,
-    "cost": 6, "evaluate": 7, "main": 8,
+    "failures": 0, "parameter": 1, "utils": 1, "distributed": 1, "spectral": 1, "diffaug": 1, "toy_faces": 1,
+    "sagan_models": 2, "fastgan_models": 2, "checkpoint": 2, "gallery": 2, "decode": 2, "weights": 2, "journal": 2,
+    "vgg": 3, "cache": 3, "data_loader": 3, "metrics": 3, "page": 3, "inception": 3,
+    "losses": 4, "perceptual": 4, "metadata": 4, "families": 5, "scores": 5, "trainer": 6, "sampler": 6,
+    "cost": 7, "evaluate": 8, "main": 9,
 }
 
 

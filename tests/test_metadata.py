@@ -15,8 +15,8 @@ from PIL import Image
 import metadata
 import vgg
 from data_loader import build_dataset, fingerprint, normalize
+from failures import DataError
 from metadata import HOW, Bank, Latents, find_bank, same_pictures
-from parameter import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -356,7 +356,7 @@ import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
 sys.path[:0] = sys.argv[1:3]
-import metadata, parameter, test_metadata, vgg
+import failures, metadata, test_metadata, vgg
 from data_loader import build_dataset
 
 dist.init_process_group("gloo", init_method="file://" + os.path.abspath("meeting"), rank=int(os.environ["RANK"]),
@@ -371,7 +371,7 @@ config = test_metadata.make_config("pictures", cache_path=sys.argv[3])
 try:
     bank = metadata.find_bank(config, build_dataset(config), "cpu")
     print(bank.rows.float().sum().item(), bank.rows.float().std().item())
-except parameter.DataError as error:
+except failures.DataError as error:
     print(error)
 dist.destroy_process_group()
 """

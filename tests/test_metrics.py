@@ -13,8 +13,9 @@ import data_loader
 import metrics
 import sampler
 from distributed import Place
+from failures import DataError
 from metrics import sliced_wasserstein
-from parameter import DataError, resolve
+from parameter import resolve
 
 
 def noise(n, size=64, seed=0):

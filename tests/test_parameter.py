@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import parameter
-from parameter import FLAGS, UsageError, resolve
+from failures import UsageError
+from parameter import FLAGS, resolve
 
 README = Path(__file__).parent.parent / "README.md"
 

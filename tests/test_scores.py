@@ -14,7 +14,8 @@ import data_loader
 import inception
 import scores
 from distributed import Place
-from parameter import DataError, resolve
+from failures import DataError
+from parameter import resolve
 from scores import Meter, Score, better_fid, record, same_kind
 
 CPU = Place(torch.device("cpu"))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import vgg
-from parameter import DataError, UsageError
+from failures import DataError, UsageError
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import torch
 
 import inception
 import weights
-from parameter import DataError
+from failures import DataError
 
 NAME, ALIAS = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"
 PLACES = ("data/Inception", "torch/hub/checkpoints")
