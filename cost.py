@@ -23,7 +23,8 @@ SECONDS = 60        # that each side is timed for, in LEAST rounds at the least
 LEAST = 8
 TURN = 0.5          # seconds that each side takes in a round, and one step at the least
 WARM_UP = 3         # steps
-BASELINE = {"slae": False, "metadata": False}       # --against baseline: FastGAN's own settings
+OTHERS = {"baseline": {"slae": False, "metadata": False}}       # what --against adds, by what it changes
+IN_WORDS = {"baseline": "baseline: FastGAN without SLAE and metadata"}
 
 
 class _OneBatch:
@@ -90,7 +91,7 @@ def measure(config, bank, place):
     """[Score, ...] of what the run's model costs and, with `--against`, the baseline beside it. Raises DataError."""
     sides = {config.version: (config, bank)}
     if config.against:
-        sides[config.against] = (Config.of({**vars(config), **BASELINE}), None)
+        sides[config.against] = (Config.of({**vars(config), **OTHERS[config.against]}), None)
     memory = {name: peak_memory(settings, its_bank, place) for name, (settings, its_bank) in sides.items()}
     timed = {name: Side(settings, place, its_bank) for name, (settings, its_bank) in sides.items()}
     alternate(list(timed.values()))
@@ -103,9 +104,7 @@ def measure(config, bank, place):
         g_parameters, d_parameters = side.parameters()
         values = {"sec_per_1000_steps": 1000 * statistics.median(side.seconds), "peak_memory_mib": memory[name] / 2**20,
                   "g_parameters": g_parameters, "d_parameters": d_parameters}
-        if name != config.version:
-            values = {f"{name}/{key}": value for key, value in values.items()}
-        found.append(Score(values, protocol, "training"))
+        found.append(Score(values, protocol, "the run's model" if name == config.version else IN_WORDS[name]))
     if config.against:
         low, middle, high = ratios(timed[config.version], timed[config.against])
         found[0].values.update(time_ratio=middle, time_ratio_low=low, time_ratio_high=high)

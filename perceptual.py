@@ -55,8 +55,7 @@ def nearest(lpips, real, fake, place, usual=None):
     asked = torch.arange(min(M, REAL) if usual is None else 0) * M // min(M, REAL)
     mine = [torch.arange(place.rank, count, place.world) for count in (min(len(fake), SAMPLES), len(asked))]
     asked = asked[mine[1]]
-    queries = torch.cat([_embed(lpips, fake, mine[0].tolist(), place, "samples"),
-                         _embed(lpips, real, asked.tolist(), place, "training pictures")])
+    queries = _embed(lpips, ((fake, mine[0].tolist()), (real, asked.tolist())), place)
     itself = torch.cat([torch.full((len(mine[0]),), -1), asked]).to(place.device)
     distance = torch.full((len(queries),), torch.inf, device=place.device)
     index = torch.zeros(len(queries), dtype=torch.long, device=place.device)
@@ -87,16 +86,20 @@ def _in_order(shares):
     return tuple(torch.cat([share[k] for share in shares])[order] for k in (1, 2))
 
 
-def _embed(lpips, pictures, numbers, place, what):
-    """float16 (len(numbers), D) of those of the pictures."""
-    rows = []
-    with distributed.progress(len(numbers), "picture", what) as progress:
-        for start in range(0, len(numbers), _CHUNK):
-            rows.append(_embed_chunk(lpips, pictures_at(pictures, numbers[start:start + _CHUNK]), place))
-            progress.update(len(rows[-1]))
-    if not rows:
-        return _embed_chunk(lpips, pictures[0:1], place)[:0]
-    return torch.cat(rows)
+def _embed(lpips, chosen, place):
+    """float16 (N, D) of pictures, from ((set, numbers), ...) in this order. D is some 500,000: no copy is made."""
+    total, at, points = sum(len(numbers) for _, numbers in chosen), 0, None
+    with distributed.progress(total, "picture", "samples and training pictures") as progress:
+        for pictures, numbers in chosen:
+            for start in range(0, len(numbers), _CHUNK):
+                part = _embed_chunk(lpips, pictures_at(pictures, numbers[start:start + _CHUNK]), place)
+                points = part.new_empty(total, part.shape[1]) if points is None else points
+                points[at:at + len(part)] = part
+                at += len(part)
+                progress.update(len(part))
+    if points is None:                                  # of many processes one may have nothing to ask
+        return _embed_chunk(lpips, chosen[0][0][0:1], place)[:0]
+    return points
 
 
 def pictures_at(pictures, numbers):

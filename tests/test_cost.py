@@ -31,11 +31,12 @@ def test_a_run_is_measured_against_the_baseline_in_one_table(run, pictures, quic
                          tiny=False)
     assert code == 0, err
     own, baseline = lines("f")[-2:]
-    more = own["g_parameters"] - baseline["baseline/g_parameters"]
+    more = own["g_parameters"] - baseline["g_parameters"]
     assert more == 3 * 98 + 512 * 8, "three masks of 2 x 7 x 7, and W of 512 x 8"
-    assert own["d_parameters"] == baseline["baseline/d_parameters"]
+    assert own["d_parameters"] == baseline["d_parameters"] and baseline["sec_per_1000_steps"] > 0
     assert own["sec_per_1000_steps"] > 0 and own["peak_memory_mib"] > 1
     assert own["time_ratio_low"] <= own["time_ratio"] <= own["time_ratio_high"]
+    assert (own["source"], baseline["source"][:8]) == ("the run's model", "baseline") and "time_ratio" not in baseline
     assert own["protocol"] == baseline["protocol"] and "64 px, batch 4" in own["protocol"]
     assert "sec_per_1000_steps" in Path("logs/scores.md").read_text() and "time_ratio" in out
     saved = json.loads(Path("models/f/config.json").read_text())
