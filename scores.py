@@ -128,7 +128,7 @@ class Meter:
         config, reference = self.config, self.reference
         cache = Cache(config.cache_path, "reference", {
             "pictures": reference.fingerprint, "weights": inception.FILE.identity(config.inception_weights),
-            "procedure": PROCEDURE, "rows": inception.MAX_ROWS})
+            "procedure": PROCEDURE, "rows": inception.MAX_ROWS, "torch-fidelity": version("torch-fidelity")})
         kept = distributed.gather(cache.read(_fits) if distributed.is_first() else None)[0]
         if kept is not None:
             say(f"reference: {reference.words}, seen by Inception before, read from {cache.path}")

@@ -275,7 +275,13 @@ def fewer_rows(real, pictures, monkeypatch):
     return real()
 
 
-@pytest.mark.parametrize("change", [repaint, remove, hold_out, other_size, other_weights, other_procedure, fewer_rows])
+def other_library(real, pictures, monkeypatch):
+    monkeypatch.setattr(scores, "version", lambda package: "99")
+    return real()
+
+
+@pytest.mark.parametrize("change", [repaint, remove, hold_out, other_size, other_weights, other_procedure, fewer_rows,
+                                    other_library])
 def test_whatever_changes_the_reference_has_it_taken_anew(real, small_inception, pictures, monkeypatch, capsys, change):
     meter_of(real())
     config = change(real, pictures, monkeypatch)
