@@ -82,9 +82,9 @@ def alternate(sides):
     return steps
 
 
-def ratios(side, other):
-    """(lower quartile, median, upper quartile) over the rounds of how many times as long `side` takes as `other`."""
-    return statistics.quantiles([a / b for a, b in zip(side.seconds, other.seconds, strict=True)], n=4)
+def each_ratio(side, other):
+    """How many times as long `side` took as `other`, in each round."""
+    return [a / b for a, b in zip(side.seconds, other.seconds, strict=True)]
 
 
 def measure(config, bank, place):
@@ -96,9 +96,9 @@ def measure(config, bank, place):
     timed = {name: Side(settings, place, its_bank) for name, (settings, its_bank) in sides.items()}
     alternate(list(timed.values()))
     unit = "allocated on the GPU" if place.device.type == "cuda" else "resident, over an idle process"
+    in_turn = " in turn (time_ratio ± its standard deviation over them)" if config.against else ""
     protocol = (f"cost of training: {config.imsize} px, batch {config.batch_size}, {config.d_iters} D to 1 G, "
-                f"{hardware(place.device)}; median over rounds{' in turn' * (len(sides) > 1)}, loading left out; "
-                f"memory: peak {unit}")
+                f"{hardware(place.device)}; median over rounds{in_turn}, loading left out; memory: peak {unit}")
     found = []
     for name, side in timed.items():
         g_parameters, d_parameters = side.parameters()
@@ -106,8 +106,8 @@ def measure(config, bank, place):
                   "g_parameters": g_parameters, "d_parameters": d_parameters}
         found.append(Score(values, protocol, "the run's model" if name == config.version else IN_WORDS[name]))
     if config.against:
-        low, middle, high = ratios(timed[config.version], timed[config.against])
-        found[0].values.update(time_ratio=middle, time_ratio_low=low, time_ratio_high=high)
+        each = each_ratio(timed[config.version], timed[config.against])
+        found[0].values.update(time_ratio=statistics.median(each), time_ratio_std=statistics.stdev(each))
     return found
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import distributed  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
-from cost import Side, alternate, ratios  # noqa: E402
+from cost import Side, alternate, each_ratio  # noqa: E402
 from failures import Failure, UsageError  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def main(argv):
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
     steps = alternate(sides)
-    low, middle, high = ratios(*sides)
+    low, middle, high = statistics.quantiles(each_ratio(*sides), n=4)
     for name, own, side in zip("AB", flags, sides, strict=True):
         print(f"{name}: {statistics.median(side.seconds):.4f} s per step  {' '.join(own)}")
     print(f"A / B: {middle:.3f} (middle half of {len(sides[0].seconds)} rounds of {steps} steps: {low:.3f} to "

@@ -35,7 +35,7 @@ def test_a_run_is_measured_against_the_baseline_in_one_table(run, pictures, quic
     assert more == 3 * 98 + 512 * 8, "three masks of 2 x 7 x 7, and W of 512 x 8"
     assert own["d_parameters"] == baseline["d_parameters"] and baseline["sec_per_1000_steps"] > 0
     assert own["sec_per_1000_steps"] > 0 and own["peak_memory_mib"] > 1
-    assert own["time_ratio_low"] <= own["time_ratio"] <= own["time_ratio_high"]
+    assert own["time_ratio"] > 0.2 and own["time_ratio_std"] > 0
     assert (own["source"], baseline["source"][:8]) == ("the run's model", "baseline") and "time_ratio" not in baseline
     assert own["protocol"] == baseline["protocol"] and "64 px, batch 4" in own["protocol"]
     assert "sec_per_1000_steps" in Path("logs/scores.md").read_text() and "time_ratio" in out
@@ -84,7 +84,7 @@ def test_sides_take_turns_and_the_order_changes(quick, monkeypatch):
     assert order[:3] == ["a", "b", "a"], "warm-up of both, then how long a turn is"
     turns = order[3:]
     assert len(turns) == 2 * cost.LEAST and turns[:4] == ["b", "a", "a", "b"]
-    assert cost.ratios(*sides) == pytest.approx([3, 3, 3])
+    assert cost.each_ratio(*sides) == pytest.approx([3] * cost.LEAST)
 
 
 def test_cost_needs_no_pictures(run, pictures, quick, monkeypatch):

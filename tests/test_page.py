@@ -506,7 +506,9 @@ def measured(tmp_path_factory):
     for name in ("nearest", "nearest_gauss", "backtrack"):
         picture(run.folders.samples / f"0000600_{name}.png", size=(300, 100))
     run.log(*({"step": step, "d_loss": 1, "g_loss": 2} for step in range(10, 610, 10)),
-            measure(600, "timed", peak_memory_mib=800), measure(600, "VGG", "D", lpips=0.31, lpips_std=0.05),
+            measure(500, "timed", peak_memory_mib=700),
+            measure(600, "timed", peak_memory_mib=800, g_parameters=12340),
+            measure(600, "VGG", "D", lpips=0.31, lpips_std=0.05),
             measure(300, "cosine", nearest=0.75, nearest_copies=0.01), measure(300, "sliced", swd=31.25),
             *(measure(step, inception_score=step / 100, inception_score_std=0.1, precision=step / 1000, recall=0.2,
                       kid=kid, kid_std=0.001, fid=fid)
@@ -672,7 +674,7 @@ def test_each_measurement_is_a_dot_and_only_like_ones_are_joined(chromium, measu
 
     dots = {title: drawn(title, ".point") for title in chromium.js(TITLES)}
     assert dots == {"fid": 5, "kid": 3, "precision and recall": 6, "inception_score": 3, "swd": 1, "nearest": 1,
-                    "nearest_copies": 1, "lpips": 1, "peak_memory_mib": 1, "losses": 0}
+                    "nearest_copies": 1, "lpips": 1, "peak_memory_mib": 2, "losses": 0}
     size = chromium.js(f"(r => [r.width, r.height])({CHART}.querySelector('.point').getBoundingClientRect())", "lpips")
     assert min(size) >= 4
     fill = chromium.js(f"getComputedStyle({CHART}.querySelector('.point')).fill", "lpips")
@@ -697,6 +699,15 @@ def test_a_band_reaches_one_deviation_up_and_down(chromium, measured):
     for low, middle, high in zip(lower, centre, upper, strict=True):
         assert low - middle == pytest.approx(0.1 * per_unit, abs=0.1)
         assert middle - high == pytest.approx(0.1 * per_unit, abs=0.1)
+
+
+@pytest.mark.browser
+def test_a_cost_of_one_step_is_a_number_without_axes(chromium, measured):
+    chromium.open(measured.path)
+    told = chromium.js("[...document.querySelectorAll('#single div')].map("
+                       "d => [...d.children].map(c => c.textContent))")
+    number = chromium.js("[...document.querySelectorAll('#protocols li')].map(p => p.textContent)").index("timed") + 1
+    assert told == [["g_parameters", "12,340", f"G_ema, seed 0, at step 600, measured as {number}"]]
 
 
 @pytest.mark.browser
