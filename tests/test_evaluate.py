@@ -97,6 +97,17 @@ def test_an_earlier_checkpoint_is_evaluated_and_the_best_is_kept(run, pictures, 
     assert [line["step"] for line in lines("a") if "fid" in line] == [2, 3, 1]
 
 
+def test_a_fid_by_another_protocol_does_not_replace_the_best(run, pictures, small_inception, monkeypatch):
+    import inception
+
+    fids = iter([5.0, 3.0])
+    monkeypatch.setattr(inception, "distances", lambda *_: {"fid": next(fids)})
+    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
+    for count in (8, 9):
+        run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--num_eval", count, tiny=False)
+    assert checkpoint.best_score("models/a")["fid"] == 5, "9 samples do not compare with 8"
+
+
 def test_another_reference_does_not_decide_which_checkpoint_is_best(run, pictures, folders, small_inception):
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--num_eval", 8, "--real_dir", "real",
