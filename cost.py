@@ -24,6 +24,7 @@ LEAST = 8
 TURN = 0.5          # seconds that each side takes in a round, and one step at the least
 WARM_UP = 3         # steps
 OTHERS = {"baseline": {"slae": False, "metadata": False}}       # what --against adds, by what it changes
+OWN = "the run's model"
 IN_WORDS = {"baseline": "baseline: FastGAN without SLAE and metadata"}
 
 
@@ -89,9 +90,9 @@ def each_ratio(side, other):
 
 def measure(config, bank, place):
     """[Score, ...] of what the run's model costs and, with `--against`, the baseline beside it. Raises DataError."""
-    sides = {config.version: (config, bank)}
+    sides = {OWN: (config, bank)}
     if config.against:
-        sides[config.against] = (Config.of({**vars(config), **OTHERS[config.against]}), None)
+        sides[IN_WORDS[config.against]] = (Config.of({**vars(config), **OTHERS[config.against]}), None)
     memory = {name: peak_memory(settings, its_bank, place) for name, (settings, its_bank) in sides.items()}
     timed = {name: Side(settings, place, its_bank) for name, (settings, its_bank) in sides.items()}
     alternate(list(timed.values()))
@@ -104,9 +105,9 @@ def measure(config, bank, place):
         g_parameters, d_parameters = side.parameters()
         values = {"sec_per_1000_steps": 1000 * statistics.median(side.seconds), "peak_memory_mib": memory[name] / 2**20,
                   "g_parameters": g_parameters, "d_parameters": d_parameters}
-        found.append(Score(values, protocol, "the run's model" if name == config.version else IN_WORDS[name]))
+        found.append(Score(values, protocol, name))
     if config.against:
-        each = each_ratio(timed[config.version], timed[config.against])
+        each = each_ratio(*timed.values())
         found[0].values.update(time_ratio=statistics.median(each), time_ratio_std=statistics.stdev(each))
     return found
 

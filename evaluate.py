@@ -269,10 +269,10 @@ def _backtrack(config, source, lpips, place):
         _write_each(config, source, held_out, found)
         _show_backtracked(source, pictures, found)
     never = "never trained on" if config.holdout else "TRAINED ON"
-    of = f"folder {Path(config.image_path).name}" if config.dataset == "folder" else config.dataset
     return Score(found.scores(), (
-        f"{_weights_in_words(config)} at {config.imsize} px between {len(held_out):,} pictures of {of} ({never}) and "
-        f"what G draws after {config.backtrack_steps} steps of Adam ({perceptual.RATE}) on "
+        f"{_weights_in_words(config)} at {config.imsize} px between {len(held_out):,} pictures of "
+        f"{scores.data_set(config)} ({never}) and what G draws "
+        f"after {config.backtrack_steps} steps of Adam ({perceptual.RATE}) on "
         f"{'z and metadata' if config.backtrack_metadata else 'z'}, on LPIPS + {perceptual.MSE_WEIGHT} MSE, from the "
         f"nearest of {perceptual.STARTS} samples; mean ± standard deviation over the pictures"),
         source.latents.source(config.seed))

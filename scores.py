@@ -26,8 +26,6 @@ from utils import write_atomically
 
 PROCEDURE = 1           # to be raised when how reference features are taken changes: caches are made anew
 SMALL = 2048            # pictures: with fewer a FID's covariance has not full rank
-LOWER = ("fid", "kid", "swd", "lpips", "sec_per_1000_steps", "peak_memory_mib")     # better so
-HIGHER = ("precision", "recall", "inception_score")
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,15 @@ class Reference:
         return len(self.dataset)
 
 
+def data_set(config):
+    """What protocols call a run's data set."""
+    return f"folder {Path(config.image_path).name}" if config.dataset == "folder" else config.dataset
+
+
 def of_run(config, dataset):
     """What a run is scored against by default: all that it trains on. Raises DataError if a file has gone."""
     less = f", less the {config.holdout:g} held out" if config.holdout else ""
-    name = f"folder {Path(config.image_path).name}" if config.dataset == "folder" else config.dataset
-    return Reference(dataset, f"all {len(dataset):,} pictures of {name}{less}",
+    return Reference(dataset, f"all {len(dataset):,} pictures of {data_set(config)}{less}",
                      data_loader.fingerprint(dataset, config))
 
 
