@@ -1,4 +1,4 @@
-"""Picture files: finding them below a folder, one decoder for whatever they turn out to be."""
+"""Picture files: finding them below a folder, one decoder for whatever they turn out to be, a quick look for faults."""
 
 import io
 import os
@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -17,6 +18,16 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What Pillow raises on damaged bytes, beside DecompressionBombError.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
+_UNUSABLE = (Image.DecompressionBombError, *DAMAGE)
+PROCEDURE = 1  # to be raised when `decode` gives other pixels: what was decoded before is decoded anew
+
+
+class UnusablePicture(DataError):
+    """A picture that cannot be decoded; `reason` says why, without its name."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"cannot use the picture {name}: {reason}; delete or replace it")
+        self.reason = reason
 
 
 def find_pictures(folder: Path) -> list[str]:
@@ -44,12 +55,51 @@ def find_pictures(folder: Path) -> list[str]:
 def picture_size(path: str) -> tuple[int, int] | None:
     """(width, height) in pixels, from the file's head alone; None where that cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as image:
-                return image.size
-    except (Image.DecompressionBombError, *DAMAGE):
+        return _head(path)[1]
+    except _UNUSABLE:
         return None
+
+
+def _head(file: str | BinaryIO) -> tuple[str, tuple[int, int]]:
+    """(format, (width, height)). Raises one of _UNUSABLE."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # doubts of Pillow's about large or oddly tagged pictures
+        with Image.open(file, formats=FORMATS) as image:
+            return image.format, image.size
+
+
+def flaw(file: BinaryIO, size: int) -> str | None:
+    """Why the encoded picture in `file`, open and of `size` bytes, cannot be used; None if its head and end look sound.
+
+    The head tells another kind of file, the end one that was cut short, as broken downloads and copies are. A strange
+    end proves nothing (some cameras append to their JPEGs): then it is decoded.
+    """
+    try:
+        kind, _ = _head(file)
+        file.seek(max(0, size - _TAIL))
+        end = file.read()
+        file.seek(0)
+        if not _ends_well(kind, end, file.read(8), size):
+            file.seek(0)
+            decode(file.read(), "", imsize=1)
+    except UnusablePicture as error:
+        return error.reason
+    except _UNUSABLE as error:
+        return _in_words(error)
+    return None
+
+
+_TAIL = 12  # bytes
+
+
+def _ends_well(kind: str, end: bytes, start: bytes, size: int) -> bool:
+    if kind == "JPEG":
+        return end.endswith(b"\xff\xd9")  # the marker "end of image"
+    if kind == "PNG":
+        return end == b"\0\0\0\0IEND\xaeB`\x82"
+    # WebP (RIFF) and BMP say their length at their beginning, the former less these 8 bytes
+    return size >= (int.from_bytes(start[4:8], "little") + 8 if kind == "WEBP" else
+                    int.from_bytes(start[2:6], "little"))
 
 
 def read_picture(path: str, imsize: int, crop: int | None = None) -> torch.Tensor:
@@ -65,22 +115,25 @@ def decode(data: bytes, name: str, imsize: int, crop: int | None = None) -> torc
     """The encoded picture `data` as uint8 (3, imsize, imsize): its central square, Lanczos-resized.
 
     The square has the side `crop` if the picture is large enough, else it is the largest one. EXIF rotation
-    is honoured, transparency laid over white. Raises DataError, which calls the picture `name`.
+    is honoured, transparency laid over white. Raises UnusablePicture, which calls the picture `name`.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts of Pillow's about large or oddly tagged pictures
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if crop is None:
                     image.draft(None, (4 * imsize, 4 * imsize))  # large JPEGs decode at 1/2, 1/4, 1/8: faster
                 return to_tensor(_rgb(_upright(image)), imsize, crop)
-    except UnidentifiedImageError:
-        reason = "it is no JPEG, PNG, WebP or BMP"
-    except Image.DecompressionBombError:
-        reason = f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    except DAMAGE as error:
-        reason = str(error) or type(error).__name__
-    raise DataError(f"cannot use the picture {name}: {reason}; delete or replace it")
+    except _UNUSABLE as error:
+        raise UnusablePicture(name, _in_words(error)) from None
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no JPEG, PNG, WebP or BMP"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+    return str(error) or type(error).__name__
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -14,6 +14,7 @@ import torch
 import checkpoint
 import cost
 import data_loader
+import datasets
 import distributed
 import gallery
 import metrics
@@ -22,7 +23,7 @@ import perceptual
 import sampler
 import scores
 import vgg
-from decode import picture_size
+from decode import find_pictures, picture_size
 from distributed import say
 from failures import DataError
 from journal import Journal
@@ -165,7 +166,7 @@ def _reference(config, imsize):
 def _sizes(folder):
     """{(width, height): pictures} of a folder's picture files, the most frequent first; without unreadable ones."""
     with ThreadPoolExecutor() as pool:
-        sizes = Counter(pool.map(picture_size, data_loader.find_pictures(Path(folder))))
+        sizes = Counter(pool.map(picture_size, find_pictures(Path(folder))))
     sizes.pop(None, None)
     return dict(sizes.most_common())
 
@@ -255,12 +256,12 @@ def _show_pairs(real, drawn, neighbours, path, step):
 def _backtrack(config, source, lpips, place):
     """The Score of how well G draws held-out pictures, a picture of some and a file of all."""
     whole = data_loader.open_dataset(config)
-    _, held_out = data_loader.split(whole, config.holdout or HELD_OUT)
+    _, held_out = datasets.split(whole, config.holdout or HELD_OUT)
     if not config.holdout:
         say(f"note: this run was trained on all pictures, these {len(held_out)} too (--holdout 0.1 keeps some back): "
             "what follows is how well it draws what it knows")
     if len(held_out) > BACKTRACKED:
-        held_out = data_loader.part(held_out, [i * len(held_out) // BACKTRACKED for i in range(BACKTRACKED)], "")
+        held_out = datasets.Part(held_out, [i * len(held_out) // BACKTRACKED for i in range(BACKTRACKED)], "")
     pictures = metrics.Decoded(held_out)
     free = config.z_dim if not config.backtrack_metadata else source.latents.width
     found = perceptual.backtrack(source.G, source.latents, pictures, lpips, config.backtrack_steps, free, config.seed,

@@ -54,6 +54,7 @@ def run(argv):
     import trainer
     import utils
     import vgg
+    import workers
 
     config = parameter.resolve(typed, checkpoint.saved_config, vgg.FILE.is_there)
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
@@ -76,7 +77,7 @@ def run(argv):
         raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "
                       "--g_conv_dim and --d_conv_dim") from None
     except RuntimeError as error:
-        raise data_loader.worker_death(error) or error from None
+        raise workers.death(error) or error from None
     finally:
         distributed.stop()
 

@@ -12,7 +12,8 @@ from torch.nn.functional import interpolate
 
 import vgg
 from cache import Cache
-from data_loader import fingerprint, normalize
+from data_loader import normalize
+from datasets import fingerprint
 from distributed import after_first, progress, say
 from failures import DataError
 
@@ -137,7 +138,7 @@ def find_bank(config, dataset, device):
     """The Bank of `dataset` on `device`, from the cache below `config.cache_path` or, where that has none, freshly
     taken and cached. Says which.
 
-    The cache is used if the pictures (`data_loader.fingerprint`), VGG-16's weights, the layer and the procedure
+    The cache is used if the pictures (`datasets.fingerprint`), VGG-16's weights, the layer and the procedure
     are all the same. Of several processes the first takes it and the others read it: all come here. Global random
     states stay as they are. Raises DataError, UsageError.
     """

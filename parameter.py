@@ -142,8 +142,15 @@ FLAGS = {
         Flag("hflip", boolean, False, "mirror every other picture at random"),
         Flag("holdout", float, 0.0, "share of the pictures that is never trained on, for --metrics lpips; 0.1 is "
              "usual", 0.0, 0.5),
-        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: a data set's metadata and "
-             "its statistics for --metrics"),
+        Flag("check_data", one_of("auto", "full", "header", "off"), "auto", "look before training for pictures that "
+             "cannot be used, with all cores: full (decode each) | header (heads and ends of files) | off; auto: full "
+             "up to 10,000 pictures, else header"),
+        Flag("cache", one_of("auto", "on", "off"), "auto", "keep decoded pictures in a file, for all runs: auto (if "
+             "it takes at most a quarter of the free disk, and the run shows pictures more than once) | on | off"),
+        Flag("cache_dir", str, None, "folder of that file (default: .decoded in the data's folder or, where that "
+             "cannot be written, cache_path)"),
+        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: which pictures can be used, "
+             "a data set's metadata, its statistics for --metrics"),
     ),
     "network": (
         Flag("z_dim", int, 128, "length of the noise vector", 1),
@@ -256,7 +263,7 @@ FIXED = ("model", "preset", "imsize", "holdout", "z_dim", "g_conv_dim", "d_conv_
 # What describes one call, not the run: never taken over from a saved config.
 _PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples", "num_frames", "film",
              "fake_dir", "real_dir", "backtrack_steps", "backtrack_metadata", "against",
-             "cache_path", "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
+             "cache_dir", "cache_path", "log_path", "model_save_path", "sample_path", "attn_path", "device", "parallel")
 # What a checkpoint's run was made with: worth a word when it changes from one call to the next.
 RUN_SETTINGS = tuple(flag.name for title in ("run", "data", "network", "sagan", "fastgan", "optimization")
                      for flag in FLAGS[title] if flag.name not in _PER_CALL)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-import data_loader
+import datasets
 import distributed
 import inception
 import metrics
@@ -62,18 +62,18 @@ def of_run(config, dataset):
     """What a run is scored against by default: all that it trains on. Raises DataError if a file has gone."""
     less = f", less the {config.holdout:g} held out" if config.holdout else ""
     return Reference(dataset, f"all {len(dataset):,} pictures of {data_set(config)}{less}",
-                     data_loader.fingerprint(dataset, config))
+                     datasets.fingerprint(dataset, config))
 
 
 def of_folder(path, imsize, flag):
     """The pictures of a folder, which `flag` named, cut and resized as training would. Raises DataError."""
     config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
     try:
-        dataset = data_loader.pictures_in(Path(path), imsize)
+        dataset = datasets.Files(Path(path), imsize)
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None
     return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",
-                     data_loader.fingerprint(dataset, config))
+                     datasets.fingerprint(dataset, config))
 
 
 # --------------------------------------------------------------------------------------------------- taking scores

@@ -29,7 +29,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data_loader  # noqa: E402
+import datasets  # noqa: E402
 import metrics  # noqa: E402
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
@@ -121,8 +121,8 @@ class Ablation:
         self.out = Path(options.out)
         config = parameter.Config.of({"dataset": "folder", "image_path": options.image_path,
                                       "imsize": options.imsize})
-        self.dataset = data_loader.open_folder(config)
-        fingerprint = data_loader.fingerprint(self.dataset, config)[:12]
+        self.dataset = datasets.open_folder(config)
+        fingerprint = datasets.fingerprint(self.dataset, config)[:12]
         self.runs = [Run(variant, seed) for seed in range(options.seeds) for variant in options.variants]
         self.record = Record(self.out / "ablation.json", {
             "imsize": options.imsize, "flags after --": shlex.join(extra),

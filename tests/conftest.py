@@ -1,11 +1,14 @@
 """Shared by all tests: a folder of small pictures, the real command at a tiny size, what it left behind."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -115,3 +118,60 @@ def torchrun(script, *flags):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
+
+
+# ---- pictures ----
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def assert_colour(picture: torch.Tensor, colour, tolerance=2):
+    assert picture.dtype == torch.uint8
+    difference = (picture.int() - torch.tensor(colour).view(3, 1, 1)).abs().max()
+    assert difference <= tolerance, picture[:, 0, 0]
+
+
+def data_config(path=".", **changes):
+    """What the rooms of the data read of a config: no check and no cache, unless `changes` say so."""
+    values = dict(dataset="folder", image_path=str(path), imsize=16, batch_size=4, num_workers=0, seed=7, hflip=False,
+                  holdout=0.0, check_data="off", cache="off", cache_dir=None, cache_path="cache", mode="train",
+                  dry_run=False, version="test", log_path="logs", total_step=1000, d_iters=1)
+    return SimpleNamespace(**{**values, **changes})
+
+
+def encode(image, kind, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def gradient(size=(40, 30), seed=0) -> Image.Image:
+    """A smooth picture that differs from its mirror image and from those of other seeds."""
+    corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return Image.fromarray(corners).resize(size, Image.Resampling.BILINEAR)
+
+
+def fill(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        gradient(seed=index).save(folder / f"{index:03}.png")
+    return folder
+
+
+def fill_lmdb(folder: Path, count: int) -> Path:
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**22) as opened, opened.begin(write=True) as transaction:
+        for index in range(count):
+            transaction.put(f"{index:08}".encode(), encode(gradient(seed=index), "WEBP", lossless=True))
+    return folder
+
+
+def take(batches, count: int) -> torch.Tensor:
+    try:
+        return torch.cat([next(batches) for _ in range(count)])
+    finally:
+        batches.close()
+
+
+def identities(pictures: torch.Tensor) -> list[bytes]:
+    return [picture.numpy().tobytes() for picture in pictures]

@@ -5,16 +5,17 @@ import subprocess
 import sys
 import urllib.error
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import data_config
 from PIL import Image
 
 import metadata
 import vgg
-from data_loader import build_dataset, fingerprint, normalize
+from data_loader import build_dataset, normalize
+from datasets import fingerprint
 from failures import DataError
 from metadata import HOW, Bank, Latents, find_bank, same_pictures
 
@@ -40,9 +41,7 @@ def folder(home):
 
 
 def make_config(folder, **changes):
-    values = dict(dataset="folder", image_path=str(folder), imsize=16, batch_size=2, num_workers=0, holdout=0.0)
-    values |= dict(vgg_weights="random", metadata_layer="relu5_3", cache_path="cache")
-    return SimpleNamespace(**{**values, **changes})
+    return data_config(folder, **{"batch_size": 2, "vgg_weights": "random", "metadata_layer": "relu5_3", **changes})
 
 
 def find(folder, **changes):

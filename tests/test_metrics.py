@@ -135,7 +135,8 @@ def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, how):
 
 
 def decoded(folder):
-    config = resolve({"dataset": "folder", "image_path": str(folder), "imsize": 32})
+    config = resolve({"dataset": "folder", "image_path": str(folder), "imsize": 32, "check_data": "off",
+                      "cache": "off"})
     dataset = data_loader.open_dataset(config)
     return metrics.Decoded(dataset), dataset
 

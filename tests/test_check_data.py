@@ -1,0 +1,354 @@
+"""Unusable and repeated pictures are found before training, listed, left out or refused; looks are remembered."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import data_config, encode, fill, fill_lmdb, gradient, torchrun
+from PIL import Image
+
+import check_data
+import datasets
+import decode
+from check_data import Findings, examine
+from data_loader import build_dataset, describe, open_dataset
+from failures import DataError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check_data, "CHUNK", {"header": 1000, "full": 1000})    # in this process: it is counted
+    return tmp_path
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """A list of the pictures that were looked at."""
+    names, look = [], check_data._look
+
+    def counted(dataset, cached, pictures):
+        names.extend(os.path.basename(dataset.name(picture)) for picture in pictures)
+        return look(dataset, cached, pictures)
+
+    monkeypatch.setattr(check_data, "_look", counted)
+    return names
+
+
+def noisy(seed=0, kind="PNG", size=60, **options) -> bytes:
+    return encode(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)), kind,
+                  **options)
+
+
+def damaged() -> bytes:
+    """A PNG with a sound head and end."""
+    data = bytearray(noisy())
+    data[len(data) // 2] ^= 255
+    return bytes(data)
+
+
+def opened(folder, **changes):
+    return open_dataset(data_config(folder, **{"check_data": "auto", **changes}))
+
+
+def found(folder, level="full", **changes) -> Findings:
+    dataset = datasets.Files(Path(folder), 16)
+    return examine(dataset, dataset, data_config(folder, check_data=level, **changes))
+
+
+def shown(dataset) -> list[str]:
+    return [os.path.basename(path) for path in dataset.sources]
+
+
+# ---- bad pictures ----
+
+BAD = {"half.jpg": noisy(1, "JPEG")[:-300], "page.jpg": b"<html>quota exceeded</html>", "empty.png": b"",
+       "half.png": noisy(2)[:-300], "movie.png": encode(gradient(), "GIF")}
+
+
+def spoil(folder, *names) -> Path:
+    for name in names or BAD:
+        (folder / name).write_bytes(BAD[name])
+    return folder
+
+
+@pytest.mark.parametrize("level", ["header", "full", "auto"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_few_bad_pictures_are_left_out_listed_and_said(home, capsys, level, name):
+    folder = spoil(fill(home / "pictures", 120), name)
+    config = data_config(folder, check_data=level)
+    dataset = open_dataset(config)
+    assert len(dataset) == 120 and name not in shown(dataset)
+    assert torch.equal(dataset.gather(range(120)), datasets.Files(fill(home / "good", 120), 16).gather(range(120)))
+    assert describe(dataset, config) == f"folder: 120 usable of 121 pictures in {folder}"
+    (line,) = Path("logs/test/bad_images.txt").read_text().splitlines()
+    path, reason = line.split("\t")
+    assert path == str(folder / name) and reason and "delete or replace" not in reason
+    out = capsys.readouterr().out
+    assert "1 of 121 cannot be used" in out and f"{path}: {reason}" in out and "logs/test/bad_images.txt" in out
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_many_bad_pictures_end_the_program_with_the_first_ten(home, level):
+    folder = fill(home / "pictures", 20)
+    for number in range(12):
+        (folder / f"bad{number:02}.jpg").write_bytes(BAD["page.jpg"])
+    with pytest.raises(DataError) as caught:
+        opened(folder, check_data=level)
+    text = str(caught.value)
+    assert caught.value.code == 3 and text.startswith(f"12 of the 32 pictures in {folder} cannot be used")
+    assert text.count("no JPEG, PNG, WebP or BMP") == 10 and "bad09.jpg" in text and "bad10.jpg" not in text
+    assert "and 2 more" in text and "Delete or replace them" in text
+    assert Path("logs/test/bad_images.txt").read_text().count("\n") == 12
+
+
+@pytest.mark.parametrize(("good", "bad", "accepted"), [(99, 1, True), (98, 1, False), (198, 2, True), (197, 2, False)])
+def test_one_percent_is_the_limit(home, good, bad, accepted):
+    folder = fill(home / "pictures", good)
+    for number in range(bad):
+        (folder / f"bad{number}.png").write_bytes(b"")
+    if accepted:
+        assert len(opened(folder)) == good
+    else:
+        with pytest.raises(DataError, match=r"up to 1 % would be left out|up to 1% would be left out"):
+            opened(folder)
+
+
+def test_full_finds_what_header_cannot(home):
+    folder = fill(home / "pictures", 100)
+    (folder / "damaged.png").write_bytes(damaged())
+    assert not found(folder, "header").bad
+    assert list(found(folder, "full").bad) == [100]
+    assert found(folder, "header").bad, "what is known is not forgotten"
+
+
+def test_auto_decodes_small_sets_and_looks_at_the_ends_of_large_ones(home, monkeypatch):
+    folder = fill(home / "pictures", 100)
+    (folder / "damaged.png").write_bytes(damaged())
+    monkeypatch.setattr(check_data, "FULL", 100)
+    assert not found(folder, "auto").bad
+    monkeypatch.setattr(check_data, "FULL", 101)
+    assert found(folder, "auto").bad
+
+
+def test_off_looks_at_nothing(home, looked):
+    folder = spoil(fill(home / "pictures", 3))
+    assert len(opened(folder, check_data="off")) == 8 and not looked and not Path("cache").exists()
+
+
+def test_the_list_goes_when_the_pictures_are_mended(home):
+    folder = fill(home / "pictures", 120)
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    spoil(folder, "page.jpg")
+    opened(folder)
+    assert sorted(os.listdir("logs/test")) == ["bad_images.txt", "duplicates.txt"]
+    (folder / "page.jpg").unlink()
+    (folder / "copy.png").unlink()
+    assert len(opened(folder)) == 120 and not os.listdir("logs/test")
+
+
+@pytest.mark.parametrize("changes", [dict(dry_run=True), dict(mode="evaluate")])
+def test_a_dry_run_and_an_evaluation_say_it_and_list_nothing(home, capsys, changes):
+    folder = fill(home / "pictures", 120)
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    assert len(opened(spoil(folder, "half.jpg"), **changes)) == 121
+    out = capsys.readouterr().out
+    assert "1 of 122 cannot be used" in out and "half.jpg" in out and "1 is a copy" in out
+    assert not Path("logs").exists() and Path("cache").exists() == ("dry_run" not in changes)
+
+
+def test_a_picture_in_an_lmdb_is_named_by_its_key(home):
+    import lmdb
+
+    folder = fill_lmdb(home / "cats_lmdb", 150)
+    with lmdb.open(str(folder)) as database, database.begin(write=True) as transaction:
+        transaction.put(b"00000007", BAD["half.jpg"])
+    for level in ("header", "full"):
+        dataset = opened(home, dataset="lsun", check_data=level)
+        assert len(dataset) == 149
+        assert torch.equal(dataset[7], decode.decode(encode(gradient(seed=8), "PNG"), "", 16))
+    assert Path("logs/test/bad_images.txt").read_text().startswith(f"00000007 in {folder}\t")
+
+
+def test_bad_pictures_are_left_out_before_any_are_held_out(home):
+    folder = spoil(fill(home / "pictures", 120), "page.jpg")
+    dataset = build_dataset(data_config(folder, check_data="auto", holdout=0.1))
+    assert len(dataset) == 108 and dataset.summary == f"108 trained on of 120 usable of 121 pictures in {folder}"
+
+
+# ---- what is remembered ----
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
+    folder = fill(home / "pictures", 20)
+    assert not found(folder, level).bad and len(looked) == 20
+    del looked[:]
+    assert not found(folder, level).bad and not looked
+    gradient(seed=99).save(folder / "a new one.png")
+    (folder / "003.png").write_bytes(b"")
+    assert list(found(folder, level).bad) == [3]
+    assert sorted(looked) == ["003.png", "a new one.png"]
+    del looked[:]
+    assert list(found(folder, level).bad) == [3] and not looked, "bad ones are remembered, too"
+    gradient(seed=3).save(folder / "003.png")
+    assert not found(folder, level).bad and looked == ["003.png"]
+    del looked[:]
+    (folder / "000.png").unlink()
+    assert not found(folder, level).bad and not looked
+
+
+def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
+    folder = fill(home / "pictures", 5)
+    for level, count in (("header", 5), ("full", 10), ("header", 10), ("full", 10)):
+        found(folder, level)
+        assert len(looked) == count
+
+
+def test_a_damaged_index_costs_another_look_only(home, looked, capsys):
+    folder = fill(home / "pictures", 5)
+    found(folder)
+    (index,) = Path("cache/index").iterdir()
+    index.write_bytes(index.read_bytes()[:-50])
+    assert not found(folder).bad and len(looked) == 10
+    assert "taking it anew" in capsys.readouterr().out
+
+
+def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked):
+    folder = fill(home / "pictures", 5)
+    path = str(folder / "002.png")
+    whole = datasets.Files.open
+
+    def refused(self, index):
+        if self.sources[index] == path:
+            raise DataError(f"cannot read {path}: Input/output error")
+        return whole(self, index)
+
+    monkeypatch.setattr(datasets.Files, "open", refused)
+    assert found(folder).bad == {2: f"cannot read {path}: Input/output error"}
+    monkeypatch.setattr(datasets.Files, "open", whole)
+    del looked[:]
+    assert not found(folder).bad and looked == ["002.png"]
+
+
+def test_a_full_check_fills_the_decoded_cache(home, monkeypatch):
+    folder = spoil(fill(home / "pictures", 120), "page.jpg")
+    dataset = opened(folder, cache="auto")
+    assert dataset.decoded() and not dataset.whole.decoded(), "the bad one's place stays empty"
+    other = opened(folder, cache="auto", check_data="header", imsize=32)
+    assert not other.decoded() and len(other) == 120
+
+
+def test_checking_leaves_random_states_alone(home, monkeypatch):
+    monkeypatch.setattr(check_data, "CHUNK", {"full": 2})
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    before = states()
+    opened(fill(home / "pictures", 8))
+    assert states() == before
+
+
+# ---- copies ----
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_copies_are_listed_in_groups(home, capsys, level):
+    folder = fill(home / "pictures", 10)
+    (folder / "more").mkdir()
+    for name, source in (("a.png", "003.png"), ("more/b.png", "003.png"), ("more/c.png", "007.png")):
+        shutil.copy(folder / source, folder / name)
+    for _ in range(2):
+        dataset = opened(folder, check_data=level)
+        assert len(dataset) == 13, "they are trained on all the same"
+        text = Path("logs/test/duplicates.txt").read_text()
+        groups = [[os.path.relpath(path, folder) for path in group.splitlines()] for group in text.split("\n\n")]
+        assert groups == [["003.png", "a.png", "more/b.png"], ["007.png", "more/c.png"]]
+        out = capsys.readouterr().out
+        assert "3 are copies of others" in out and "logs/test/duplicates.txt" in out
+
+
+def test_large_files_that_differ_in_their_middle_are_no_copies(home):
+    folder = home / "pictures"
+    folder.mkdir()
+    image = np.zeros((200, 200, 3), np.uint8)               # 120 KB as BMP: ends that are equal, as white margins are
+    names = []
+    for number, centre in enumerate((1, 2, 2)):
+        image[100, 100] = centre
+        Image.fromarray(image).save(folder / f"{number}.bmp")
+        names.append(f"{number}.bmp")
+    for _ in range(2):
+        assert found(folder, "header").copies == [[1, 2]]
+    os.utime(folder / "1.bmp", ns=(10**18, 10**18))
+    assert found(folder, "header").copies == [[1, 2]], "also of one read whole and one looked at anew"
+
+
+def test_bad_pictures_are_no_copies_of_each_other(home):
+    folder = fill(home / "pictures", 4)
+    for name in ("x.png", "y.png"):
+        (folder / name).write_bytes(b"")
+    assert found(folder).copies == [] and len(found(folder).bad) == 2
+
+
+# ---- the command ----
+
+
+def many(home):
+    folder = spoil(fill(home / "pictures", 130), "half.jpg")
+    shutil.copy(folder / "001.png", folder / "copy.png")
+    return folder
+
+
+FLAGS = ("--dataset", "folder", "--image_path", "pictures", "--batch_size", 4, "--total_step", 2, "--cache", "on")
+
+
+def test_the_command_trains_on_the_rest_and_the_next_start_needs_no_look(home, run):
+    many(home)
+    code, out, err = run(*FLAGS, "--version", "a")
+    assert code == 0 and "1 of 132 cannot be used" in out and "1 is a copy" in out
+    assert Path("logs/a/bad_images.txt").exists() and Path("logs/a/duplicates.txt").exists()
+    before = Path("models/a/0000002.pth").read_bytes()
+    code, out, err = run(*FLAGS, "--version", "b", "--num_workers", 2)
+    assert code == 0 and "131 of 132 pictures in pictures/.decoded" in out
+    assert "1 of 132 cannot be used" in out and "checking" not in err
+    code, out, err = run(*FLAGS, "--version", "c", "--cache", "off", "--num_workers", 1)
+    assert code == 0 and "decoded cache" not in out
+
+    def weights(version):
+        return torch.load(Path("models", version, "0000002.pth"), weights_only=True)["G"]
+
+    assert before and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
+        weights("a").values(), weights("b").values(), weights("c").values(), strict=True))
+
+
+def test_the_command_ends_with_3_where_too_many_are_bad(home, run):
+    spoil(fill(home / "pictures", 20))
+    code, out, err = run(*FLAGS, "--version", "a")
+    assert code == 3 and "5 of the 25 pictures" in err and "Traceback" not in err
+    assert not Path("models").exists()
+
+
+def test_a_dry_run_tells_it_all_and_writes_nothing(home, run):
+    many(home)
+    before = sorted(home.rglob("*"))
+    code, out, err = run(*FLAGS, "--dry_run")
+    assert code == 0 and sorted(home.rglob("*")) == before
+    for words in ("131 usable of 132 pictures in pictures", "half.jpg: ", "1 is a copy of others",
+                  "would go into pictures/.decoded"):
+        assert words in out
+
+
+@pytest.mark.slow
+def test_two_processes_check_once_and_train_on_the_same(home):
+    from conftest import MAIN, TINY
+
+    many(home)
+    done = torchrun(MAIN, *TINY, *FLAGS, "--version", "two", "--num_workers", 1, "--hflip", "true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 of 132 cannot be used") == 1 and done.stdout.count("decoded cache") == 1
+    assert len(list(Path("pictures/.decoded").iterdir())) == 1

@@ -1,0 +1,383 @@
+"""The decoded cache: a file that all runs share, or memory; never a wrong picture."""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import data_config, fill, fill_lmdb, gradient, identities, take
+
+import datasets
+import decoded
+from data_loader import build_dataset, open_dataset, real_batches
+from decoded import DecodedCache
+from failures import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def folder(home):
+    return fill(home / "pictures", 10)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """A list of the files that were decoded in this process."""
+    paths, read = [], datasets.read_picture
+
+    def counted(path, *more):
+        paths.append(os.path.basename(path))
+        return read(path, *more)
+
+    monkeypatch.setattr(datasets, "read_picture", counted)
+    return paths
+
+
+def opened(folder, **changes):
+    return open_dataset(data_config(folder, **{"cache": "auto", **changes}))
+
+
+def everything(dataset) -> torch.Tensor:
+    return dataset.gather(range(len(dataset)))
+
+
+def plain(folder, **changes) -> torch.Tensor:
+    return everything(opened(folder, cache="off", **changes))
+
+
+def files(place) -> list[Path]:
+    return sorted(path for path in Path(place).rglob("*") if path.is_file())
+
+
+# ---- the file ----
+
+
+def test_every_picture_is_decoded_once_for_all_runs(folder, reads, capsys):
+    expected = plain(folder)
+    del reads[:]
+    first = opened(folder)
+    assert not first.decoded() and not reads, "training starts at once"
+    assert torch.equal(first.gather([3, 3, 7]), expected[[3, 3, 7]])
+    assert sorted(reads) == ["003.png", "007.png"] and not first.decoded()
+    assert first.decoded([7, 3]) and not first.decoded([3, 4])
+    assert torch.equal(everything(first), expected) and first.decoded()
+    assert len(reads) == 10 and len(set(reads)) == 10
+    again = opened(folder)
+    assert again.decoded() and torch.equal(everything(again), expected)
+    assert torch.equal(again[4], expected[4])
+    assert len(reads) == 10
+    out = capsys.readouterr().out.splitlines()
+    assert "filled as pictures are first shown" in out[0] and "10 of 10 pictures in" in out[1]
+
+
+def test_it_lies_beside_the_data_unless_told_otherwise(folder, home):
+    opened(folder)
+    (file,) = files(folder / ".decoded")
+    assert file.name.startswith("16px_") and file.suffix == ".u8"
+    assert opened(folder).summary == f"10 pictures in {folder}", "and is no picture itself"
+    opened(folder, cache_dir="elsewhere", imsize=32)
+    (file,) = files("elsewhere")
+    assert file.parent.name.startswith("pictures-") and file.name.startswith("32px_")
+    assert len(files(folder / ".decoded")) == 1 and not Path("cache").exists()
+
+
+@pytest.mark.parametrize("dataset", ["celeb", "lsun"])
+def test_other_sets_are_cached_beside_their_data_too(home, dataset):
+    place = fill(home / "CelebA", 5) if dataset == "celeb" else fill_lmdb(home / "LSUN/cat_lmdb", 5)
+    expected = plain(home, dataset=dataset)
+    everything(opened(home, dataset=dataset))
+    assert len(files(place / ".decoded")) == 1
+    assert opened(home, dataset=dataset).decoded()
+    assert torch.equal(everything(opened(home, dataset=dataset)), expected)
+
+
+def test_where_the_data_cannot_be_written_it_lies_below_cache_path(folder, capsys):
+    (folder / ".decoded").write_text("in the way, as on a disk that is mounted to be read only")
+    expected = plain(folder)
+    assert torch.equal(everything(opened(folder)), expected)
+    (file,) = files("cache/decoded")
+    assert opened(folder).decoded() and str(file) in capsys.readouterr().out
+
+
+def test_a_changed_folder_gets_a_new_file_and_the_old_one_goes(folder):
+    everything(opened(folder))
+    everything(opened(folder, imsize=32))
+    before = set(files(folder / ".decoded"))
+    gradient(seed=99).save(folder / "003.png")
+    os.utime(folder / "003.png", ns=(10**18, 10**18))
+    changed = opened(folder)
+    assert not changed.decoded() and torch.equal(everything(changed), plain(folder))
+    after = set(files(folder / ".decoded"))
+    assert len(after) == 2 and len(after & before) == 1
+    (kept,) = after & before
+    assert kept.name.startswith("32px_"), "other sizes wait for their turn"
+    (folder / "003.png").unlink()
+    assert torch.equal(everything(opened(folder)), plain(folder))
+
+
+def test_another_size_crop_or_pillow_has_a_file_of_its_own(folder, monkeypatch):
+    def path(dataset, imsize=16):
+        return decoded._File.of(dataset, data_config(imsize=imsize), Path()).path
+
+    seen = {path(datasets.Files(folder, 16)), path(datasets.Files(folder, 16, crop=20))}
+    seen.add(path(datasets.Files(folder, 32), 32))
+    monkeypatch.setattr(decoded.PIL, "__version__", "0.1")
+    seen.add(path(datasets.Files(folder, 16)))
+    monkeypatch.setattr(decoded.decode, "PROCEDURE", 99)
+    seen.add(path(datasets.Files(folder, 16)))
+    assert len(seen) == 5
+
+
+def test_a_folder_that_moves_takes_its_cache_along(folder, home, reads):
+    expected = everything(opened(folder))
+    del reads[:]
+    shutil.copytree(folder, home / "copied")                # with the times of change
+    folder.rename(home / "moved")
+    for place in ("moved", "copied"):
+        assert torch.equal(everything(opened(place)), expected)
+    assert not reads
+
+
+def damage(folder, picture):
+    """Flip one byte of a picture in the cache's file, as a torn write would."""
+    (path,) = files(folder / ".decoded")
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size - (10 - picture) * 3 * 16 * 16 + 5)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 255]))
+
+
+def test_a_torn_picture_is_decoded_again_and_mended(folder, reads):
+    expected = everything(opened(folder))
+    damage(folder, 4)
+    del reads[:]
+    dataset = opened(folder)
+    assert torch.equal(everything(dataset), expected) and torch.equal(dataset[4], expected[4])
+    assert reads == ["004.png"]
+    assert torch.equal(everything(opened(folder)), expected) and reads == ["004.png"]
+
+
+@pytest.mark.parametrize("how", ["cut", "other head", "empty"])
+def test_a_damaged_file_is_made_anew(folder, how):
+    expected = everything(opened(folder))
+    (path,) = files(folder / ".decoded")
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-100], "other head": b"x" + content[1:], "empty": b""}[how])
+    dataset = opened(folder)
+    assert not dataset.decoded() and torch.equal(everything(dataset), expected)
+    assert path.stat().st_size == len(content)
+
+
+def test_a_file_that_may_only_be_read_is_used_and_left_as_it_is(folder, monkeypatch, reads):
+    expected = plain(folder)
+    opened(folder).gather([1, 2])
+    (path,) = files(folder / ".decoded")
+    content = path.read_bytes()
+    monkeypatch.setattr(decoded.os, "access", lambda *_: False)     # chmod does not keep root out
+    del reads[:]
+    dataset = opened(folder)
+    for _ in range(2):
+        assert torch.equal(everything(dataset), expected)
+    assert len(reads) == 16, "eight, twice"
+    assert path.read_bytes() == content
+
+
+def test_what_the_caller_changes_is_not_in_the_cache(folder):
+    dataset = opened(folder)
+    before = dataset[3].clone()
+    dataset[3].zero_()
+    everything(dataset).zero_()
+    assert torch.equal(dataset[3], before) and torch.equal(opened(folder)[3], before)
+
+
+@pytest.mark.parametrize("shown", [9, 11])
+def test_a_run_that_shows_no_picture_twice_makes_none(folder, shown):
+    dataset = opened(folder, total_step=shown, d_iters=1, batch_size=1)
+    assert isinstance(dataset, DecodedCache) == (shown == 11) == (folder / ".decoded").exists()
+    everything(opened(folder))
+    assert opened(folder, total_step=1, batch_size=1).decoded(), "one that is there serves all the same"
+
+
+def test_on_makes_one_at_any_rate_and_off_looks_at_none(folder, reads):
+    everything(opened(folder, cache="on", total_step=1, batch_size=1))
+    assert len(files(folder / ".decoded")) == 1
+    del reads[:]
+    off = opened(folder, cache="off")
+    everything(off), everything(off)
+    assert len(reads) == 20 and not off.decoded()
+
+
+def test_evaluation_uses_one_but_makes_none(folder):
+    assert isinstance(opened(folder, mode="evaluate"), DecodedCache) and not (folder / ".decoded").exists()
+    everything(opened(folder))
+    assert opened(folder, mode="evaluate").decoded()
+
+
+def test_a_dry_run_says_what_would_be_made_and_makes_nothing(folder, capsys):
+    opened(folder, dry_run=True)
+    assert not (folder / ".decoded").exists() and not Path("cache").exists()
+    assert f"would go into {folder / '.decoded'}" in capsys.readouterr().out
+
+
+# ---- disks that refuse ----
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_memory(folder, monkeypatch, capsys):
+    monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
+    dataset = opened(folder)
+    assert torch.equal(everything(dataset), plain(folder)) and dataset.decoded()
+    assert not files(folder / ".decoded") and not files("cache")
+    out = capsys.readouterr().out
+    assert "none, kept in memory" in out and "No space left" in out and "--cache_dir" in out
+
+
+def test_a_full_disk_ends_a_run_that_insists(folder, monkeypatch):
+    monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
+    with pytest.raises(CheckpointError, match="--cache on: .*No space left.*\n.*--cache_dir") as caught:
+        opened(folder, cache="on")
+    assert caught.value.code == 5
+
+
+def test_auto_takes_no_more_than_a_quarter_of_the_free_disk(folder, monkeypatch, capsys):
+    size = decoded._File.of(datasets.Files(folder, 16), data_config(), Path()).size
+    for free, made in ((4 * size - 4, False), (4 * size, True)):
+        monkeypatch.setattr(decoded.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        dataset = opened(folder)
+        assert (folder / ".decoded").exists() == made and dataset.gather([0]).shape == (1, 3, 16, 16)
+    assert "of which a quarter may be taken" in capsys.readouterr().out
+
+
+def test_systems_without_fallocate_take_the_space_too(folder, monkeypatch):
+    monkeypatch.delattr(decoded.os, "posix_fallocate")
+    expected = plain(folder)
+    assert torch.equal(everything(opened(folder)), expected)
+    (path,) = files(folder / ".decoded")
+    assert path.stat().st_blocks * 512 >= path.stat().st_size
+    assert opened(folder).decoded()
+
+
+# ---- several processes ----
+
+
+FILL = """
+import sys
+import numpy as np
+from conftest import data_config
+from data_loader import open_dataset
+
+dataset = open_dataset(data_config("pictures", cache="auto"))
+order = np.random.default_rng(int(sys.argv[1])).permutation(10)
+for _ in range(50):
+    for index in order:
+        dataset[int(index)]
+print(dataset.decoded(), dataset.gather(range(10)).sum().item())
+"""
+
+
+def test_processes_that_fill_it_at_the_same_time_agree(folder):
+    root = Path(decoded.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, "-c", FILL, str(seed)], stdout=subprocess.PIPE, text=True,
+                                env=environment) for seed in range(3)]
+    answers = {process.communicate(timeout=60)[0].splitlines()[-1] for process in running}
+    assert answers == {f"True {plain(folder).sum().item()}"}
+    assert len(files(folder / ".decoded")) == 1
+    assert opened(folder).decoded() and torch.equal(everything(opened(folder)), plain(folder))
+
+
+def test_it_travels_to_spawned_workers_as_a_name(folder):
+    dataset = opened(folder, imsize=64)
+    data = pickle.dumps(dataset)
+    assert len(data) < 10_000, "the pictures are 122,880"
+    arrived = pickle.loads(data)
+    assert torch.equal(everything(arrived), plain(folder, imsize=64))
+    assert dataset.decoded(), "both look at one file"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_files_are_read_once_only(folder, num_workers):
+    config = data_config(folder, num_workers=num_workers, cache="auto")
+    batches = real_batches(config, build_dataset(config), 0, "cpu")
+    first = [next(batches) for _ in range(10)]              # 40 samples: workers are at the fifth epoch
+    assert not multiprocessing.active_children(), "with nothing left to decode, workers are dismissed"
+    for path in folder.glob("*.png"):
+        path.unlink()
+    later = torch.cat([next(batches) for _ in range(5)])
+    assert set(identities(later)) == set(identities(torch.cat(first)))
+
+
+def test_where_all_is_decoded_no_worker_is_started(folder, monkeypatch):
+    everything(opened(folder))
+    config = data_config(folder, num_workers=2, cache="auto")
+    batches = real_batches(config, build_dataset(config), 0, "cpu")
+    assert not multiprocessing.active_children()
+    expected = take(real_batches(data_config(folder), open_dataset(data_config(folder)), 0, "cpu"), 6)
+    assert torch.equal(take(batches, 6), expected)
+    monkeypatch.setattr("data_loader.available_memory", lambda: 10_000)
+    batches = real_batches(config, build_dataset(config), 0, "cpu")
+    assert len(multiprocessing.active_children()) == 2, "a file larger than memory is read ahead of time"
+    assert torch.equal(take(batches, 6), expected)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "memory", "shm", "kept"),
+    [
+        (0, 10**9, 0, True),  # one process needs no shared memory
+        (2, 10**9, 10**9, True),
+        (2, 10**9, 10_000, False),  # a container's small /dev/shm
+        (0, 10_000, 10**9, False),
+    ],
+)
+def test_what_is_no_file_is_kept_in_memory_where_that_is_not_short(monkeypatch, num_workers, memory, shm, kept):
+    monkeypatch.setattr(decoded, "available_memory", lambda: memory)
+    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=shm))
+    dataset = opened(".", dataset="toy", num_workers=num_workers)
+    assert isinstance(dataset, DecodedCache) == kept
+    assert not kept or dataset.pictures.is_shared() == (num_workers > 0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_what_is_kept_in_memory_is_decoded_once(folder, monkeypatch, num_workers):
+    monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
+    config = data_config(folder, num_workers=num_workers, cache="auto")
+    batches = real_batches(config, build_dataset(config), 0, "cpu")
+    first = [next(batches) for _ in range(10)]
+    for path in folder.glob("*.png"):
+        path.unlink()
+    later = torch.cat([next(batches) for _ in range(5)])
+    assert set(identities(later)) == set(identities(torch.cat(first)))
+
+
+def test_memory_is_left_out_where_sharing_fails(folder, monkeypatch):
+    def fail(self):
+        raise RuntimeError("unable to open shared memory object")
+
+    monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    config = data_config(folder, num_workers=2, cache="auto")
+    assert len(take(real_batches(config, build_dataset(config), 0, "cpu"), 3)) == 12
+
+
+def test_checksums_are_never_the_mark_of_none(monkeypatch):
+    monkeypatch.setattr(decoded.zlib, "crc32", lambda _: 0)
+    assert decoded._checksum(torch.zeros(3, 4, 4, dtype=torch.uint8)) != 0
