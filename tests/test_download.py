@@ -1,7 +1,8 @@
 """download.sh against a real HTTP server on the loopback interface.
 
-The runs use a copy of the script whose table describes small archives and whose pause between tries is 0;
-nothing else is changed. What the shipped table says is checked on the shipped file.
+The runs use a copy of the script in whose table the sizes and hashes are those of small archives and the URLs lead to
+the server, and whose pause between tries is 0; nothing else is changed. What the shipped table says is checked on the
+shipped file.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ import io
 import os
 import re
 import resource
+import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -39,13 +42,23 @@ def make_zip(members, mode=0o644):
     return buffer.getvalue()
 
 
-def make_tar(members, kind=tarfile.REGTYPE, linkname=""):
-    """tar.gz of {name: bytes}; kind and linkname apply to every member."""
+def claiming(name, size):
+    """A zip that says of its member that it unpacks to `size` bytes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+        archive.getinfo(name).file_size = size  # goes into the directory at the end alone
+    return buffer.getvalue()
+
+
+def make_tar(members, kind=tarfile.REGTYPE, linkname="", mode="w:gz", claims=None):
+    """tar.gz of {name: bytes}; kind, linkname and the size that it claims when unpacked apply to every member."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, linkname
+            info.pax_headers = {"GNU.sparse.realsize": str(claims)} if claims else {}
             info.size = len(content) if kind == tarfile.REGTYPE else 0
             archive.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
@@ -56,56 +69,87 @@ CELEBA = make_zip(FACES)
 LARGE = make_zip({"img_align_celeba/000001.jpg": os.urandom(400_000)})  # curl buffers less before it writes
 LSUN = make_zip({f"church_outdoor_train_lmdb/{name}.mdb": os.urandom(300) for name in ("data", "lock")})
 CIFAR = make_tar({"cifar-10-batches-py/data_batch_1": os.urandom(300)})
+FLOWERS = make_tar({f"jpg/image_{i:05d}.jpg": os.urandom(200) for i in range(1, 4)})
+OBAMA = make_zip({f"obama/{i}.jpg": os.urandom(200) for i in range(3)})
 VGG = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + os.urandom(400_000)  # as torch.save began files before 1.6
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files` {path: bytes}; `requests` lists (path, Range header). Prefixes of a path misbehave:
+    """Serves `files` {path: bytes}; `requests` lists (path, Range header), `heads` the paths of HEAD requests. Folders
+    of a path misbehave:
 
     /cut half of what is asked, then the connection drops · /hang half, then silence · /dead no answer ·
     /norange the whole file whatever was asked · /halfnorange half of it, then the connection drops ·
-    /page an HTML page · /busy 503 at first · /404
+    /page an HTML page · /busy 503 at first · /404 · /moved a redirect, which has a body ·
+    /nohead HEAD is not allowed · /slowhead HEAD gets silence · /nolength no Content-Length, the connection's end is
+    the file's · /huge HEAD tells of a file that fits on no disk
     """
 
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.requests, self.closing = {}, [], threading.Event()
+        self.files, self.requests, self.heads, self.closing = {}, [], [], threading.Event()
 
     def url(self, path):
         return f"http://127.0.0.1:{self.server_port}{path}"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.server.heads.append(self.path)
+        self.answer(body=False)
+
     def do_GET(self):
-        asked = self.headers.get("Range")
-        self.server.requests.append((self.path, asked))
-        how, _, name = self.path[1:].rpartition("/")
-        if how == "dead":
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        self.answer(body=True)
+
+    def answer(self, body):
+        asked, (*how, name) = self.headers.get("Range"), self.path[1:].split("/")
+        if "dead" in how:
             return
-        if how == "404" or (how == "busy" and len(self.server.requests) == 1):
-            self.send_error(404 if how == "404" else 503)
+        first = len(self.server.requests + self.server.heads) == 1
+        for folder, code, applies in (("404", 404, True), ("busy", 503, first), ("nohead", 405, not body)):
+            if folder in how and applies:
+                self.send_error(code)
+                return
+        if "slowhead" in how and not body:
+            self.server.closing.wait(20)
             return
-        body = PAGE if how == "page" else self.server.files[name]
-        start = int(asked[len("bytes="):-1]) if asked and how not in ("norange", "halfnorange", "page") else 0
-        if start >= len(body):
+        if "moved" in how:
+            self.send_response(302)
+            self.send_header("Location", self.path.replace("/moved", ""))
+            self.send_header("Content-Length", "5")
+            self.end_headers()
+            self.wfile.write(b"moved" if body else b"")
+            return
+        content = PAGE if "page" in how else self.server.files[name]
+        start = 0 if {"norange", "halfnorange", "page"} & {*how} or not asked else int(asked[len("bytes="):-1])
+        if start and start >= len(content):
             self.send_error(416)
             return
         self.send_response(206 if start else 200)
         if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("Content-Type", "text/html" if how == "page" else "application/zip")
-        self.send_header("Content-Length", str(len(body) - start))
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Content-Type", "text/html" if "page" in how else "application/zip")
+        if "nolength" not in how:
+            self.send_header("Content-Length", str(HUGE if "huge" in how and not body else len(content) - start))
         self.end_headers()
-        rest = body[start:]
-        self.wfile.write(rest[: (len(rest) + 1) // 2] if how in ("cut", "hang", "halfnorange") else rest)
+        rest = content[start:] if body else b""
+        self.wfile.write(rest[: (len(rest) + 1) // 2] if {"cut", "hang", "halfnorange"} & {*how} else rest)
         self.wfile.flush()
-        if how == "hang":
+        if body and "hang" in how:
             self.server.closing.wait(20)
 
     def log_message(self, *args):
         pass
+
+
+def shipped_table():
+    """The fields of each line of the shipped table, by its first name and part."""
+    (table,) = re.findall(r"(?ms)^table='\n(.*?)^'\n", SCRIPT.read_text())
+    rows = [line.split("|") for line in table.splitlines()]
+    return {" ".join(words.split()[0] for words in fields[:2] if words): fields for fields in rows}
 
 
 class Bench:
@@ -114,38 +158,47 @@ class Bench:
     def __init__(self, tmp_path, server):
         self.server, self.to, self.home = server, tmp_path / "data sets", tmp_path
         self.script = tmp_path / "download.sh"
-        self.rows = {
-            "CelebA": ["", "CelebA/img_align_celeba", "img_align_celeba.zip", CELEBA, "sha256",
-                       ["/img_align_celeba.zip"]],
-            "LSUN": ["church_outdoor", "LSUN/church_outdoor_train_lmdb", "church_outdoor_train_lmdb.zip",
-                     LSUN, "sha256", ["/church_outdoor_train_lmdb.zip"]],
-            "CIFAR10": ["", "CIFAR10/cifar-10-batches-py", "cifar-10-python.tar.gz", CIFAR,
-                        "md5", ["/cifar-10-python.tar.gz"]],
-            "VGG16": ["", "VGG16", "vgg16-397923af.pth", VGG, "sha256", ["/vgg16-397923af.pth"]],
-        }
+        self.archives = {"CelebA": CELEBA, "LSUN church_outdoor": LSUN, "CIFAR10": CIFAR, "Flowers": FLOWERS,
+                         "VGG16": VGG, "Inception": VGG}  # of the sources that have a hash
+        self.urls = {}
         self.unpacked = 4000
         self.part = self.to / "img_align_celeba.zip.part"
+        self.whole = self.to / "img_align_celeba.zip.whole"
+        self.record = self.to / "100-shot-obama.zip.sha256"
+        server.files["100-shot-obama.zip"] = OBAMA
 
     def source(self, name, archive=None, urls=None):
-        """Replaces the archive or the URLs of one data set."""
-        self.rows[name][3] = archive or self.rows[name][3]
-        self.rows[name][5] = urls or self.rows[name][5]
+        """Replaces the archive or the URLs of one line of the table."""
+        if archive:
+            self.archives[name] = archive
+        if urls:
+            self.urls[name] = urls
 
-    def start(self, *arguments, **options):
+    def obama(self, how):
+        """Lets the 100-shot sets come from another folder of the server."""
+        self.source("100-shot-obama", urls=[f"/{how}/WORD.zip"])
+
+    def start(self, *arguments, to=True, **options):
+        """The script with these arguments, and --to unless it is to run in the folder that holds `data`."""
         lines = []
-        for name, (part, folder, file, archive, kind, urls) in self.rows.items():
-            self.server.files.setdefault(file, archive)
-            digest = hashlib.new(kind, archive).hexdigest()
-            lines.append(f"{name}|{part}|{folder}|{file}|{len(archive)}|{self.unpacked}|{kind}:{digest}"
-                         f"|the terms of {name}|{' '.join(map(self.server.url, urls))}")
+        for name, fields in shipped_table().items():
+            file = fields[3]
+            if name in self.archives:
+                archive, kind = self.archives[name], fields[6].partition(":")[0]
+                self.server.files.setdefault(file, archive)
+                fields[4] = fields[4] and str(len(archive))
+                fields[5] = str(self.unpacked)
+                fields[6] = f"{kind}:{hashlib.new(kind, archive).hexdigest()}"
+            fields[8] = " ".join(map(self.server.url, self.urls.get(name, [f"/{file}"])))
+            lines.append("|".join(fields))
         table = "table='\n" + "\n".join(lines) + "\n'\n"
         text, tables = re.subn(r"(?ms)^table='\n.*?^'\n", lambda _: table, SCRIPT.read_text())
         text, pauses = re.subn(r"(?m)^pause=3 ", "pause=0 ", text)
         assert (tables, pauses) == (1, 1)
         if not self.script.exists() or self.script.read_text() != text:  # bash reads while it runs
             self.script.write_text(text)
-        command = ["bash", self.script, *map(str, arguments), "--to", self.to]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command = ["bash", self.script, *map(str, arguments), *(["--to", self.to] if to else [])]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.home,
                                 env=environment(self.home), **{"preexec_fn": heed_signals, **options})
 
     def run(self, *arguments, **options):
@@ -159,9 +212,10 @@ class Bench:
         return sorted(str(p.relative_to(self.to)) for p in self.to.rglob("*"))
 
 
-def environment(home):
+def environment(home, first=None):
+    """The environment less proxies, with this Python before the system's, and the folder `first` before both."""
     keep = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join([*([str(first)] if first else []), str(Path(sys.executable).parent), os.environ["PATH"]])
     return {**keep, "PATH": path, "HOME": str(home)}
 
 
@@ -187,6 +241,11 @@ def bench(tmp_path, server):
     return Bench(tmp_path, server)
 
 
+def quoted(path):
+    """As bash writes it where a person is to paste it."""
+    return str(path).replace(" ", "\\ ")
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 10
     while not condition():
@@ -206,6 +265,13 @@ def ended_process():
     return process.pid
 
 
+FEW = ["100-shot-obama", "100-shot-panda", "100-shot-grumpy_cat", "AnimalFace-cat", "AnimalFace-dog"]
+CATEGORIES = """
+    bedroom bridge church_outdoor classroom conference_room dining_room kitchen living_room restaurant tower
+    airplane bicycle bird boat bottle bus car cat chair cow dining_table dog horse motorbike person potted_plant sheep
+    sofa train tv-monitor
+"""
+
 # The shipped script -------------------------------------------------------------------------------
 
 
@@ -214,7 +280,9 @@ def ended_process():
     [
         ([], "usage:"),
         (["celebb"], "unknown data set: celebb"),
-        (["LSUN", "bedroom"], "unknown data set: LSUN bedroom"),
+        (["LSUN", "castle"], "unknown data set: LSUN castle"),
+        (["CIFAR10", "bedroom"], "unknown data set: CIFAR10 bedroom"),
+        (["100-shot-obama 100-shot-panda"], "unknown data set"),
         (["CelebA", "--to"], "--to needs a value"),
         (["CelebA", "--mirror", "--to"], "--mirror needs a value"),
         (["CelebA", "--form-file", "x"], "unknown option --form-file"),
@@ -226,7 +294,11 @@ def test_usage_errors_exit_2_and_touch_nothing(tmp_path, arguments, message):
     code, text = shipped(tmp_path, *arguments)
     assert code == 2 and message in text
     if not arguments or "unknown data set" in message:
-        assert all(name in text for name in ("CelebA", "LSUN church_outdoor", "CIFAR10", "VGG16"))
+        lines = {" ".join(line.split()) for line in text.splitlines()}
+        assert {"CelebA 1.44 GB", "LSUN church_outdoor 2.45 GB", "LSUN church_outdoor_val 5957308 bytes",
+                "CIFAR10 0.17 GB", "VGG16 0.55 GB", "Inception 0.10 GB"} < lines
+        assert {f"{name} size unknown" for name in (*FEW, "Flowers", "few-shot")} < lines
+        assert {*CATEGORIES.split()} < {*text.split()}
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,15 +312,46 @@ def test_mirror_and_from_file_exclude_each_other(tmp_path):
     ("row", "size", "digest"),
     [
         ("CelebA", 1443490838, "sha256:46fb89443c578308acf364d7d379fe1b9efb793042c0af734b6112e4fd3a8c74"),
-        ("LSUN", 2448463466, "sha256:91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a"),
+        ("LSUN church_outdoor", 2448463466, "sha256:91128ae026840ac0c5982b4445ab5fc4e092d6847cca76793b2b1a0815c2e74a"),
+        ("LSUN church_outdoor_val", 5957308, "sha256:34635b7547a3e51a15f942a4a4082dd6bc9cca381a953515cb2275c0eed50584"),
         ("CIFAR10", 170498071, "md5:c58f30108f718f92721af3b95e74349a"),
+        ("Flowers", None, "md5:52808999861908f626f3c1f4e79d11fa"),
         ("VGG16", 553433881, "sha256:397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+        ("Inception", 95628359, "sha256:6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"),
     ],
 )
 def test_shipped_table_holds_the_published_sizes_and_hashes(row, size, digest):
-    (fields,) = [line.split("|") for line in SCRIPT.read_text().splitlines() if line.startswith(f"{row}|")]
-    assert (int(fields[4]), fields[6]) == (size, digest)
-    assert int(fields[5]) >= size
+    fields = shipped_table()[row]
+    assert (fields[4], fields[6]) == (str(size or ""), digest)
+    assert int(fields[5]) >= (size or 0)
+
+
+DRIVE = "https://drive.usercontent.google.com/download?id=1aAJCZbXNHyraJ6Mi13dSbe7pTyfPXha0&export=download&confirm=t"
+
+
+@pytest.mark.parametrize(
+    ("words", "url", "terms"),
+    [
+        *[([name], f"https://data-efficient-gans.mit.edu/datasets/{name}.zip", "third parties own") for name in FEW],
+        (["few-shot"], DRIVE, "third parties own"),
+        (["Flowers"], "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz", "research use"),
+        (["LSUN"], "http://dl.yf.io/lsun/scenes/church_outdoor_train_lmdb.zip", "third parties own"),
+        (["LSUN", "church_outdoor_val"], "http://dl.yf.io/lsun/scenes/church_outdoor_val_lmdb.zip", "third"),
+        (["LSUN", "bedroom"], "http://dl.yf.io/lsun/scenes/bedroom_train_lmdb.zip", "third parties own"),
+        (["LSUN", "tv-monitor"], "http://dl.yf.io/lsun/objects/tv-monitor.zip", "third parties own"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_shipped_urls(tmp_path, words, url, terms):
+    curl = tmp_path / "bin" / "curl"
+    curl.parent.mkdir()
+    curl.write_text("#!/bin/sh\nexit 3\n")  # "not a URL", which is not tried again
+    curl.chmod(0o755)
+    done = subprocess.run(["bash", SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path, timeout=20,
+                          env=environment(tmp_path, curl.parent))
+    assert done.returncode == 3 and f" here) from {url}\n" in done.stdout and terms in done.stdout
+    assert f"from {url} for instance" in done.stderr and "--from-file" in done.stderr
+    assert ("bash download.sh few-shot puts them into few-shot/" + words[0] in done.stderr) == (words[0] in FEW)
 
 
 def test_shipped_script_refuses_an_archive_of_another_hash(tmp_path):
@@ -264,7 +367,7 @@ def test_shipped_script_refuses_an_archive_of_another_hash(tmp_path):
 
 def test_celeba_lands_where_the_program_reads_it_and_a_second_run_does_nothing(bench):
     code, text = bench.run("CelebA")
-    assert code == 0 and "the terms of CelebA" in text
+    assert code == 0 and "terms of use: non-commercial research only" in text
     assert bench.left() == sorted(["CelebA", "CelebA/img_align_celeba", "CelebA/img_align_celeba/.complete",
                                    *(f"CelebA/{name}" for name in FACES)])
     assert all((bench.to / "CelebA" / name).read_bytes() == content for name, content in FACES.items())
@@ -308,7 +411,410 @@ def test_from_file_needs_no_network_and_keeps_the_file(bench, tmp_path):
     mine.write_bytes(CELEBA)
     assert bench.run("CelebA", "--from-file", mine)[0] == 0
     assert bench.server.requests == [] and mine.read_bytes() == CELEBA
-    assert (bench.to / "CelebA" / "img_align_celeba" / ".complete").exists() and not bench.part.exists()
+    assert (bench.to / "CelebA" / "img_align_celeba" / ".complete").exists()
+
+
+def test_from_file_ends_a_download_but_not_the_file_that_was_given(bench):
+    bench.to.mkdir()
+    bench.part.write_bytes(CELEBA[:100])
+    bench.whole.write_bytes(CELEBA)
+    assert bench.run("CelebA", "--from-file", bench.whole)[0] == 0
+    assert not bench.part.exists() and bench.whole.read_bytes() == CELEBA
+
+
+def test_flowers_have_a_hash_and_no_known_size(bench):
+    code, text = bench.run("Flowers")
+    assert code == 0 and "hash is right" in text and bench.server.heads == ["/102flowers.tgz"]
+    assert len(os.listdir(bench.to / "Flowers" / "jpg")) == 3 + 1 and bench.left()[0] == "Flowers"
+
+
+@pytest.mark.parametrize("how", ["", "/nolength"])
+def test_other_flowers_are_refused(bench, how):
+    bench.server.files["102flowers.tgz"] = other = make_tar({"jpg/image_00001.jpg": b"x"})
+    bench.source("Flowers", urls=[f"{how}/102flowers.tgz"])
+    code, text = bench.run("Flowers")
+    assert code == 3 and f"got {hashlib.md5(other).hexdigest()}" in text and bench.left() == []
+
+
+# LSUN ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("category", "file", "top", "folder"),
+    [
+        ("bedroom", "bedroom_train_lmdb.zip", "bedroom_train_lmdb/", "bedroom_train_lmdb"),
+        ("cat", "cat.zip", "cat/", "cat_lmdb"),
+        ("tv-monitor", "tv-monitor.zip", "", "tv-monitor_lmdb"),
+    ],
+)
+def test_any_lsun_category_lands_where_the_program_reads_it(bench, category, file, top, folder):
+    bench.server.files[file] = make_zip({f"{top}{name}.mdb": os.urandom(300) for name in ("data", "lock")})
+    code, text = bench.run("LSUN", category)
+    assert code == 0 and "no encryption and no published hash" in text
+    assert sorted(os.listdir(bench.to)) == ["LSUN", f"{file}.sha256"]
+    assert [str(p.relative_to(bench.to)) for p in bench.to.glob("LSUN/*_lmdb/data.mdb")] == [f"LSUN/{folder}/data.mdb"]
+
+
+@pytest.mark.parametrize("category", ["church_outdoor", "cat"])
+def test_lsun_without_a_data_mdb_is_refused(bench, category):
+    wrong = make_zip({"church_outdoor_train_lmdb/0.webp": b"x"})
+    bench.source("LSUN church_outdoor", archive=wrong)
+    bench.server.files["cat.zip"] = wrong
+    code, text = bench.run("LSUN", category)
+    assert code == 3 and "no data.mdb" in text and not (bench.to / "LSUN").exists()
+    if category == "cat":
+        assert bench.left() == [] and "Run the same command again" in text
+
+
+# Sources without a hash or a known layout ---------------------------------------------------------
+
+
+def sha256(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_first_download_is_recorded_and_the_next_is_held_against_it(bench):
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and sha256(OBAMA) in text and str(bench.record) in text and "third parties own" in text
+    assert bench.record.read_text() == f"{sha256(OBAMA)}  100-shot-obama.zip\n"
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+    assert {"0.jpg", "1.jpg", "2.jpg"} < set(os.listdir(bench.to / "100-shot-obama"))
+    asked = list(bench.server.requests)
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and "is complete in" in text and bench.server.requests == asked and len(bench.server.heads) == 1
+
+    shutil.rmtree(bench.to / "100-shot-obama")
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and f"as in {bench.record}" in text
+
+
+def test_another_hash_than_the_recorded_one_is_refused_until_the_record_is_deleted(bench):
+    bench.to.mkdir()
+    bench.record.write_text(f"{'A' * 64}  mine.zip\n")  # as a person may have put it there
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and f"sha256 is {sha256(OBAMA)}" in text and f"says {'a' * 64}" in text
+    assert str(bench.record) in text and "delet" in text and "100-shot-obama.zip.whole" in text
+    assert set(os.listdir(bench.to)) == {bench.record.name, "100-shot-obama.zip.whole"}
+    assert bench.record.read_text().startswith("A")
+    bench.record.unlink()
+    asked = len(bench.server.requests)
+    assert bench.run("100-shot-obama")[0] == 0 and len(bench.server.requests) == asked
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+def test_a_refused_file_makes_way_for_the_recorded_one(bench):
+    bench.to.mkdir()
+    bench.record.write_text(sha256(OBAMA))
+    bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": b"another"})
+    assert bench.run("100-shot-obama")[0] == 3
+    bench.server.files["right.zip"] = OBAMA
+    code, text = bench.run("100-shot-obama", "--mirror", bench.server.url("/right.zip"))
+    assert code == 0 and "is removed" in text
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+def test_mirror_with_another_hash_than_the_recorded_one_is_passed_over(bench):
+    bench.to.mkdir()
+    bench.record.write_text(sha256(OBAMA).upper())
+    bench.server.files["wrong.zip"] = make_zip({"obama/0.jpg": b"another"})
+    code, text = bench.run("100-shot-obama", "--mirror", bench.server.url("/wrong.zip"))
+    assert code == 0 and "wrong.zip: its sha256 is" in text
+    assert {"1.jpg", "2.jpg"} < set(os.listdir(bench.to / "100-shot-obama"))
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+def test_from_file_without_a_hash_is_recorded_and_held_against_the_record(bench, tmp_path):
+    mine = tmp_path / "mine.bin"
+    mine.write_bytes(OBAMA)
+    code, text = bench.run("100-shot-obama", "--from-file", mine)
+    assert code == 0 and sha256(OBAMA) in text and bench.record.read_text().startswith(sha256(OBAMA))
+    shutil.rmtree(bench.to / "100-shot-obama")
+    mine.write_bytes(other := make_zip({"obama/0.jpg": b"another"}))
+    code, text = bench.run("100-shot-obama", "--from-file", mine)
+    assert code == 3 and sha256(other) in text and sha256(OBAMA) in text and "delete that record" in text
+    assert mine.read_bytes() == other and bench.left() == [bench.record.name]
+    assert bench.server.requests == bench.server.heads == []
+
+
+@pytest.mark.parametrize("words", ["", "sha256 of it", "z" * 64, "a" * 65])
+def test_record_that_is_none_is_named(bench, words):
+    bench.to.mkdir()
+    bench.record.write_text(words)
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and f"{bench.record} does not begin with a sha256" in text and "delete it" in text
+    assert bench.record.read_text() == words and bench.server.requests == []
+
+
+def test_nothing_is_recorded_where_a_hash_is_published_nor_noted_about_http(bench):
+    assert all("note:" not in bench.run(name)[1] for name in ("CelebA", "Flowers"))
+    assert not list(bench.to.glob("*.sha256"))
+    (bench.record).write_text(sha256(OBAMA))
+    assert "note:" not in bench.run("100-shot-obama")[1]
+
+
+@pytest.mark.parametrize(
+    ("archive", "expected"),
+    [
+        (make_zip({"any name/0.jpg": b"x", "any name/b/1.jpg": b"y"}), ["0.jpg", "b", "b/1.jpg"]),
+        (make_zip({"a/0.jpg": b"x", "b/0.jpg": b"y"}), ["a", "a/0.jpg", "b", "b/0.jpg"]),
+        (make_zip({"a/0.jpg": b"x", "README": b"y"}), ["README", "a", "a/0.jpg"]),
+        (make_zip({"0.jpg": b"x"}), ["0.jpg"]),
+        (make_zip({"a/0.jpg": b"x", "__MACOSX/a/._0.jpg": b"y", ".DS_Store": b"z"}), ["0.jpg"]),
+        (make_zip({"0.jpg": b"x", "1.jpg": b"x", "__MACOSX/._0.jpg": b"y"}), ["0.jpg", "1.jpg"]),
+        (make_tar({"a/0.jpg": b"x"}), ["0.jpg"]),
+        (make_tar({"a/0.jpg": b"x", "b/0.jpg": b"y"}, mode="w"), ["a", "a/0.jpg", "b", "b/0.jpg"]),
+    ],
+    ids=["one folder", "two", "folder and file", "file", "folder and junk", "files and junk", "tar.gz", "tar"],
+)
+def test_only_top_folder_or_all_becomes_the_target(bench, archive, expected):
+    bench.server.files["few-shot-images.zip"] = archive
+    assert bench.run("few-shot")[0] == 0
+    assert bench.left() == ["few-shot", "few-shot-images.zip.sha256", "few-shot/.complete",
+                            *(f"few-shot/{name}" for name in expected)]
+
+
+def flipped(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1:]
+
+
+PLAIN = make_tar({"a/0.jpg": b"x", "a/1.jpg": b"y"}, mode="w")
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        flipped(OBAMA, 100),
+        OBAMA[:-30],
+        flipped(OBAMA, OBAMA.index(b"PK\1\2") + 2),
+        flipped(OBAMA, OBAMA.index(b"PK\1\2") + 8),
+        flipped(FLOWERS, len(FLOWERS) - 8),
+        flipped(FLOWERS, 300),
+        FLOWERS[:-4],
+        PLAIN[:1024],
+        flipped(PLAIN, 1024 + 150),
+        make_zip({}),
+    ],
+    ids=["zip", "zip cut", "zip directory", "zip password", "gz checksum", "gz data", "gz cut", "tar cut",
+         "tar header", "empty"],
+)
+def test_damaged_archive_stops_nobody(bench, archive):
+    """/nolength: a connection that ends early looks like a whole file, so the archive itself must tell."""
+    bench.obama("nolength")
+    bench.server.files["100-shot-obama.zip"] = archive
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and ("is damaged" in text or "is empty" in text) and bench.left() == []
+    assert "Run the same command again" in text and "--mirror" in text and "--from-file" in text
+    bench.server.files["100-shot-obama.zip"] = OBAMA
+    assert bench.run("100-shot-obama")[0] == 0
+
+
+def test_damaged_from_file_is_left_alone(bench, tmp_path):
+    mine = tmp_path / "mine.zip"
+    mine.write_bytes(flipped(OBAMA, 100))
+    code, text = bench.run("100-shot-obama", "--from-file", mine)
+    assert code == 3 and "is damaged" in text and "another copy" in text and bench.left() == []
+    assert mine.read_bytes() == flipped(OBAMA, 100)
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        make_zip({"obama/0.jpg": b"x", "../escaped": b"x"}),
+        make_zip({"obama/0.jpg": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777),
+        make_tar({"obama/0.jpg": b"x", "/escaped": b"x"}),
+        make_tar({"obama/0.jpg": b""}, tarfile.SYMTYPE, linkname="1.jpg"),
+    ],
+    ids=["zip up", "zip link", "tar root", "tar link"],
+)
+def test_unknown_archive_that_reaches_out_of_its_folder_is_removed(bench, tmp_path, archive):
+    bench.server.files["100-shot-obama.zip"] = archive
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and "not unpacked" in text and "--mirror" in text and bench.left() == []
+    assert not any(p.name == "escaped" for p in tmp_path.rglob("*"))
+
+
+def test_quota_page_instead_of_a_set_without_a_hash(bench):
+    bench.source("few-shot", urls=["/page/few-shot-images.zip"])
+    code, text = bench.run("few-shot")
+    assert code == 3 and "text/html instead of a zip or tar archive" in text and "quota" in text
+    assert "--from-file" in text and bench.left() == []
+
+
+def test_web_page_saved_as_a_set_without_a_hash_is_refused(bench, tmp_path):
+    mine = tmp_path / "few-shot-images.zip"
+    mine.write_bytes(PAGE)
+    code, text = bench.run("few-shot", "--from-file", mine)
+    assert code == 3 and "perhaps a web page" in text and bench.left() == []
+
+
+@pytest.mark.parametrize("name", ["100-shot-obama", "few-shot"])
+def test_bundle_is_named_where_a_set_of_it_cannot_be_had(bench, name):
+    bench.obama("404")
+    bench.source("few-shot", urls=["/404/few-shot-images.zip"])
+    code, text = bench.run(name)
+    assert code == 3 and "HTTP error 404" in text and "--mirror" in text
+    assert ("bash download.sh few-shot puts them into few-shot/100-shot-obama" in text) == (name != "few-shot")
+
+
+# The size, where the table does not know it -------------------------------------------------------
+
+
+def test_size_that_the_server_tells_serves_to_resume(bench):
+    bench.obama("cut")
+    assert bench.run("100-shot-obama")[0] == 0
+    starts = [int(asked[6:-1]) if asked else 0 for _, asked in bench.server.requests]
+    assert starts == sorted(set(starts)) and len(starts) > 5
+
+
+def test_partial_file_of_unknown_size_is_resumed_by_the_next_run(bench):
+    bench.obama("hang")
+    bench.server.files["100-shot-obama.zip"] = large = make_zip({"obama/0.jpg": os.urandom(400_000)})
+    part = bench.to / "100-shot-obama.zip.part"
+    running = bench.start("100-shot-obama")
+    wait_for(lambda: part.exists() and part.stat().st_size > 0)
+    assert bench.run("100-shot-obama")[0] == 6
+    running.terminate()
+    running.communicate(timeout=5)
+    here = part.stat().st_size
+    assert bench.left() == [part.name] and 0 < here < len(large)
+    bench.obama("")
+    assert bench.run("100-shot-obama")[0] == 0 and bench.server.requests[-1][1] == f"bytes={here}-"
+    assert (bench.to / "100-shot-obama" / "0.jpg").stat().st_size == 400_000
+
+
+def test_busy_server_is_asked_for_the_size_again(bench):
+    bench.obama("busy")
+    bench.to.mkdir()
+    (bench.to / "100-shot-obama.zip.part").write_bytes(OBAMA[:100])
+    assert bench.run("100-shot-obama")[0] == 0 and bench.server.requests[0][1] == "bytes=100-"
+
+
+def test_partial_file_that_is_larger_than_the_servers_is_not_resumed(bench):
+    bench.to.mkdir()
+    (bench.to / "100-shot-obama.zip.part").write_bytes(OBAMA + b"x")
+    assert bench.run("100-shot-obama")[0] == 0
+    assert bench.server.requests == [("/100-shot-obama.zip", None)]
+
+
+def test_size_is_that_of_the_file_a_redirect_leads_to(bench):
+    bench.obama("moved")
+    bench.to.mkdir()
+    (bench.to / "100-shot-obama.zip.part").write_bytes(OBAMA[:100])
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and f"({len(OBAMA)} bytes, 100 bytes here)" in text
+    assert bench.server.requests[-1] == ("/100-shot-obama.zip", "bytes=100-")
+
+
+@pytest.mark.parametrize("how", ["nohead", "nolength", "nohead/nolength", "moved/nolength"])
+def test_server_that_does_not_tell_the_size_is_asked_for_all(bench, how):
+    bench.obama(how)
+    bench.to.mkdir()
+    (bench.to / "100-shot-obama.zip.part").write_bytes(OBAMA[:100])
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and "size unknown" in text
+    assert all(asked is None for _, asked in bench.server.requests)
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+@pytest.mark.parametrize("how", ["nohead/cut", "nohead/404", "nohead/page", "nohead/dead", "page"])
+def test_failure_without_a_size_leaves_what_was_there(bench, how):
+    bench.obama(how)
+    bench.to.mkdir()
+    part = bench.to / "100-shot-obama.zip.part"
+    part.write_bytes(OBAMA[:100])
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and "no source gave" in text and all(asked is None for _, asked in bench.server.requests)
+    assert bench.left() == [part.name] and part.read_bytes() == OBAMA[:100] and len(bench.server.requests) < 10
+
+
+def test_empty_answer_without_a_size_is_no_archive(bench):
+    bench.obama("nolength")
+    bench.server.files["100-shot-obama.zip"] = b""
+    code, text = bench.run("100-shot-obama")
+    assert code == 3 and "ends after 0 bytes" in text and bench.left() == []
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+def test_interrupted_download_without_a_size_leaves_nothing_that_stops_the_next(bench, number):
+    bench.obama("nohead/hang")
+    bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": os.urandom(400_000)})
+    running = bench.start("100-shot-obama", start_new_session=True)
+    fetched = bench.to / ".100-shot-obama.lock" / "fetched"
+    wait_for(lambda: fetched.exists() and fetched.stat().st_size > 0)
+    os.killpg(running.pid, signal.Signals[number])
+    running.communicate(timeout=5)
+    assert (bench.left() == []) == (number == "SIGTERM")
+    bench.obama("nohead")
+    code, text = bench.run("100-shot-obama")
+    assert code == 0 and "0 bytes here" in text
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+def test_interrupted_while_the_server_does_not_tell_the_size(bench):
+    bench.obama("slowhead")
+    running = bench.start("100-shot-obama")
+    wait_for(lambda: bench.server.heads)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=5)
+    assert running.returncode == 130 and "run the same command again" in err and bench.left() == []
+
+
+def test_whole_archive_of_unknown_size_is_not_fetched_twice(bench):
+    bench.obama("nohead")
+    bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": bytes(200_000)})
+    limit = (100_000, 100_000)
+    code, text = bench.run("100-shot-obama", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert code == 5 and bench.left() == ["100-shot-obama.zip.whole"]
+    assert bench.run("100-shot-obama")[0] == 0 and len(bench.server.requests) == 1
+    assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
+
+
+# What the last line says --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "expected", "elsewhere"),
+    [
+        (["CelebA"], None, "python main.py --dataset celeb", " --image_path {to}"),
+        (["LSUN"], None, "python main.py --dataset lsun", " --image_path {to}"),
+        (["CIFAR10"], None, "python main.py --dataset cifar10", " --image_path {to}"),
+        (["LSUN", "bedroom"], "bedroom_train_lmdb.zip",
+         "python main.py --dataset lsun --image_path {to}/LSUN/bedroom_train_lmdb", ""),
+        (["Flowers"], None, "python main.py --dataset folder --image_path {to}/Flowers/jpg", ""),
+        (["100-shot-obama"], "100-shot-obama.zip",
+         "python main.py --model fastgan --dataset folder --image_path {to}/100-shot-obama", ""),
+        (["few-shot"], "few-shot-images.zip",
+         "python main.py --model fastgan --dataset folder --image_path {to}/few-shot/SET\n"
+         "download.sh: where SET is one of: art/ skulls/", ""),
+        (["VGG16"], None,
+         "--model fastgan takes it for metadata and LPIPS, --mode evaluate for --metrics nearest,lpips",
+         "; add --vgg_weights {to}/VGG16/vgg16-397923af.pth"),
+        (["Inception"], None, "--mode evaluate takes it for --metrics fid,kid,pr,is",
+         "; add --inception_weights {to}/Inception/weights-inception-2015-12-05-6726825d.pth"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+)
+@pytest.mark.parametrize("to", [True, False])
+def test_closing_line_says_how_to_go_on(bench, words, file, expected, elsewhere, to):
+    content = {"data.mdb": b"x"} if words[0] == "LSUN" else {"art/0.jpg": b"x", "skulls/0.jpg": b"y"}
+    if file:
+        bench.server.files[file] = make_zip(content)
+    where = quoted(bench.to) if to else "data"
+    last = f"download.sh: next: {expected}{elsewhere if to else ''}\n".format(to=where)
+    code, text = bench.run(*words, to=to)
+    assert code == 0 and text.endswith(last)
+    code, text = bench.run(*words, to=to)
+    assert code == 0 and "is complete in" in text and text.endswith(last)
+
+
+@pytest.mark.parametrize("name", ["TO", "TARGET [x]", "a & b", "'quoted'"])
+def test_closing_line_takes_any_folder(bench, name):
+    bench.to = bench.home / name
+    for words in (["CelebA"], ["Flowers"]):
+        code, text = bench.run(*words)
+        *_, flag, path = shlex.split(text.splitlines()[-1].partition("next: ")[2])
+        folder = bench.to if words == ["CelebA"] else bench.to / "Flowers" / "jpg"
+        assert code == 0 and (flag, path) == ("--image_path", str(folder))
 
 
 # A single file, which is not unpacked -------------------------------------------------------------
@@ -319,7 +825,7 @@ WHOLE = ["VGG16", "VGG16/.complete", WEIGHTS]
 
 def test_weights_land_where_the_program_reads_them_and_a_second_run_does_nothing(bench):
     code, text = bench.run("VGG16")
-    assert code == 0 and "the terms of VGG16" in text
+    assert code == 0 and "terms of use: weights of torchvision" in text
     assert bench.left() == WHOLE and (bench.to / WEIGHTS).read_bytes() == VGG
     asked = list(bench.server.requests)
     code, text = bench.run("VGG16")
@@ -380,7 +886,7 @@ def test_disk_full_while_copying_weights_keeps_the_download(bench):
     part.write_bytes(VGG)
     limit = (len(VGG) // 2, len(VGG) // 2)
     code, text = bench.run("VGG16", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert code == 5 and "the archive is kept" in text and bench.left() == [part.name]
+    assert code == 5 and "the archive is kept" in text and bench.left() == ["vgg16-397923af.pth.whole"]
     assert bench.run("VGG16")[0] == 0 and bench.server.requests == [] and bench.left() == WHOLE
 
 
@@ -469,13 +975,14 @@ def test_from_file_checks_the_file_and_leaves_it_alone(bench, tmp_path, content,
         ("CIFAR10", make_tar({"cifar-10-batches-py/l": b""}, tarfile.SYMTYPE, linkname="data_batch_1")),
         ("CIFAR10", make_tar({"cifar-10-batches-py/l": b""}, tarfile.LNKTYPE, linkname="data_batch_1")),
     ],
+    ids=["zip up", "zip root", "zip link", "tar up", "tar root", "tar link", "tar hard link"],
 )
 def test_archive_that_reaches_out_of_its_folder_is_refused(bench, tmp_path, name, archive):
     bench.source(name, archive=archive)
     code, text = bench.run(name)
-    assert code == 3 and "not unpacked" in text
+    assert code == 3 and "not unpacked" in text and "please report it" in text
     assert not any(p.name == "escaped" for p in tmp_path.rglob("*"))
-    assert bench.left() == [f"{bench.rows[name][2]}.part"]
+    assert bench.left() == [f"{shipped_table()[name][3]}.whole"]
 
 
 def test_archive_without_the_expected_folder_is_refused(bench):
@@ -503,6 +1010,39 @@ def test_space_is_checked_before_the_first_byte(bench):
     assert bench.server.requests == [] and bench.left() == []
 
 
+def test_space_is_checked_with_the_size_that_the_server_tells(bench):
+    bench.obama("huge")
+    code, text = bench.run("100-shot-obama")
+    assert code == 5 and f"{HUGE / 1e9:.2f} GB to download" in text and "--to" in text
+    assert bench.server.requests == [] and bench.left() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "archive"),
+    [
+        ("CelebA", claiming("img_align_celeba/0.jpg", HUGE)),
+        ("CIFAR10", make_tar({"cifar-10-batches-py/data_batch_1": b"x"}, claims=HUGE)),
+        ("few-shot", claiming("0.jpg", HUGE)),
+        ("few-shot", make_tar({"0.jpg": b"x"}, claims=HUGE)),
+    ],
+    ids=["zip", "tar", "unknown zip", "unknown tar"],
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_space_for_what_the_archive_holds_is_checked_before_unpacking(bench, tmp_path, name, archive, from_file):
+    file = shipped_table()[name][3]
+    if name == "few-shot":
+        bench.server.files[file] = archive
+    else:
+        bench.source(name, archive=archive)
+    mine = tmp_path / "mine"
+    mine.write_bytes(archive)
+    code, text = bench.run(name, *(["--from-file", mine] if from_file else []))
+    assert code == 5 and f"needs {HUGE / 1e9:.2f} GB unpacked" in text and "archive is kept" in text
+    kept = mine if from_file else bench.to / f"{file}.whole"
+    assert f"bash download.sh {name} --from-file {quoted(kept)} --to DIR" in text
+    assert bench.left() == ([] if from_file else [kept.name]) and mine.read_bytes() == archive
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_disk_full_while_downloading(bench):
     bench.to.mkdir()
@@ -515,7 +1055,8 @@ def test_disk_full_while_unpacking_keeps_the_archive_alone(bench):
     bench.source("CelebA", archive=make_zip({"img_align_celeba/000001.jpg": bytes(200_000)}))
     limit = (100_000, 100_000)  # bytes a file may have: Python gets an OSError as it does from a full disk
     code, text = bench.run("CelebA", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert code == 5 and "cannot unpack" in text and bench.left() == [bench.part.name]
+    assert code == 5 and "cannot unpack" in text and bench.left() == [bench.whole.name]
+    assert f"--from-file {quoted(bench.whole)} --to DIR" in text
     asked = len(bench.server.requests)
     assert bench.run("CelebA")[0] == 0 and len(bench.server.requests) == asked
 
