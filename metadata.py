@@ -187,7 +187,7 @@ def _extract(config, dataset, device):
     averages = torch.empty(len(dataset), vgg.WIDTH, dtype=torch.float16)
     with progress(len(dataset), "picture", "metadata") as done:
         for indices in torch.arange(len(dataset)).split(BATCH):
-            images = normalize(torch.stack([dataset[index] for index in indices.tolist()]).to(device))
+            images = normalize(dataset.gather(indices.tolist()).to(device))
             if images.shape[-1] > LARGEST:
                 images = interpolate(images, size=(LARGEST, LARGEST), mode="bilinear", antialias=True)
             averages[indices] = net(vgg.normalize(images)).mean((2, 3)).half().cpu()

@@ -168,7 +168,7 @@ class Trainer:
     def real_pictures(self):
         """As many real pictures as a grid shows, spread over the data set: (B, 3, imsize, imsize) in [-1, 1], CPU."""
         count, shown = len(self.dataset), min(len(self.fixed_z), len(self.dataset))
-        return normalize(torch.stack([self.dataset[i * count // shown] for i in range(shown)]))
+        return normalize(self.dataset.gather([i * count // shown for i in range(shown)]))
 
     @torch.no_grad()
     def write_pictures(self):

@@ -17,7 +17,7 @@ from conftest import WHITE, data_config, fill, fill_lmdb, identities, take
 from PIL import Image
 
 import data_loader
-from data_loader import build_dataset, real_batches
+from data_loader import build_dataset, real_batches, resident
 from datasets import Pictures
 from failures import DataError
 
@@ -114,7 +114,7 @@ def test_workers_outlive_signals_and_end_with_close(ten):
 def test_workers_end_with_the_program(ten):
     program = f"""
 from conftest import data_config
-from data_loader import build_dataset, real_batches
+from data_loader import build_dataset, real_batches, resident
 
 config = data_config({str(ten)!r}, num_workers=2)
 batches = real_batches(config, build_dataset(config), 0, "cpu")
@@ -167,3 +167,50 @@ def test_spawned_workers_do_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
     config.num_workers = 1
     assert torch.equal(take(real_batches(config, build_dataset(config), 0, "cpu"), 5), expected)
+
+
+# ---- a set that lives on the device ----
+
+
+def test_a_resident_set_holds_every_picture_in_order(ten):
+    dataset = build_dataset(data_config(ten))
+    held = resident(dataset, 16, torch.device("cpu"))
+    assert held.dtype == torch.uint8 and torch.equal(held, dataset.gather(range(10)))
+
+
+def test_batches_from_a_resident_set_are_the_same(ten, monkeypatch):
+    """On the CPU, as far as that goes: there the pictures' memory is the device's."""
+    expected = take(open_batches(ten, hflip=True), 9)
+    batches = open_batches(ten, hflip=True)
+    batches._resident = resident(batches.samples.dataset, 16, torch.device("cpu"))
+    monkeypatch.setattr(batches.samples, "dataset", numbered_only(10))
+    assert torch.equal(take(batches, 9), expected)
+
+
+def numbered_only(length):
+    """A data set that knows its length and must not be read."""
+    def read(index):
+        raise AssertionError("it was read")
+
+    return Pictures(read, length, "numbers", [])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_arrive_on_the_gpu(ten, num_workers):
+    config = data_config(ten, hflip=True, num_workers=num_workers)
+    batches = take(real_batches(config, build_dataset(config), 0, "cuda"), 9)
+    assert batches.is_cuda
+    assert torch.equal(batches.cpu(), take(open_batches(ten, hflip=True), 9))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_decoded_set_goes_to_the_gpu_whole_if_it_fits(ten, tmp_path, monkeypatch, share):
+    monkeypatch.setattr(data_loader, "RESIDENT", share)
+    expected = take(open_batches(ten, hflip=True), 12)
+    config = data_config(ten, hflip=True, num_workers=2, cache="on", cache_dir=tmp_path)
+    batches = real_batches(config, build_dataset(config), 0, "cuda")
+    found = torch.cat([next(batches) for _ in range(12)])           # across epochs, in which it fills
+    assert torch.equal(found.cpu(), expected) and not multiprocessing.active_children()
+    assert (batches._resident is not None) == bool(share)
