@@ -48,7 +48,7 @@ def usable(dataset: Pictures, cached: Pictures, config) -> Pictures:
         return cached
     found = gather(after_first(lambda: examine(dataset, cached, config), lambda: None))[0]
     lists = _lists(dataset, found, config)
-    _say_copies(found, lists)
+    _say_copies(dataset, found, lists)
     if not found.bad:
         return cached
     bad = [f"{dataset.name(index)}: {reason}" for index, reason in found.bad.items()]
@@ -80,11 +80,12 @@ def _lists(dataset: Encoded, found: Findings, config) -> dict:
     return lists
 
 
-def _say_copies(found: Findings, lists: dict):
+def _say_copies(dataset: Encoded, found: Findings, lists: dict):
     more = sum(len(group) - 1 for group in found.copies)
     if more:
-        listed = f", all listed in {lists['duplicates']}" if "duplicates" in lists else ""
-        say(f"pictures: {more} {'is a copy' if more == 1 else 'are copies'} of others, to the byte{listed}; they are "
+        one, other, *_ = map(dataset.name, found.copies[0])
+        where = f"all listed in {lists['duplicates']}" if "duplicates" in lists else f"such as {other} of {one}"
+        say(f"pictures: {more} {'is a copy' if more == 1 else 'are copies'} of others, to the byte, {where}; they are "
             "trained on all the same")
 
 
