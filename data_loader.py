@@ -199,6 +199,7 @@ class RealBatches:
             for process in processes._workers:  # one died in the middle of this: torch gave up on the others
                 process.join(10)
                 process.kill()
+                process.join()
 
 
 def resident(dataset: Pictures, imsize: int, device: torch.device) -> torch.Tensor:
