@@ -28,7 +28,7 @@ OWN = "the run's model"
 IN_WORDS = {"baseline": "baseline: FastGAN without SLAE and metadata"}
 
 
-class _OneBatch:
+class OneBatch:
     """Real pictures that need no loading: noise, the same every time. What they show changes no time."""
 
     def __init__(self, config, device):
@@ -49,7 +49,7 @@ class Side:
 
     def __init__(self, config, place, bank=None):
         self.config, self.place = config, place
-        self.pictures = _OneBatch(config, place.device)
+        self.pictures = OneBatch(config, place.device)
         self.trainer = Trainer(config, self.pictures, place, bank)
         self.seconds = []
 
@@ -67,16 +67,17 @@ class Side:
         return [sum(weight.numel() for weight in net.parameters()) for net in (self.trainer.G, self.trainer.D)]
 
 
-def alternate(sides):
-    """Time the sides in turn, SECONDS each, in an order that changes from round to round. Fills their `seconds`;
-    returns the steps that one takes in a round.
+def alternate(sides, seconds=None):
+    """Time the sides in turn, `seconds` each (None: SECONDS), in an order that changes from round to round.
+
+    Fills the sides' `seconds`; returns the steps that one takes in a round.
     """
     for side in sides:
         side.run(WARM_UP)
     steps = max(1, round(TURN / sides[0].run(WARM_UP)))
     began = time.perf_counter()
     with distributed.progress(None, "round", "timing steps") as progress:
-        while progress.n < LEAST or time.perf_counter() - began < SECONDS * len(sides):
+        while progress.n < LEAST or time.perf_counter() - began < (seconds or SECONDS) * len(sides):
             for side in sides if progress.n % 2 else sides[::-1]:
                 side.seconds.append(side.run(steps))
             progress.update()
@@ -115,14 +116,14 @@ def measure(config, bank, place):
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def peak_memory(config, bank, place):
-    """Bytes that a training of this config takes at its peak, measured in a process of its own.
+def peak_memory(config, bank, place, kind=Side):
+    """Bytes that a training of this config takes at its peak, measured in a process of its own; `kind` is what trains.
 
     Raises Failure where that ends without an answer.
     """
     context = multiprocessing.get_context("spawn")      # a fork would begin with this process's memory
     answers, answer = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_memory, args=(vars(config), bank, place, answer))
+    child = context.Process(target=_peak_memory, args=(vars(config), bank, place, kind, answer))
     child.start()
     answer.close()
     try:
@@ -137,15 +138,15 @@ def peak_memory(config, bank, place):
     return found
 
 
-def _peak_memory(values, bank, place, answer):
+def _peak_memory(values, bank, place, kind, answer):
     try:
         config = Config.of(values)
         if place.device.type == "cuda":
-            Side(config, place, bank).run(WARM_UP)
+            kind(config, place, bank).run(WARM_UP)
             answer.send(torch.cuda.max_memory_allocated(place.device))
         else:
             before = _most_resident()
-            Side(config, place, bank).run(WARM_UP)
+            kind(config, place, bank).run(WARM_UP)
             answer.send(_most_resident() - before)
     except Failure as failure:
         answer.send(failure)

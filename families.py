@@ -135,3 +135,8 @@ FAMILIES = {
     "sagan": Family(sagan_models.build, losses.adversarial, sagan_models.gammas, write_attention, attention_page),
     "fastgan": Family(fastgan_models.build, losses.self_supervised, lambda G, D: {}, write_masks, masks_page),
 }
+
+
+def networks(config, device):
+    """[G, D] of the config, freshly initialized, on the device. Channels-last: convolutions are fastest so."""
+    return [net.to(device, memory_format=torch.channels_last) for net in FAMILIES[config.model].build(config)]

@@ -173,7 +173,7 @@ class Generator(nn.Module):
         maps = self._maps(z) if style is None else self._maps(z, self._maps(style))
         x = maps[self.imsize]                                           # (B, width, imsize, imsize)
         small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
-        return [torch.tanh(self.to_rgb(x)), torch.tanh(small)]
+        return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]
 
     def _maps(self, z, drivers=None):
         """{height: (B, width, height, height)} of every size; the skips start from `drivers`, else from these maps."""
@@ -257,7 +257,7 @@ class Discriminator(nn.Module):
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
         logits = torch.cat([self.to_logits(x).flatten(1), self.small_to_logits(from_small).flatten(1)], dim=1)
-        return Judgement(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
+        return Judgement(logits.float(), maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
 
     def reconstruct(self, judgement, real, quadrant=None):
         """{name: (rebuilt, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vgg
 from distributed import after_first, say
 from fastgan_models import both_sizes
+from precision import exact
 
 
 class Hinge:
@@ -71,7 +72,8 @@ def gradient_penalty(D, real, fake):
     B = real.size(0)
     alpha = torch.rand(B, 1, 1, 1, device=real.device)
     between = (alpha * real + (1 - alpha) * fake.detach()).float().requires_grad_(True)
-    with sdpa_kernel(SDPBackend.MATH):                     # the fused attention kernels have no double backward
+    # the fused attention kernels have no double backward
+    with sdpa_kernel(SDPBackend.MATH), exact(real.device):
         (gradient,) = torch.autograd.grad(D(between).sum(), between, create_graph=True)   # (B, 3, H, W)
     norm = gradient.flatten(1).norm(dim=1)                 # (B,)
     return (norm - 1).square().mean()

@@ -50,6 +50,7 @@ def run(argv):
     import data_loader
     import distributed
     import evaluate
+    import precision
     import sampler
     import trainer
     import utils
@@ -72,6 +73,7 @@ def run(argv):
             return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
+        precision.Precision(config.precision, place.device).tell()
         return trainer.train(config, dataset, place)
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "

@@ -129,6 +129,8 @@ FLAGS = {
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
              "shared out"),
         Flag("seed", int, 0, "of weights, batch order, z and flips", 0, 2**31 - 1),
+        Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of convolutions and products in training: "
+             "fp32 | tf32 | bf16 (mixed); auto: tf32 on GPUs that have it, else fp32"),
         Flag("deterministic", boolean, False, "same bits again on CUDA too, at some cost in speed"),
         Flag("dry_run", boolean, False, "print the resolved config, sizes and device, then end"),
     ),
@@ -164,6 +166,8 @@ FLAGS = {
              "(default: the last two before the image)", model="sagan"),
         Flag("d_attn", sizes, _AUTO, "feature sizes with attention in D, such as 8,4, or none "
              "(default: 8,4 at 64 px, growing with imsize)", model="sagan"),
+        Flag("attn_pool", boolean, False, "2x2 max-pooling of the keys and values of attention: a quarter of its work",
+             model="sagan"),
         Flag("attn_queries", points, None, "points of the image that attention is shown for, 'y,x;y,x' as fractions of "
              "it, from its top left (default: on a face the eyes, mouth, hair and a corner)", model="sagan"),
     ),
@@ -191,6 +195,8 @@ FLAGS = {
              "color,translation,cutout, or none"),
         Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
         Flag("d_iters", int, _AUTO, "updates of D per step (default: 1 for hinge, 5 for wgan-gp)", 1),
+        Flag("accumulate", int, 1, "parts that a batch is computed in, one after the other: less memory, the same "
+             "updates but for batch norm's statistics, which are a part's", 1),
         Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
         Flag("d_lr", float, 4e-4, "learning rate of D (Adam); TTUR: larger than G's", 1e-12, 1.0),
         Flag("lr_decay", float, 1.0, "factor on both learning rates after each epoch", 1e-6, 1.0),
@@ -258,7 +264,7 @@ IMSIZES = {"sagan": (32, 64, 128, 256), "fastgan": (64, 128, 256, 512, 1024)}
 
 # What a run was started with for good: its checkpoints' tensors belong to these (a preset fills in several).
 FIXED = ("model", "preset", "imsize", "holdout", "z_dim", "g_conv_dim", "d_conv_dim", "sn", "adv_loss", "g_attn",
-         "d_attn", "slae", "slae_kernel", "slae_d", "metadata", "metadata_layer",
+         "d_attn", "attn_pool", "slae", "slae_kernel", "slae_d", "metadata", "metadata_layer",
          "vgg_weights")     # of the metadata alone
 # What describes one call, not the run: never taken over from a saved config.
 _PER_CALL = ("config", "version", "mode", "train", "dry_run", "pretrained_model", "num_samples", "num_frames", "film",
@@ -480,8 +486,11 @@ def validate(values):
     world = _processes()
     if world > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
         raise UsageError("--metrics cost: is measured on one device; start it without torchrun and --parallel")
-    if values["batch_size"] % world and values["mode"] == "train":
-        raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of the {world} processes")
+    parts = world * values["accumulate"]
+    if values["batch_size"] % parts and values["mode"] == "train":
+        of = " times ".join([f"the {world} processes"] * (world > 1) + [f"--accumulate {values['accumulate']}"] *
+                            (values["accumulate"] > 1))
+        raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of {of}")
     _check_device(values)
 
 

@@ -20,12 +20,14 @@ FUSED_FROM_POSITIONS = 512
 class SelfAttention(nn.Module):
     """y = gamma * softmax(q k^T) v + x over all positions (section 3, eqs. 1-3).
 
-    1x1 convolutions with bias, q and k with C/8 channels, v with C; no 1/sqrt(d); gamma starts at 0.
+    1x1 convolutions with bias, q and k with C/8 channels, v with C; no 1/sqrt(d); gamma starts at 0. With `pool` keys
+    and values are 2x2 max-pooled, as in the authors' own code: a quarter of the work.
     Input and output (B, C, H, W). Memory in training is O(N), N = H * W, where the fused kernel serves.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, pool=False):
         super().__init__()
+        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
         inner = max(1, channels // 8)
         self.query = nn.Conv2d(channels, inner, 1)
         self.key = nn.Conv2d(channels, inner, 1)
@@ -34,26 +36,33 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         B, C, H, W = x.size()
-        q = _positions(self.query(x))                                   # (B, N, C/8)
-        k = _positions(self.key(x))                                     # (B, N, C/8)
-        v = _positions(self.value(x))                                   # (B, N, C)
+        q, k, v = self._project(x)
+        q = _positions(q)                                               # (B, N, C/8)
+        k = _positions(self.pool(k))                                    # (B, M, C/8), M = N or N / 4
+        v = _positions(self.pool(v))                                    # (B, M, C)
         out = attend(q, k, v)                                           # (B, N, C)
         return self.gamma * out.transpose(1, 2).reshape(B, C, H, W) + x
+
+    def _project(self, x):
+        """query(x), key(x), value(x) in one pass over x, which is what these convolutions wait for."""
+        layers = self.query, self.key, self.value
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return F.conv2d(x, weight, bias).split([layer.out_channels for layer in layers], dim=1)
 
     def maps(self, x, queries):
         """Explicit softmax of the asked queries only.
 
-        x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. Returns (B, Q, H, W); each
-        map sums to 1.
+        x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. Returns (B, Q, H, W), with `pool`
+        (B, Q, H / 2, W / 2); each map sums to 1.
         """
         B, _, H, W = x.size()
         size = torch.tensor([H, W], device=x.device)
         cell = (queries.to(x.device) * size).long().clamp(min=0).minimum(size - 1)      # (Q, 2)
         at = cell[:, 0] * W + cell[:, 1]                                # (Q,)
         q = _positions(self.query(x))[:, at]                            # (B, Q, C/8)
-        k = _positions(self.key(x))                                     # (B, N, C/8)
-        weights = torch.softmax((q @ k.transpose(1, 2)).float(), dim=-1)                # (B, Q, N)
-        return weights.view(B, -1, H, W)
+        keys = self.pool(self.key(x))                                   # (B, C/8, H, W) or half as high and wide
+        weights = torch.softmax((q @ keys.flatten(2)).float(), dim=-1)  # (B, Q, M)
+        return weights.view(B, -1, *keys.shape[2:])
 
 
 def _positions(x):
@@ -62,19 +71,19 @@ def _positions(x):
 
 
 def attend(q, k, v):
-    """softmax(q k^T) v: q, k (B, N, D), v (B, N, C) -> (B, N, C).
+    """softmax(q k^T) v: q (B, N, D), k (B, M, D), v (B, M, C) -> (B, N, C).
 
-    The fused kernels never hold the N x N matrix. They have no double backward: a gradient penalty runs D under
+    The fused kernels never hold the N x M matrix. They have no double backward: a gradient penalty runs D under
     `sdpa_kernel(SDPBackend.MATH)`.
     """
-    N, C = v.shape[1:]
-    if N < FUSED_FROM_POSITIONS:
+    N, M, C = q.size(1), k.size(1), v.size(2)
+    if N * M < FUSED_FROM_POSITIONS**2:
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     if not q.is_cuda:
         # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is
         q, k = (F.pad(t, (0, C - t.shape[2])) for t in (q, k))
-    # CRUCIAL: other strides than contiguous ones silently take the path that holds the N x N matrix
-    q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N, ·)
+    # CRUCIAL: other strides than contiguous ones silently take the path that holds the N x M matrix
+    q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N or M, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
 
 
@@ -85,7 +94,7 @@ class Generator(nn.Module):
     whose output is `sizes` high; spectral norm on all but the last layer and the attention when `sn`.
     """
 
-    def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True):
+    def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True, pool=False):
         super().__init__()
         sizes = g_feature_sizes(imsize)                                 # 4, 8, ..., imsize / 2
         widths = [min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim for size in sizes]
@@ -99,7 +108,7 @@ class Generator(nn.Module):
                 wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)), nn.BatchNorm2d(width), nn.ReLU()
             )
             if size in attention:
-                self.attention[f"g{size}"] = SelfAttention(width)
+                self.attention[f"g{size}"] = SelfAttention(width, pool)
             channels = width
         self.to_rgb = nn.ConvTranspose2d(channels, 3, 4, 2, 1)
 
@@ -109,7 +118,7 @@ class Generator(nn.Module):
             x = block(x)                                                # (B, width, size, size)
             if f"g{size}" in self.attention:
                 x = self.attention[f"g{size}"](x)
-        return [torch.tanh(self.to_rgb(x))]                             # (B, 3, imsize, imsize)
+        return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)
 
     def attention_maps(self, z, queries):
         """{layer: (B, Q, size, size)} for z (B, z_dim) and queries (Q, 2); see `SelfAttention.maps`."""
@@ -123,7 +132,7 @@ class Discriminator(nn.Module):
     spectral norm on all but the last layer and the attention when `sn`.
     """
 
-    def __init__(self, imsize, conv_dim, attention=(), sn=True):
+    def __init__(self, imsize, conv_dim, attention=(), sn=True, pool=False):
         super().__init__()
         wrap = normalizer(sn)
         self.blocks = nn.ModuleDict()
@@ -133,7 +142,7 @@ class Discriminator(nn.Module):
             width = min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim
             self.blocks[f"{size}"] = nn.Sequential(wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1))
             if size in attention:
-                self.attention[f"d{size}"] = SelfAttention(width)
+                self.attention[f"d{size}"] = SelfAttention(width, pool)
             channels = width
         self.to_logit = nn.Conv2d(channels, 1, 4)
 
@@ -143,7 +152,7 @@ class Discriminator(nn.Module):
             x = block(x)                                                # (B, width, size, size)
             if f"d{size}" in self.attention:
                 x = self.attention[f"d{size}"](x)
-        return self.to_logit(x).flatten()                               # (B, 1, 1, 1) -> (B,)
+        return self.to_logit(x).flatten().float()                       # (B, 1, 1, 1) -> (B,)
 
     def attention_maps(self, image, queries):
         """{layer: (B, Q, size, size)} for images (B, 3, imsize, imsize) and queries (Q, 2)."""
@@ -177,6 +186,7 @@ def gammas(G, D):
 
 def build(config):
     """(G, D) of the config, freshly initialized, on the CPU."""
-    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"))
-    D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"))
+    pool = config.attn_pool
+    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"), pool)
+    D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"), pool)
     return G, D

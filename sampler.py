@@ -21,7 +21,7 @@ import page
 import utils
 from distributed import say
 from failures import CheckpointError, UsageError
-from families import FAMILIES
+from families import FAMILIES, networks
 from metadata import Bank, Latents
 
 FRAMES_PER_SECOND = 20
@@ -56,9 +56,9 @@ def open_source(config, place):
     if state is None:
         raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models} to draw from.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")
-    G, _ = FAMILIES[config.model].build(config)
+    G, _ = networks(config, place.device)
     G.load_state_dict(state["G_ema"])
-    G.to(place.device).eval()
+    G.eval()
     batch = utils.drawing_batch(config.imsize)
     latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device)
     if config.metadata_sample != state["config"].get("metadata_sample"):

@@ -25,10 +25,11 @@ from data_loader import normalize, real_batches
 from diffaug import augment
 from distributed import say
 from failures import LockedError, NonFiniteError
-from families import FAMILIES, View
+from families import FAMILIES, View, networks
 from journal import Journal
 from metrics import Drawn
 from parameter import RUN_SETTINGS, as_json
+from precision import Precision
 from spectral import power_iterate, shared_weights
 
 RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all
@@ -44,9 +45,10 @@ class Trainer:
     def __init__(self, config, dataset, place, bank=None):
         self.config, self.dataset, self.place = config, dataset, place
         self.folders = utils.RunFolders.of(config)
+        self.precision = Precision(config.precision, place.device)
         self.family = FAMILIES[config.model]
         utils.seed_everything(config.seed)
-        self.G, self.D = (net.to(place.device).train() for net in self.family.build(config))
+        self.G, self.D = (net.train() for net in networks(config, place.device))
         self.objective = self.family.objective(config, place.device)
         self.latents = metadata.Latents(config.z_dim, bank, config.metadata_sample, place.device)
         distributed.broadcast(self.G, self.D)
@@ -66,35 +68,48 @@ class Trainer:
 
     def train_step(self, real_images):
         """One step on the next `d_iters` batches of `real_images`. Returns {name: 0-d tensor on the device}."""
+        with self.precision.switched():
+            return self._train_step(real_images)
+
+    def _train_step(self, real_images):
         config, G, D = self.config, self.G, self.D
-        reuse_fake = config.d_iters == 1
+        # one batch of fakes for both phases; in parts its graphs would all have to be held
+        reuse_fake = config.d_iters == 1 and config.accumulate == 1
         self._set_learning_rates()
         power_iterate(G)
 
         # D phase: minimize d_loss(D)
         D.requires_grad_(True)
         for _ in range(config.d_iters):
-            real = next(real_images)                                    # (B, 3, imsize, imsize) in [-1, 1]
-            with torch.set_grad_enabled(reuse_fake):
-                fake = self.generate(real.size(0))
+            reals = next(real_images).chunk(config.accumulate)          # of (B, 3, imsize, imsize) in [-1, 1]
             power_iterate(D)
-            with shared_weights():
-                d_loss, d_stats = self.objective.d_loss(D, self.seen(real), [self.seen(x.detach()) for x in fake])
-            self._update(d_loss, self.d_optimizer)
+            d_stats = []
+            for real in reals:
+                with torch.set_grad_enabled(reuse_fake):
+                    fake = self.generate(real.size(0))
+                with shared_weights(), self.precision.autocast():
+                    d_loss, stats = self.objective.d_loss(D, self.seen(real), [self.seen(x.detach()) for x in fake])
+                self._backward(d_loss)
+                d_stats.append({"d_loss": d_loss.detach(), **stats})
+            self._update(self.d_optimizer)
 
         # G phase: minimize g_loss(G). D's gradients are not wanted: freezing it halves the backward pass.
         D.requires_grad_(False)
-        if not reuse_fake:
-            fake = self.generate(real.size(0))
-        with shared_weights():
-            g_loss, g_stats = self.objective.g_loss(D, [self.seen(x) for x in fake])
-        self._update(g_loss, self.g_optimizer)
+        g_stats = []
+        for real in reals:
+            if not reuse_fake:
+                fake = self.generate(real.size(0))
+            with shared_weights(), self.precision.autocast():
+                g_loss, stats = self.objective.g_loss(D, [self.seen(x) for x in fake])
+            self._backward(g_loss)
+            g_stats.append({"g_loss": g_loss.detach(), **stats})
+        self._update(self.g_optimizer)
 
         # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
         utils.ema_update(self.G_ema, G, decay=min(config.ema_decay, (1 + self.step) / (10 + self.step)))
         self.step += 1
         self.samples_seen = real_images.samples_seen
-        return {"d_loss": d_loss.detach(), "g_loss": g_loss.detach(), **d_stats, **g_stats}
+        return {**_mean(d_stats), **_mean(g_stats)}
 
     def seen(self, images):
         """Images as D sees them, augmented: real and fake alike, in both phases."""
@@ -102,15 +117,18 @@ class Trainer:
 
     def generate(self, count):
         """[images, ...] of fresh z, largest first."""
-        with shared_weights():
+        with shared_weights(), self.precision.autocast():
             return self.G(self.latents.training(count))
 
+    def _backward(self, loss):
+        """Add the gradients of one of the parts that `--accumulate` makes of a batch."""
+        (loss / self.config.accumulate).backward()
+
     @staticmethod
-    def _update(loss, optimizer):
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+    def _update(optimizer):
         distributed.average_gradients(optimizer.param_groups[0]["params"])
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def _set_learning_rates(self):
         factor = self.config.lr_decay ** (self.samples_seen // len(self.dataset))
@@ -183,6 +201,11 @@ class Trainer:
             figures = self.family.write_pictures(self.G_ema, self.D, view)
         self.D.train()
         return figures
+
+
+def _mean(parts):
+    """{name: mean over the parts of a batch} of their statistics."""
+    return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]} if parts[1:] else parts[0]
 
 
 # ------------------------------------------------------------------------------------------------------- the run

@@ -5,11 +5,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "failures": 0, "parameter": 1, "utils": 1, "distributed": 1, "spectral": 1, "diffaug": 1, "toy_faces": 1,
-    "sagan_models": 2, "fastgan_models": 2, "checkpoint": 2, "gallery": 2, "decode": 2, "weights": 2, "journal": 2,
-    "workers": 2, "vgg": 3, "cache": 3, "datasets": 3, "metrics": 3, "page": 3, "inception": 3,
-    "losses": 4, "check_data": 4, "decoded": 4, "data_loader": 5, "perceptual": 6, "metadata": 6, "families": 7,
-    "scores": 7, "trainer": 8, "sampler": 8, "cost": 9, "evaluate": 10, "main": 11,
+    "failures": 0,
+    "parameter": 1, "utils": 1, "distributed": 1, "diffaug": 1, "toy_faces": 1,
+    "precision": 2, "checkpoint": 2, "gallery": 2, "decode": 2, "weights": 2, "journal": 2, "workers": 2,
+    "spectral": 3, "vgg": 3, "cache": 3, "datasets": 3, "metrics": 3, "page": 3, "inception": 3,
+    "sagan_models": 4, "fastgan_models": 4, "check_data": 4, "decoded": 4,
+    "losses": 5, "data_loader": 5,
+    "perceptual": 6, "metadata": 6,
+    "families": 7, "scores": 7,
+    "trainer": 8, "sampler": 8,
+    "cost": 9,
+    "evaluate": 10,
+    "main": 11,
 }
 
 

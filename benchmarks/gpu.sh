@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# What a GPU is needed for, in one command and at most 9 minutes: the tests marked gpu, the speed tables of both
+# families, and a short training of each. Needs torch, torchvision, numpy, pillow, tqdm and pytest, and no network.
+#
+#   bash benchmarks/gpu.sh OUT_DIR          PYTHON=python3.12 names another Python
+#
+# Leaves OUT_DIR/report.md (what was run, how long it took, how it ended, the tables) and every output beside it. The
+# exit code is 0 if everything ended well.
+set -uo pipefail
+[ $# = 1 ] || { echo "usage: bash benchmarks/gpu.sh OUT_DIR" >&2; exit 2; }
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 5
+cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3} failed=0
+report=$out/report.md
+
+step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
+    local name=$1 limit=$2 code=0 began=$SECONDS
+    shift 2
+    echo "$name: $*"
+    timeout --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>&1 || code=$?
+    [ "$code" = 0 ] || { failed=1; tail -n 5 "$out/$name.txt"; }
+    echo "| $name | \`$*\` | $((SECONDS - began)) s | $code |" >>"$report"
+}
+
+{
+    echo "# Report of $(date +%F)"
+    "$python" -c 'import platform, torch; print(f"\n{torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}, torch {torch.__version__}, Python {platform.python_version()}\n")'
+    printf '| step | command | time | exit code |\n|---|---|---|---|\n'
+} >"$report" || exit 1
+speed=("$python" benchmarks/speed.py --seconds 8 --results "$out/tables.md")
+train=("$python" main.py --dataset toy --sample_step 500 --log_path "$out/logs" --model_save_path "$out/models"
+    --sample_path "$out/samples" --cache_path "$out/cache")
+step tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider
+step speed_sagan 110 "${speed[@]}" --imsize 64 --batch_size 64
+step speed_fastgan 130 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8
+step train_sagan 65 "${train[@]}" --version sagan --imsize 64 --total_step 1000
+step train_fastgan 65 "${train[@]}" --version fastgan --model fastgan --imsize 128 --metadata false --total_step 500
+{ echo; cat "$out/tables.md" 2>/dev/null; } >>"$report"
+echo "report: $report"
+exit "$failed"

@@ -1,0 +1,96 @@
+"""The same networks trained the plain published way: what `speed.py` compares with. For measuring alone.
+
+fp32, eager, contiguous; spectral norm iterates in every forward pass; attention holds its N x N matrix; Adam without
+fusing; D is not frozen in G's phase. SAGAN draws fakes for D and again for G, and nothing is detached in D's phase, so
+its backward pass runs through G as well. FastGAN, as published, draws once and detaches.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from cost import OneBatch, Side
+from diffaug import augment
+from families import FAMILIES
+from sagan_models import SelfAttention
+
+
+class PlainAttention(SelfAttention):
+    """`SelfAttention` as published: the whole matrix of weights."""
+
+    def forward(self, x):
+        B, C, H, W = x.size()
+        q = self.query(x).view(B, -1, H * W)                            # (B, C/8, N)
+        k = self.key(x).view(B, -1, H * W)                              # (B, C/8, N)
+        v = self.value(x).view(B, C, H * W)                             # (B, C, N)
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k), dim=-1)                # (B, N, N)
+        out = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
+        return self.gamma * out + x
+
+
+def published(net):
+    """The product's network, its spectral norm and attention replaced by the published kind. In place."""
+    for layer in net.modules():
+        if isinstance(layer, SelfAttention):
+            layer.__class__ = PlainAttention
+        if nn.utils.parametrize.is_parametrized(layer, "weight"):
+            nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            transposed = isinstance(layer, nn.ConvTranspose2d)
+            spectral_norm(layer, dim=1 if transposed else 0)
+    return net
+
+
+class PlainTrainer:
+    """Trains the networks of `config` on `device`; `train_step(real_images)` is one step."""
+
+    def __init__(self, config, device):
+        torch.manual_seed(config.seed)
+        self.config, self.device = config, device
+        self.G, self.D = (published(net).to(device).train() for net in FAMILIES[config.model].build(config))
+        self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
+        self.objective = FAMILIES[config.model].objective(config, device)
+        betas = (config.beta1, config.beta2)
+        self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas)
+        self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas)
+        self.width = config.z_dim + (512 if config.metadata else 0)
+
+    def train_step(self, real_images):
+        """One update of D and one of G."""
+        real = self.seen(next(real_images))
+        fake = self.draw(real.size(0))
+        again = self.config.model == "sagan"
+        shown = [self.seen(image if again else image.detach()) for image in fake]
+        loss, _ = self.objective.d_loss(self.D, real, shown)
+        self.update(loss, self.d_optimizer)
+        fake = self.draw(real.size(0)) if again else fake
+        loss, _ = self.objective.g_loss(self.D, [self.seen(image) for image in fake])
+        self.update(loss, self.g_optimizer)
+        with torch.no_grad():
+            for averaged, weight in zip(self.G_ema.parameters(), self.G.parameters(), strict=True):
+                averaged.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
+
+    def draw(self, count):
+        """What G makes of fresh z."""
+        return self.G(torch.randn(count, self.width, device=self.device))
+
+    def seen(self, images):
+        """Images as D sees them."""
+        return augment(images, self.config.augment)
+
+    def update(self, loss, optimizer):
+        """Both networks' gradients are cleared, as published, and one is updated."""
+        self.g_optimizer.zero_grad()
+        self.d_optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+class PlainSide(Side):
+    """One configuration, trained the plain way."""
+
+    def __init__(self, config, place, bank=None):
+        self.config, self.place, self.seconds = config, place, []
+        self.pictures = OneBatch(config, place.device)
+        self.trainer = PlainTrainer(config, place.device)

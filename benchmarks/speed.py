@@ -1,0 +1,153 @@
+"""How fast a training step is: this program against the same model trained the plain published way.
+
+    python benchmarks/speed.py [--growth] [--seconds S] [--results FILE] [FLAGS of main.py]
+
+Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
+from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
+with the range of its middle half, peak memory) and puts it into RESULTS.md, or the file that --results names, in place
+of the table of the same hardware and flags if there is one. Loading is left out: `loading.py` measures it.
+
+--growth instead: one step's time and memory over image and batch sizes, beside the ideal, which is the step's
+arithmetic at the speed of a large matrix product on the same device.
+"""
+
+import argparse
+import datetime
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import distributed  # noqa: E402 - found through the line above
+import parameter  # noqa: E402
+from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
+from failures import Failure  # noqa: E402
+from reference import PlainSide  # noqa: E402
+from utils import write_atomically  # noqa: E402
+
+RESULTS = Path(__file__).parent / "RESULTS.md"
+# what the variants add to the flags, by model; fp32 is a CPU's default
+_FP32 = ("--precision fp32",) if torch.cuda.is_available() else ()
+VARIANTS = {
+    "sagan": ("", *_FP32, "--precision bf16", "--attn_pool true", "--precision bf16 --attn_pool true",
+              "--accumulate 4"),
+    "fastgan": ("", *_FP32, "--precision bf16", "--accumulate 4"),
+}
+# LPIPS's cost does not depend on its weights; metadata is one small product
+USUAL = {"sagan": (), "fastgan": ("--metadata", "false", "--recon", "lpips", "--vgg_weights", "random")}
+GROWTH = {  # image sizes at the usual batch, batches at the usual image size
+    "sagan": ((32, 64, 128, 256), (8, 16, 32, 64)),
+    "fastgan": ((64, 128, 256, 512, 1024), (2, 4, 8, 16)),
+}
+MATRIX = 4096       # side of the product that measures the device's speed
+
+
+def config_of(flags, more=()):
+    """The Config of these flags of main.py, without data."""
+    typed = parameter.parse(["--dataset", "toy", *flags])
+    model = typed.get("model", "sagan")
+    batch = {} if "batch_size" in typed or model != "sagan" or torch.cuda.is_available() else {"batch_size": 16}
+    usual = parameter.parse(USUAL[model])
+    return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
+
+
+def compare(flags, seconds=None):
+    """Lines of the table of this program's variants and the reference."""
+    config = config_of(flags)
+    place = distributed.start(config)
+    kinds = {"reference": (PlainSide, config)}
+    kinds |= {f"this program {more}".strip(): (Side, config_of(flags, more.split())) for more in VARIANTS[config.model]}
+    memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
+    sides = {name: kind(its, place) for name, (kind, its) in kinds.items()}
+    alternate(list(sides.values()), seconds)
+    yield "| variant | images/s | times the reference (middle half) | peak memory, MiB | of the reference's |"
+    yield "|---|---|---|---|---|"
+    for name, side in sides.items():
+        ratio = "1"
+        if name != "reference":
+            low, middle, high = statistics.quantiles(each_ratio(sides["reference"], side), n=4)
+            ratio = f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
+        yield (f"| {name} | {config.batch_size / statistics.median(side.seconds):.1f} | {ratio} | "
+               f"{memory[name] / 2**20:,.0f} | {memory[name] / memory['reference']:.2f} |")
+
+
+def speed_of_products(device):
+    """Floating-point operations per second of the device in a large fp32 matrix product: the best of several."""
+    a, b = torch.randn(2, MATRIX, MATRIX, device=device)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * MATRIX**3 / (time.perf_counter() - began))
+    return best
+
+
+def grow(flags):
+    """Lines of the table over image and batch sizes."""
+    usual = config_of(flags)
+    place = distributed.start(usual)
+    imsizes, batches = GROWTH[usual.model]
+    cells = [(imsize, usual.batch_size) for imsize in imsizes]
+    cells += [(usual.imsize, batch) for batch in batches if batch != usual.batch_size]
+    peak = speed_of_products(place.device)
+    yield f"A {MATRIX} x {MATRIX} product in fp32: {peak / 1e9:,.0f} Gflop/s; ideal: a step's products at that speed.\n"
+    yield "| image size, px | batch | s per step | ideal, s | of the ideal speed | peak memory, MiB |"
+    yield "|---|---|---|---|---|---|"
+    for imsize, batch in cells:
+        config = config_of(flags, ("--imsize", str(imsize), "--batch_size", str(batch)))
+        memory = peak_memory(config, None, place)
+        side = Side(config, place)
+        with FlopCounterMode(display=False) as counter:
+            side.run(1)
+        steps = max(1, round(2 / side.run(2)))
+        seconds = min(side.run(steps) for _ in range(3))
+        ideal = counter.get_total_flops() / peak
+        yield f"| {imsize} | {batch} | {seconds:.3f} | {ideal:.3f} | {ideal / seconds:.0%} | {memory / 2**20:,.0f} |"
+
+
+def put(path, title, lines):
+    """Write a section into a Markdown file: in place of the one of the same title, or at the end."""
+    section = f"## {title}\n\n" + "\n".join(lines) + "\n"
+    text = path.read_text(encoding="utf-8") if path.exists() else "# Results\n"
+    old = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    text = old.sub(lambda _: section + "\n", text) if old.search(text) else text.rstrip() + "\n\n" + section
+    write_atomically(path, lambda temporary: temporary.write_text(text.rstrip() + "\n", encoding="utf-8"))
+
+
+def main(argv):
+    """Measure, print, write. Returns exit code 0 or a Failure's."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
+    parser.add_argument("--seconds", type=float, help="that each variant is timed for (default: 60)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file that the table goes into")
+    options, flags = parser.parse_known_args(argv)
+    lines = []
+    try:
+        config = config_of(flags)
+        for line in grow(flags) if options.growth else compare(flags, options.seconds):
+            print(line, flush=True)
+            lines.append(line)
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    device = distributed.start(config).device
+    size = "growth" if options.growth else f"{config.imsize} px, batch {config.batch_size}"
+    command = shlex.join(["python", "benchmarks/speed.py", *argv])
+    put(options.results, f"Speed of a step: {config.model}, {size}, {hardware(device)}", [
+        f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])
+    print(f"\n{hardware(device)}: written into {options.results}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,270 @@
+"""What is fast gives the numbers of what is plain: same z, same pictures, same algorithm. And the benchmark of it."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_state, state, tensors
+from torch import nn
+
+import cost
+import distributed
+import precision
+import sagan_models
+import spectral
+import speed
+from cost import OneBatch
+from families import FAMILIES
+from parameter import parse, resolve
+from trainer import Trainer
+
+SMALL = ("--dataset", "toy", "--imsize", "32", "--batch_size", "8", "--g_conv_dim", "8", "--d_conv_dim", "8", "--z_dim",
+         "16", "--device", "cpu", "--preset", "published")
+FASTGAN = ("--dataset", "toy", "--model", "fastgan", "--imsize", "64", "--batch_size", "4", "--g_conv_dim", "4",
+           "--d_conv_dim", "4", "--z_dim", "16", "--device", "cpu", "--metadata", "false", "--recon", "l1")
+
+
+def losses(flags, steps=20):
+    """[[d_loss, g_loss], ...] of a training from the seed on."""
+    config = resolve(parse(flags))
+    place = distributed.start(config)
+    pictures = OneBatch(config, place.device)
+    trainer = Trainer(config, pictures, place)
+    for gamma in FAMILIES[config.model].gammas(trainer.G, trainer.D).values():
+        gamma.fill_(0.5)                                # it starts at 0: attention would have no part in these steps
+    found = [trainer.train_step(pictures) for _ in range(steps)]
+    return torch.tensor([[stats["d_loss"], stats["g_loss"]] for stats in found])
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """plainly(flags) -> the losses of the same training with every layout, kernel and formula the plain one."""
+
+    def divide(self, weight):
+        matrix = weight.movedim(self.out_dim, 0).flatten(1)
+        return weight / torch.dot(self.u, matrix @ self.v)
+
+    def forward(self, x):
+        B, C, H, W = x.size()
+        q, k, v = (_rows(layer(x)) for layer in (self.query, self.key, self.value))
+        if isinstance(self.pool, nn.MaxPool2d):
+            k, v = (_rows(nn.functional.max_pool2d(layer(x), 2)) for layer in (self.key, self.value))
+        out = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return self.gamma * out.transpose(1, 2).reshape(B, C, H, W) + x
+
+    def _rows(x):
+        return x.flatten(2).transpose(1, 2)
+
+    adam, to = torch.optim.Adam, nn.Module.to
+
+    def unfused(*words, fused, **more):
+        return adam(*words, **more)
+
+    def contiguous(self, *words, memory_format=None, **more):
+        return to(self, *words, **more)
+
+    def run(flags, steps=20):
+        with monkeypatch.context() as patched:
+            patched.setattr(spectral.SpectralNorm, "forward", divide)
+            patched.setattr(sagan_models.SelfAttention, "forward", forward)
+            patched.setattr(torch.optim, "Adam", unfused)
+            patched.setattr(nn.Module, "to", contiguous)
+            return losses(flags, steps)
+
+    return run
+
+
+@pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
+                                   (*SMALL, "--attn_pool", "true", "--g_lr", "0.001", "--d_lr", "0.004"),
+                                   (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "2"), FASTGAN],
+                         ids=["hinge", "pooled", "penalty", "fastgan"])
+def test_twenty_steps_lose_what_they_lose_plainly(flags, plainly, monkeypatch):
+    """In float64, where rounding has no say: in float32 Adam's first steps, which are signs of gradients, carry the
+    plain way itself 1e-3 and more away from itself when the number of threads changes.
+    """
+    monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "float", torch.Tensor.double)     # what asks for float32 by name
+            fast, plain = losses(flags), plainly(flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (fast - plain).abs().max() < 1e-9
+    assert (plain[0] - plain[-1]).abs().min() > 1e-3, "it does train"
+    assert (losses(flags, 1) - plainly(flags, 1))[0, 0].abs() < 1e-5, "in float32, before Adam has its say"
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(5, 9, 3), lambda: nn.ConvTranspose2d(5, 9, 4, 2, 1),
+                                   lambda: nn.Conv2d(6, 4, 1), lambda: nn.Linear(6, 11)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_normalized_weight_and_its_gradient_are_autograds(layer, layout):
+    torch.manual_seed(0)
+    layer = spectral.spectral_norm(layer()).to(memory_format=layout)
+    chain = layer.parametrizations.weight
+    norm, weight = chain[0], chain.original
+    spectral.power_iterate(layer)
+    matrix = weight.movedim(norm.out_dim, 0).flatten(1)
+    v = nn.functional.normalize(matrix.T @ nn.functional.normalize(matrix @ norm.v, dim=0), dim=0)
+    expected = weight / torch.dot(norm.u, matrix @ norm.v)
+    target = torch.randn_like(weight)
+    torch.testing.assert_close(layer.weight, expected)
+    assert v.shape == norm.v.shape and torch.dot(v, norm.v) > 0.5, "v keeps its order in every layout"
+    for seen in (target, target.contiguous(memory_format=torch.contiguous_format)):
+        torch.testing.assert_close(torch.autograd.grad((layer.weight * seen).sum(), weight),
+                                   torch.autograd.grad((expected * seen).sum(), weight, retain_graph=True))
+
+
+def test_u_and_v_are_the_same_in_every_layout():
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(spectral.spectral_norm(nn.Conv2d(5, 9, 3)), spectral.spectral_norm(
+            nn.ConvTranspose2d(9, 4, 4))).to(memory_format=layout)
+        spectral.power_iterate(net)
+        found.append(torch.cat([buffer for buffer in net.buffers()]))
+    torch.testing.assert_close(*found)
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("flags", [SMALL, (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both"), FASTGAN],
+                         ids=["hinge", "penalty", "fastgan"])
+def test_bf16_loses_about_what_fp32_loses(flags, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)         # slow, where it has not
+    exact, rounded = losses(flags, 1), losses((*flags, "--precision", "bf16"), 1)
+    assert 0 < (exact - rounded).abs().max() < 0.1
+    assert losses((*flags, "--precision", "fp32"), 1).equal(exact)
+
+
+def test_weights_and_statistics_stay_fp32(run, monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    assert run("--precision", "bf16", "--version", "a", "--total_step", 2)[0] == 0
+    kept = [thing for thing in tensors(state("a", 2)).values() if isinstance(thing, torch.Tensor)]
+    assert {thing.dtype for thing in kept if thing.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("wanted", ["tf32", "bf16"])
+def test_what_the_processor_has_not_is_said_once_and_replaced(run, monkeypatch, wanted):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: False)
+    _, out, _ = run("--precision", wanted, "--version", "a", "--total_step", 2)
+    assert out.count(f"this device has no {wanted} units; --precision fp32 is taken") == 1
+    _, out, _ = run("--version", "b", "--total_step", 2)
+    assert "units" not in out
+    assert_same_state(state("a", 2), state("b", 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("wanted", "switch"), [("fp32", False), ("tf32", True), ("bf16", True)])
+def test_the_switches_are_those_of_the_step_alone(wanted, switch):
+    device = torch.device("cuda")
+    before = torch.backends.cuda.matmul.allow_tf32
+    with precision.Precision(wanted, device).switched():
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == switch
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+
+
+# ---- accumulation ----
+
+
+def test_parts_of_a_batch_give_ds_gradient_of_the_whole(monkeypatch):
+    """SAGAN's D has no batch statistics; G's are held still."""
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
+    gradients = []
+    for parts in ("1", "4"):
+        config = resolve(parse((*SMALL, "--accumulate", parts)))
+        place = distributed.start(config)
+        trainer = Trainer(config, OneBatch(config, place.device), place)
+        fixed = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        drawn = [z for _ in range(2) for z in fixed.chunk(int(parts))]
+        trainer.latents.training = lambda count, drawn=drawn: drawn.pop(0)
+        seen = []
+        for optimizer in (trainer.d_optimizer, trainer.g_optimizer):
+            parameters = optimizer.param_groups[0]["params"]
+            optimizer.step = lambda parameters=parameters, seen=seen: seen.extend(
+                p.grad.clone() for p in parameters if p.grad is not None)
+        stats = trainer.train_step(trainer.dataset)
+        gradients.append([*seen, stats["d_loss"], stats["g_loss"], stats["d_real"]])
+    for whole, parted in zip(*gradients, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_must_divide_the_batch(run):
+    code, _, err = run("--accumulate", 3)
+    assert code == 2 and "--batch_size 4 must be a multiple of --accumulate 3" in err
+    code, _, _ = run("--accumulate", 2, "--total_step", 2, "--version", "a")
+    assert code == 0
+
+
+@pytest.mark.slow
+def test_accumulation_takes_less_memory():
+    flags = (*SMALL, "--imsize", "64", "--batch_size", "128", "--accumulate")
+    config, parted = (resolve(parse((*flags, parts))) for parts in "18")
+    place = distributed.start(config)
+    whole, part = (cost.peak_memory(settings, None, place) for settings in (config, parted))
+    assert part < 0.6 * whole
+
+
+# ---- the benchmark ----
+
+
+@pytest.mark.slow
+def test_the_table_says_how_many_times_the_reference(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cost, "SECONDS", 0.3)
+    monkeypatch.setattr(cost, "TURN", 0.01)
+    monkeypatch.setitem(speed.VARIANTS, "sagan", ("--attn_pool true",))
+    results = tmp_path / "RESULTS.md"
+    assert speed.main(["--results", str(results), *SMALL]) == 0
+    text = results.read_text()
+    assert "## Speed of a step: sagan, 32 px, batch 8" in text and "python benchmarks/speed.py --results" in text
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| (?:\*\*)?([\d.]+).*? \| ([\d,]+) \| ([\d.]+) \|$", text, re.M)
+    assert [row[0] for row in rows] == ["reference", "this program --attn_pool true"]
+    assert float(rows[1][2]) > 1, "the plain way is slower"
+    assert "| reference |" in capsys.readouterr().out
+
+
+def test_a_table_takes_the_place_of_its_predecessor(tmp_path):
+    path = tmp_path / "RESULTS.md"
+    path.write_text("# Results\n\n## Before\n\nkept\n\n## A (b+c)\n\nold\n\n## After\n\nkept too\n")
+    speed.put(path, "A (b+c)", ["new"])
+    speed.put(path, "D", ["one more"])
+    assert path.read_text() == ("# Results\n\n## Before\n\nkept\n\n## A (b+c)\n\nnew\n\n## After\n\nkept too\n\n"
+                                "## D\n\none more\n")
+
+
+def test_growth_tells_how_far_the_ideal_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(speed.GROWTH, "sagan", ((32,), (8,)))
+    monkeypatch.setattr(speed, "MATRIX", 512)
+    monkeypatch.setattr(speed, "peak_memory", lambda *_: 2**20)
+    assert speed.main(["--growth", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
+    (row,) = re.findall(r"^\| 32 \| 8 \| ([\d.]+) \| ([\d.]+) \| (\d+)% \| 1 \|$", capsys.readouterr().out, re.M)
+    assert 0 < int(row[2]) < 100
+
+
+@pytest.mark.slow
+def test_the_gpu_script_reports_every_step_and_how_it_ended(tmp_path):
+    """With a Python that does nothing but say what it was asked for, and fails at one step."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho \"asked: $*\"\ncase \"$*\" in *fastgan*imsize*256*) exit 4 ;; esac\n")
+    python.chmod(0o755)
+    script = Path(speed.__file__).parent / "gpu.sh"
+    done = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "PYTHON": str(python)})
+    assert done.returncode == 1 and "asked: benchmarks/speed.py" in done.stdout, "what failed is shown"
+    report = (tmp_path / "out/report.md").read_text()
+    assert re.findall(r"^\| (\w+) \| .*?(\d) \|$", report, re.M) == [
+        ("tests", "0"), ("speed_sagan", "0"), ("speed_fastgan", "4"), ("train_sagan", "0"), ("train_fastgan", "0")]
+    limits = [int(limit) for limit in re.findall(r"^step \w+ (\d+) ", script.read_text(), re.M)]
+    assert len(limits) == 5 and sum(limits) <= 9 * 60
+    for flags in re.findall(r"^step train.*?--version (.*)$", script.read_text(), re.M):
+        assert resolve(parse(("--dataset", "toy", "--version", *flags.split())))
+    assert subprocess.run(["bash", script], capture_output=True).returncode == 2
+
+
+def test_a_mistake_is_told_in_a_line(capsys, tmp_path):
+    assert speed.main(["--results", str(tmp_path / "r.md"), "--imsize", "65"]) == 2
+    assert "--imsize 65" in capsys.readouterr().err and not Path(tmp_path / "r.md").exists()
