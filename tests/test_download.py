@@ -24,6 +24,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import encode, fill_lmdb, gradient
 
 SCRIPT = Path(__file__).parent.parent / "download.sh"
 PAGE = b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>"
@@ -1125,3 +1126,37 @@ def test_one_of_many_takes_over_a_stale_lock(bench):
     for process in running:
         process.communicate()
     assert codes == [6, 6, 6, 143] and len(bench.server.requests) == 1
+
+
+# What is said to come next ------------------------------------------------------------------------
+
+
+def real_pictures(tmp_path, source):
+    """An archive as its source makes it, of real pictures."""
+    if source == "Flowers":
+        return make_tar({f"jpg/image_{i:05d}.jpg": encode(gradient(seed=i), "JPEG") for i in range(5)})
+    if source == "100-shot-obama":
+        return make_zip({f"any name/{i}.png": encode(gradient(seed=i), "PNG") for i in range(5)})
+    if source == "CelebA":
+        return make_zip({f"img_align_celeba/{i}.jpg": encode(gradient((178, 218), i), "JPEG") for i in range(5)})
+    top = "cat" if source == "LSUN cat" else "church_outdoor_train_lmdb"
+    folder = fill_lmdb(tmp_path / "made", 5)
+    return make_zip({f"{top}/{name}": (folder / name).read_bytes() for name in os.listdir(folder)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["CelebA", "LSUN", "LSUN cat", "Flowers", "100-shot-obama"])
+def test_the_command_that_is_said_to_come_next_reads_what_came(bench, tmp_path, run, source):
+    name = "LSUN church_outdoor" if source == "LSUN" else source
+    archive = real_pictures(tmp_path, source)
+    if name in bench.archives:
+        bench.source(name, archive=archive)
+    bench.server.files[{"LSUN cat": "cat.zip", "100-shot-obama": "100-shot-obama.zip"}.get(source)] = archive
+    code, text = bench.run(*source.split())
+    assert code == 0, text
+    (said,) = re.findall(r"^download.sh: next: python main.py (.*)$", text, re.M)
+    code, out, err = run("--batch_size", 2, "--total_step", 2, "--num_workers", 0, "--device", "cpu", "--g_conv_dim", 4,
+                         "--d_conv_dim", 4, *(["--metadata", "false"] if "fastgan" in said else []),
+                         *shlex.split(said), tiny=False)
+    assert code == 0, err
+    assert "done: 2 steps" in out
