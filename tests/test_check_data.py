@@ -1,5 +1,7 @@
 """Unusable and repeated pictures are found before training, listed, left out or refused; looks are remembered."""
 
+import errno
+import io
 import os
 import random
 import shutil
@@ -104,6 +106,20 @@ def test_many_bad_pictures_end_the_program_with_the_first_ten(home, level):
     assert text.count("no JPEG, PNG, WebP or BMP") == 10 and "bad09.jpg" in text and "bad10.jpg" not in text
     assert "and 2 more" in text and "Delete or replace them" in text
     assert Path("logs/test/bad_images.txt").read_text().count("\n") == 12
+    (folder / "bad00.jpg").unlink(), (folder / "bad11.jpg").unlink()
+    with pytest.raises(DataError, match="10 of the 30 pictures") as caught:
+        opened(folder, check_data=level)
+    assert "bad10.jpg" in str(caught.value) and "more" not in str(caught.value)
+
+
+def test_the_list_holds_names_of_any_bytes(home):
+    """So that `xargs rm` finds them."""
+    name = os.fsencode(fill(home / "pictures", 4)) + b"/caf\xe9.jpg"
+    with open(name, "wb") as file:
+        file.write(BAD["page.jpg"])
+    with pytest.raises(DataError):
+        opened("pictures")
+    assert Path("logs/test/bad_images.txt").read_bytes().split(b"\t")[0] == b"pictures/caf\xe9.jpg"
 
 
 @pytest.mark.parametrize(("good", "bad", "accepted"), [(99, 1, True), (98, 1, False), (198, 2, True), (197, 2, False)])
@@ -157,21 +173,29 @@ def test_a_dry_run_and_an_evaluation_say_it_and_list_nothing(home, capsys, chang
     shutil.copy(folder / "000.png", folder / "copy.png")
     assert len(opened(spoil(folder, "half.jpg"), **changes)) == 121
     out = capsys.readouterr().out
-    assert "1 of 122 cannot be used" in out and "half.jpg" in out and "1 is a copy" in out
+    assert "1 of 122 cannot be used" in out and "half.jpg" in out
+    assert f"1 is a copy of others, to the byte, such as {folder / 'copy.png'} of {folder / '000.png'};" in out
     assert not Path("logs").exists() and Path("cache").exists() == ("dry_run" not in changes)
 
 
 def test_a_picture_in_an_lmdb_is_named_by_its_key(home):
     import lmdb
 
-    folder = fill_lmdb(home / "cats_lmdb", 150)
+    folder = fill_lmdb(home / "cats_lmdb", 200)
     with lmdb.open(str(folder)) as database, database.begin(write=True) as transaction:
         transaction.put(b"00000007", BAD["half.jpg"])
+        transaction.put(b"caf\xe9", BAD["page.jpg"])
     for level in ("header", "full"):
         dataset = opened(home, dataset="lsun", check_data=level)
-        assert len(dataset) == 149
+        assert len(dataset) == 199
         assert torch.equal(dataset[7], decode.decode(encode(gradient(seed=8), "PNG"), "", 16))
-    assert Path("logs/test/bad_images.txt").read_text().startswith(f"00000007 in {folder}\t")
+        first, second = Path("logs/test/bad_images.txt").read_text().splitlines()
+        assert first.startswith(f"00000007 in {folder}\t") and second.startswith(f"caf\ufffd in {folder}\t")
+
+
+def test_what_cannot_be_damaged_needs_no_look(home, looked):
+    dataset = opened(home, dataset="toy")
+    assert len(dataset) == 4096 and not looked and not Path("cache").exists()
 
 
 def test_bad_pictures_are_left_out_before_any_are_held_out(home):
@@ -203,36 +227,117 @@ def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
 
 
 def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
-    folder = fill(home / "pictures", 5)
-    for level, count in (("header", 5), ("full", 10), ("header", 10), ("full", 10)):
-        found(folder, level)
-        assert len(looked) == count
+    folder = spoil(fill(home / "pictures", 5), "page.jpg")
+    for level, count in (("header", 6), ("full", 11), ("header", 11), ("full", 11)):
+        assert list(found(folder, level).bad) == [5]
+        assert len(looked) == count, "what is bad needs no second look"
 
 
-def test_a_damaged_index_costs_another_look_only(home, looked, capsys):
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def changed(**values):
+    """An index as another program might write it; without what is None."""
+    def change(path):
+        kept = {**torch.load(path, weights_only=True), **values}
+        torch.save({name: value for name, value in kept.items() if value is not None}, path)
+
+    return change
+
+
+@pytest.mark.parametrize("damage", [
+    cut, changed(whole=None), changed(reasons=None), changed(level=torch.zeros(4)), changed(edges=[False] * 5),
+    changed(stamps=torch.zeros(5, 1)),
+], ids=["cut", "no-column", "no-reasons", "short-column", "no-tensor", "table"])
+def test_a_damaged_index_costs_another_look_only(home, looked, capsys, damage):
     folder = fill(home / "pictures", 5)
     found(folder)
     (index,) = Path("cache/index").iterdir()
-    index.write_bytes(index.read_bytes()[:-50])
+    damage(index)
     assert not found(folder).bad and len(looked) == 10
     assert "taking it anew" in capsys.readouterr().out
 
 
-def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked):
+def test_another_way_to_decode_needs_another_look(home, looked, monkeypatch):
     folder = fill(home / "pictures", 5)
-    path = str(folder / "002.png")
-    whole = datasets.Files.open
+    for count in (5, 5, 10):
+        monkeypatch.setattr(decode, "PROCEDURE", 1 + count // 10)
+        assert not found(folder).bad and len(looked) == count
 
-    def refused(self, index):
-        if self.sources[index] == path:
-            raise DataError(f"cannot read {path}: Input/output error")
+
+def test_each_folder_is_remembered_by_itself_whatever_it_is_called(home, looked, monkeypatch):
+    first, second = fill(home / "a/pictures", 5), fill(home / "b/pictures", 3)
+    found(first), found(second)
+    assert len(looked) == 8
+    found(first), found("a/pictures"), found(second)
+    monkeypatch.chdir(home / "b")
+    found("pictures", cache_path="../cache")
+    assert len(looked) == 8
+
+
+def test_no_picture_of_which_all_is_known_is_opened(home, monkeypatch):
+    folder = fill(home / "pictures", 4)
+    shutil.copy(folder / "001.png", folder / "copy.png")
+    for number, centre in enumerate((1, 2, 2)):
+        large_bmp(folder / f"{number}.bmp", centre)
+    opens, whole = [], datasets.Files.open
+
+    def counted(self, index):
+        opens.append(os.path.basename(self.sources[index]))
         return whole(self, index)
 
-    monkeypatch.setattr(datasets.Files, "open", refused)
-    assert found(folder).bad == {2: f"cannot read {path}: Input/output error"}
-    monkeypatch.setattr(datasets.Files, "open", whole)
+    monkeypatch.setattr(datasets.Files, "open", counted)
+    assert found(folder, "header").copies == [[2, 7], [5, 6]]
+    large = ["0.bmp", "1.bmp", "2.bmp"]
+    assert sorted(opens) == sorted([*os.listdir(folder), *large]), "large ones are compared whole"
+    del opens[:]
+    assert found(folder, "header").copies == [[2, 7], [5, 6]] and not opens
+
+
+def refuse(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+class Refusing(io.BytesIO):
+    read = refuse
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, at):
+    folder = fill(home / "pictures", 5)
+    path = str(folder / "002.png")
+
+    def refused(name, *more, **options):
+        return open(name, *more, **options) if name != path else refuse() if at == "open" else Refusing()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(datasets, "open", refused, raising=False)
+        (bad,) = found(folder, level).bad.items()
+    assert bad[0] == 2 and "Input/output error" in bad[1]
+    del looked[:]
+    assert not found(folder, level).bad and looked == ["002.png"]
+    del looked[:]
+    assert not found(folder, level).bad and not looked
+
+
+def test_a_picture_that_cannot_be_read_whole_is_tried_again(home, monkeypatch, looked):
+    folder = fill(home / "pictures", 5)
+    path, read = folder / "002.png", Path.read_bytes
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", lambda self: refuse() if self == path else read(self))
+        assert found(folder).bad == {2: f"cannot read {path}: Input/output error"}
     del looked[:]
     assert not found(folder).bad and looked == ["002.png"]
+
+
+def test_other_processes_leave_out_what_the_first_found(home, monkeypatch, looked):
+    folder = fill(home / "pictures", 120)
+    monkeypatch.setattr(check_data, "after_first", lambda first, others: others())
+    monkeypatch.setattr(check_data, "gather", lambda mine: [Findings({3: "it is torn"}, []), mine])
+    dataset = opened(folder)
+    assert len(dataset) == 119 and "003.png" not in shown(dataset) and not looked
 
 
 def test_a_full_check_fills_the_decoded_cache(home, monkeypatch):
@@ -273,15 +378,17 @@ def test_copies_are_listed_in_groups(home, capsys, level):
         assert "3 are copies of others" in out and "logs/test/duplicates.txt" in out
 
 
+def large_bmp(path, centre):
+    image = np.zeros((200, 200, 3), np.uint8)               # 120 KB: ends that are equal, as white margins are
+    image[100, 100] = centre
+    Image.fromarray(image).save(path)
+
+
 def test_large_files_that_differ_in_their_middle_are_no_copies(home):
     folder = home / "pictures"
     folder.mkdir()
-    image = np.zeros((200, 200, 3), np.uint8)               # 120 KB as BMP: ends that are equal, as white margins are
-    names = []
     for number, centre in enumerate((1, 2, 2)):
-        image[100, 100] = centre
-        Image.fromarray(image).save(folder / f"{number}.bmp")
-        names.append(f"{number}.bmp")
+        large_bmp(folder / f"{number}.bmp", centre)
     for _ in range(2):
         assert found(folder, "header").copies == [[1, 2]]
     os.utime(folder / "1.bmp", ns=(10**18, 10**18))

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from conftest import WHITE, data_config, fill, fill_lmdb, identities, take
 from PIL import Image
 
 import data_loader
+import workers
 from data_loader import build_dataset, real_batches, resident
 from datasets import Pictures
 from failures import DataError
@@ -102,9 +104,9 @@ def test_workers_outlive_signals_and_end_with_close(ten):
     expected = take(open_batches(ten), 9)
     batches = open_batches(ten, num_workers=2)
     first = [next(batches), next(batches)]  # one from each worker: both have started
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
+    started = multiprocessing.active_children()
+    assert len(started) == 2
+    for worker in started:
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert torch.equal(torch.cat([*first, take(batches, 7)]), expected)  # take closes
@@ -144,17 +146,61 @@ def test_a_killed_worker_is_reported_and_the_other_ends():
 def test_a_worker_that_dies_during_the_close_does_not_fail_it(ten):
     batches = open_batches(ten, num_workers=2)
     next(batches)
-    workers = batches._from_workers
-    shut_down = workers._shutdown_workers
+    iterator = batches._from_workers
+    shut_down = iterator._shutdown_workers
 
     def interrupted():
-        del workers._shutdown_workers  # once: the destructor calls it too
+        del iterator._shutdown_workers  # once: the destructor calls it too
         shut_down()
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    workers._shutdown_workers = interrupted
+    iterator._shutdown_workers = interrupted
     batches.close()
     assert not multiprocessing.active_children()
+
+
+def what_happened(indices) -> list[tuple]:
+    """(index, how many came with it, the process, whether it is deaf) of each; the first are slow."""
+    time.sleep(0.2 * (0 in indices))
+    deaf = all(signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT))
+    return [(index, len(indices), os.getpid(), deaf) for index in indices]
+
+
+def test_a_task_is_spread_over_all_cores_and_comes_back_in_order(monkeypatch, capsys):
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    wanted = [0, *range(18, 9, -1)]
+    found, together, processes, deaf = zip(*workers.spread(what_happened, wanted, 4, "looking"), strict=True)
+    assert list(found) == wanted and list(together) == [4] * 8 + [2] * 2
+    assert len(set(processes)) == 2 and os.getpid() not in processes and all(deaf)
+    assert not multiprocessing.active_children()
+    err = capsys.readouterr().err
+    assert "looking" in err and "10/10" in err
+    ((*_, process, _),) = workers.spread(what_happened, [7], 4, "looking")
+    assert process == os.getpid() and not list(workers.spread(what_happened, [], 4, "looking"))
+
+
+def fail(indices):
+    raise RuntimeError(f"no {indices[0]}")
+
+
+def die(indices):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_goes_wrong_in_a_spread_task_is_raised():
+    with pytest.raises(RuntimeError, match="no 0"):
+        list(workers.spread(fail, range(8), 4, "looking"))
+    with pytest.raises(DataError, match="DataLoader worker"):
+        list(workers.spread(die, range(8), 4, "looking"))
+    assert not multiprocessing.active_children()
+
+
+def test_the_cores_that_count_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    assert workers.cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert workers.cores() == 64
 
 
 @pytest.mark.slow

@@ -106,6 +106,15 @@ def test_pictures_behind_a_link_are_found(tmp_path):
     assert len(build_dataset(data_config(tmp_path / "data"))) == 4
 
 
+def test_pictures_that_a_link_leads_back_to_are_found_once(tmp_path):
+    fill(tmp_path / "data/deep/er", 3)
+    (tmp_path / "data/later").mkdir()
+    for place in ("data/later/back", "data/later/again"):
+        (tmp_path / place).symlink_to(tmp_path / "data/deep", target_is_directory=True)
+    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path)]
+    assert found == [f"data/deep/er/{index:03}.png" for index in range(3)]
+
+
 def test_folder_is_described(tmp_path):
     config = data_config(fill(tmp_path, 5))
     assert describe(build_dataset(config), config) == f"folder: 5 pictures in {tmp_path}"
@@ -145,13 +154,28 @@ def test_bytes_after_the_end_are_no_fault():
     assert look(noisy("PNG") + b"more") is None
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", encode(gradient(), "GIF")])
+@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", encode(gradient(), "GIF"),
+                                  encode(gradient((500, 500)), "TIFF")], ids=["empty", "page", "gif", "large-tiff"])
 def test_what_is_no_picture_is_found(data):
     assert look(data) == "it is no JPEG, PNG, WebP or BMP"
 
 
-def test_sound_ends_are_not_decoded():
-    """A look at 100,000 pictures must take seconds: damage in the middle is for --check_data full."""
+def test_a_fault_without_words_is_a_fault(monkeypatch):
+    def fail(*_, **__):
+        raise IndexError
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert look(noisy("PNG")) == "IndexError"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+def test_sound_ends_are_not_decoded(kind, monkeypatch):
+    """A look at 100,000 pictures must take seconds."""
+    monkeypatch.setattr("decode.decode", None)
+    assert look(noisy(kind)) is None
+
+
+def test_damage_in_the_middle_is_for_a_full_check():
     data = bytearray(noisy("PNG"))
     data[len(data) // 2] ^= 255
     assert look(bytes(data)) is None

@@ -1,6 +1,7 @@
 """The decoded cache: a file that all runs share, or memory; never a wrong picture."""
 
 import errno
+import io
 import multiprocessing
 import os
 import pickle
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import lmdb
+import numpy as np
 import pytest
 import torch
 from conftest import data_config, fill, fill_lmdb, gradient, identities, take
@@ -17,6 +20,7 @@ from conftest import data_config, fill, fill_lmdb, gradient, identities, take
 import datasets
 import decoded
 from data_loader import build_dataset, open_dataset, real_batches
+from datasets import Part
 from decoded import DecodedCache
 from failures import CheckpointError
 
@@ -127,6 +131,52 @@ def test_a_changed_folder_gets_a_new_file_and_the_old_one_goes(folder):
     assert torch.equal(everything(opened(folder)), plain(folder))
 
 
+def rename(folder):
+    (folder / "a").rename(folder / "c")
+
+
+def repaint(folder):
+    (folder / "a/1.bmp").write_bytes((folder / "b/1.bmp").read_bytes())
+    os.utime(folder / "a/1.bmp", ns=(10**18, 10**18 + 1))
+
+
+def append(folder):
+    gradient(seed=9).save(folder / "a/1.bmp", "PNG")
+    os.utime(folder / "a/1.bmp", ns=(10**18, 10**18))
+
+
+@pytest.mark.parametrize("change", [rename, repaint, append])
+def test_one_changed_name_time_or_size_is_enough(home, change):
+    """The files are of one size and time, as those of a copied or unpacked folder may be."""
+    folder = home / "pictures"
+    for number, name in enumerate(("a/1", "a/2", "b/1", "b/2")):
+        path = folder / f"{name}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        gradient(seed=number).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+    everything(opened(folder))
+    change(folder)
+    assert torch.equal(everything(opened(folder)), plain(folder))
+
+
+@pytest.mark.parametrize("changed", ["time", "size"])
+def test_an_lmdb_that_was_written_again_is_decoded_again(home, changed):
+    folder = fill_lmdb(home / "cats_lmdb", 10)
+    file = folder / "data.mdb"
+    os.truncate(file, 2**20)
+    os.utime(file, ns=(10**18, 10**18))
+    before = everything(opened(home, dataset="lsun"))
+    datasets._environments.pop(os.path.realpath(folder))[1].close()         # as if in another process
+    with lmdb.open(str(folder), map_size=2**22) as database, database.begin(write=True) as transaction:
+        transaction.put(b"00000003", transaction.get(b"00000004"))
+    assert file.stat().st_size == 2**20
+    if changed == "size":
+        os.truncate(file, 2**21)
+    os.utime(file, ns=(10**18, 10**18 + (changed == "time")))
+    after = everything(opened(home, dataset="lsun"))
+    assert torch.equal(after[3], before[4]) and not torch.equal(after[3], before[3])
+
+
 def test_another_size_crop_or_pillow_has_a_file_of_its_own(folder, monkeypatch):
     def path(dataset, imsize=16):
         return decoded._File.of(dataset, data_config(imsize=imsize), Path()).path
@@ -185,8 +235,15 @@ def test_a_file_that_may_only_be_read_is_used_and_left_as_it_is(folder, monkeypa
     expected = plain(folder)
     opened(folder).gather([1, 2])
     (path,) = files(folder / ".decoded")
-    content = path.read_bytes()
+    content, memmap = path.read_bytes(), np.memmap
+
+    def mapped(path, dtype, mode):
+        if mode == "r+":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return memmap(path, dtype, mode)
+
     monkeypatch.setattr(decoded.os, "access", lambda *_: False)     # chmod does not keep root out
+    monkeypatch.setattr(decoded.np, "memmap", mapped)
     del reads[:]
     dataset = opened(folder)
     for _ in range(2):
@@ -203,12 +260,32 @@ def test_what_the_caller_changes_is_not_in_the_cache(folder):
     assert torch.equal(dataset[3], before) and torch.equal(opened(folder)[3], before)
 
 
-@pytest.mark.parametrize("shown", [9, 11])
-def test_a_run_that_shows_no_picture_twice_makes_none(folder, shown):
-    dataset = opened(folder, total_step=shown, d_iters=1, batch_size=1)
-    assert isinstance(dataset, DecodedCache) == (shown == 11) == (folder / ".decoded").exists()
+@pytest.mark.parametrize(("steps", "d_iters", "batch", "made"), [
+    (9, 1, 1, False), (10, 1, 1, False), (11, 1, 1, True), (5, 2, 1, False), (6, 2, 1, True), (5, 1, 2, False),
+    (6, 1, 2, True), (2, 2, 3, True),
+])
+def test_a_run_that_shows_no_picture_twice_makes_none(folder, steps, d_iters, batch, made):
+    dataset = opened(folder, total_step=steps, d_iters=d_iters, batch_size=batch)
+    assert isinstance(dataset, DecodedCache) == made == (folder / ".decoded").exists()
     everything(opened(folder))
     assert opened(folder, total_step=1, batch_size=1).decoded(), "one that is there serves all the same"
+
+
+def test_folders_of_one_name_have_files_of_their_own_in_cache_dir(home, folder):
+    other = fill(home / "elsewhere/pictures", 3)
+    for place in (folder, other):
+        everything(opened(place, cache_dir="kept"))
+    assert opened("pictures", cache_dir="kept").decoded() and opened(other, cache_dir="kept").decoded()
+    assert len(files("kept")) == 2
+
+
+def test_a_part_is_decoded_when_its_own_pictures_are(folder):
+    """Of a set with bad pictures, with some held out: a part of a part."""
+    usable = Part(opened(folder), [9, 7, 5, 3, 1], "usable")
+    trained, held_out = Part(usable, [0, 1, 3], "trained on"), Part(usable, [2, 4], "held out")
+    assert torch.equal(trained.gather([2, 0, 1]), plain(folder)[[3, 9, 7]])
+    assert trained.decoded() and trained.decoded([2, 0])
+    assert not held_out.decoded() and not usable.decoded() and usable.decoded([3, 0])
 
 
 def test_on_makes_one_at_any_rate_and_off_looks_at_none(folder, reads):
@@ -262,6 +339,8 @@ def test_auto_takes_no_more_than_a_quarter_of_the_free_disk(folder, monkeypatch,
         dataset = opened(folder)
         assert (folder / ".decoded").exists() == made and dataset.gather([0]).shape == (1, 3, 16, 16)
     assert "of which a quarter may be taken" in capsys.readouterr().out
+    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    assert isinstance(opened(folder, cache="on", imsize=8), DecodedCache) and len(files(folder / ".decoded")) == 2
 
 
 def test_systems_without_fallocate_take_the_space_too(folder, monkeypatch):
@@ -302,6 +381,18 @@ def test_processes_that_fill_it_at_the_same_time_agree(folder):
     assert opened(folder).decoded() and torch.equal(everything(opened(folder)), plain(folder))
 
 
+def test_other_processes_map_the_file_that_the_first_made(folder, monkeypatch, capsys):
+    def second(first, others):
+        first()
+        return others()
+
+    monkeypatch.setattr(decoded, "after_first", second)
+    dataset = opened(folder)
+    assert dataset.file and torch.equal(everything(dataset), plain(folder)) and opened(folder).decoded()
+    monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
+    assert torch.equal(everything(opened(folder, imsize=32)), plain(folder, imsize=32)), "or do without, as it does"
+
+
 def test_it_travels_to_spawned_workers_as_a_name(folder):
     dataset = opened(folder, imsize=64)
     data = pickle.dumps(dataset)
@@ -309,6 +400,12 @@ def test_it_travels_to_spawned_workers_as_a_name(folder):
     arrived = pickle.loads(data)
     assert torch.equal(everything(arrived), plain(folder, imsize=64))
     assert dataset.decoded(), "both look at one file"
+
+
+def test_one_that_went_while_it_travelled_is_done_without(folder):
+    data = pickle.dumps(opened(folder))
+    shutil.rmtree(folder / ".decoded")
+    assert torch.equal(everything(pickle.loads(data)), plain(folder))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -356,12 +453,51 @@ def test_what_is_no_file_is_kept_in_memory_where_that_is_not_short(monkeypatch, 
     assert not kept or dataset.pictures.is_shared() == (num_workers > 0)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("num_workers", "limit", "share"), [(0, "available_memory", 4), (2, "available_memory", 4), (2, "/dev/shm", 2)]
+)
+def test_each_process_takes_a_quarter_of_the_memory_or_half_of_dev_shm(
+        monkeypatch, num_workers, limit, share, processes):
+    size = 4096 * 3 * 16 * 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    for room, kept in ((size, True), (size - 1, False)):
+        free = {"available_memory": 2**40, "/dev/shm": 2**40, limit: share * processes * room}
+        monkeypatch.setattr(decoded, "available_memory", lambda free=free: free["available_memory"])
+        monkeypatch.setattr(decoded.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free[path]))
+        assert isinstance(opened(".", dataset="toy", num_workers=num_workers), DecodedCache) == kept
+    monkeypatch.setattr(decoded, "MEMORY", size - 1)
+    free.update({"available_memory": 2**40, "/dev/shm": 2**40})
+    assert not isinstance(opened(".", dataset="toy", num_workers=num_workers), DecodedCache), "however much there is"
+
+
+MEMINFO = "MemTotal:       16000 kB\nMemFree:          900 kB\nMemAvailable:    8000 kB\n"
+
+
+@pytest.mark.parametrize(("table", "pages", "found"), [
+    (MEMINFO, 5000, 8000 * 1024), ("MemTotal: 16000 kB\n", 5000, 5000 * 4096 // 2), (None, 5000, 5000 * 4096 // 2),
+    (None, None, 0),
+], ids=["linux", "old-linux", "macos", "windows"])
+def test_the_memory_that_a_machine_can_spare(monkeypatch, table, pages, found):
+    def opened(path):
+        if table is None:
+            raise FileNotFoundError(path)
+        return io.StringIO(table)
+
+    monkeypatch.setattr(decoded, "open", opened, raising=False)
+    monkeypatch.setattr(decoded.os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.__getitem__)
+    if pages is None:
+        monkeypatch.delattr(decoded.os, "sysconf")
+    assert decoded.available_memory() == found
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_what_is_kept_in_memory_is_decoded_once(folder, monkeypatch, num_workers):
     monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
     config = data_config(folder, num_workers=num_workers, cache="auto")
     batches = real_batches(config, build_dataset(config), 0, "cpu")
     first = [next(batches) for _ in range(10)]
+    assert not multiprocessing.active_children(), "what workers decoded is seen here"
     for path in folder.glob("*.png"):
         path.unlink()
     later = torch.cat([next(batches) for _ in range(5)])
