@@ -189,17 +189,8 @@ class RealBatches:
         if self._from_workers is None:
             return
         atexit.unregister(self.close)
-        processes, self._from_workers = self._from_workers, None
-        try:
-            # Its destructor would do, but for tracebacks that keep it alive.
-            processes._shutdown_workers()
-        except RuntimeError as error:
-            if workers.death(error) is None:
-                raise
-            for process in processes._workers:  # one died in the middle of this: torch gave up on the others
-                process.join(10)
-                process.kill()
-                process.join()
+        batches, self._from_workers = self._from_workers, None
+        workers.stop(batches)
 
 
 def resident(dataset: Pictures, imsize: int, device: torch.device) -> torch.Tensor:

@@ -42,6 +42,23 @@ def death(error: RuntimeError) -> DataError | None:
     return None
 
 
+def stop(batches):
+    """End the processes of a DataLoader's iterator.
+
+    Its destructor would do, but for tracebacks that keep it alive; and processes that are deaf to SIGTERM would keep a
+    failed program from ending.
+    """
+    try:
+        batches._shutdown_workers()
+    except RuntimeError as error:
+        if death(error) is None:
+            raise
+        for process in batches._workers:  # one died in the middle of this: torch gave up on the others
+            process.join(10)
+            process.kill()
+            process.join()
+
+
 class _Task(Dataset):
     def __init__(self, work: Callable[[Sequence[int]], list]):
         self.work = work
@@ -66,10 +83,13 @@ def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk:
         worker_init_fn=start, prefetch_factor=4,
         generator=torch.Generator(),  # or it draws from the global one, and checking changes the run
     )
+    batches = iter(loader)
     with progress(len(indices), "picture", what) as done:
         try:
-            for results in loader:
+            for results in batches:
                 yield from results
                 done.update(len(results))
         except RuntimeError as error:
             raise death(error) or error from None
+        finally:
+            stop(batches)

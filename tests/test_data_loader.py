@@ -1,5 +1,6 @@
 """Batches of real pictures: resumable sampling, worker processes."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -180,18 +181,32 @@ def test_a_task_is_spread_over_all_cores_and_comes_back_in_order(monkeypatch, ca
 
 
 def fail(indices):
-    raise RuntimeError(f"no {indices[0]}")
+    if 20 in indices:
+        raise RuntimeError("not this one")
+    return list(indices)
 
 
 def die(indices):
-    os.kill(os.getpid(), signal.SIGKILL)
+    if 20 in indices:
+        time.sleep(0.1)                         # until what came before is sent
+        os.kill(os.getpid(), signal.SIGKILL)
+    return list(indices)
 
 
-def test_what_goes_wrong_in_a_spread_task_is_raised():
-    with pytest.raises(RuntimeError, match="no 0"):
-        list(workers.spread(fail, range(8), 4, "looking"))
-    with pytest.raises(DataError, match="DataLoader worker"):
-        list(workers.spread(die, range(8), 4, "looking"))
+@pytest.mark.parametrize(("work", "error", "words"), [
+    (fail, RuntimeError, "not this one"), (die, DataError, "DataLoader worker"),
+])
+def test_what_goes_wrong_in_a_spread_task_is_raised(monkeypatch, work, error, words):
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+
+    def outcome():
+        try:
+            return list(workers.spread(work, range(40), 4, "looking"))
+        except Exception as error:
+            return type(error), words in str(error)
+
+    assert outcome() == (error, True)
+    gc.collect()
     assert not multiprocessing.active_children()
 
 
