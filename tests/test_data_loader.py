@@ -1,6 +1,5 @@
 """Batches of real pictures: resumable sampling, worker processes."""
 
-import gc
 import multiprocessing
 import os
 import random
@@ -196,18 +195,11 @@ def die(indices):
 @pytest.mark.parametrize(("work", "error", "words"), [
     (fail, RuntimeError, "not this one"), (die, DataError, "DataLoader worker"),
 ])
-def test_what_goes_wrong_in_a_spread_task_is_raised(monkeypatch, work, error, words):
+def test_what_goes_wrong_in_a_spread_task_is_raised_and_ends_it(monkeypatch, work, error, words):
     monkeypatch.setattr(workers, "cores", lambda: 2)
-
-    def outcome():
-        try:
-            return list(workers.spread(work, range(40), 4, "looking"))
-        except Exception as error:
-            return type(error), words in str(error)
-
-    assert outcome() == (error, True)
-    gc.collect()
-    assert not multiprocessing.active_children()
+    with pytest.raises(error, match=words) as caught:
+        list(workers.spread(work, range(40), 4, "looking"))
+    assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
 
 
 def test_the_cores_that_count_are_those_of_this_process(monkeypatch):
