@@ -48,6 +48,7 @@ GROWTH = {  # image sizes at the usual batch, batches at the usual image size
     "fastgan": ((64, 128, 256, 512, 1024), (2, 4, 8, 16)),
 }
 MATRIX = 4096       # side of the product that measures the device's speed
+TIMED = 2           # seconds of steps of which the growth table takes the time, three times over
 
 
 def config_of(flags, more=()):
@@ -109,7 +110,7 @@ def grow(flags):
         side = Side(config, place)
         with FlopCounterMode(display=False) as counter:
             side.run(1)
-        steps = max(1, round(2 / side.run(2)))
+        steps = max(1, round(TIMED / side.run(2)))
         seconds = min(side.run(steps) for _ in range(3))
         ideal = counter.get_total_flops() / peak
         yield f"| {imsize} | {batch} | {seconds:.3f} | {ideal:.3f} | {ideal / seconds:.0%} | {memory / 2**20:,.0f} |"

@@ -227,9 +227,11 @@ def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
 
 
 def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
-    folder = spoil(fill(home / "pictures", 5), "page.jpg")
-    for level, count in (("header", 6), ("full", 11), ("header", 11), ("full", 11)):
-        assert list(found(folder, level).bad) == [5]
+    folder = spoil(fill(home / "pictures", 5), "half.jpg", "page.jpg")
+    bad = found(folder, "header").bad
+    assert list(bad) == [5, 6] and bad[5] != bad[6]
+    for level, count in (("header", 7), ("full", 12), ("header", 12), ("full", 12)):
+        assert found(folder, level).bad == bad
         assert len(looked) == count, "what is bad needs no second look"
 
 
@@ -295,7 +297,7 @@ def test_no_picture_of_which_all_is_known_is_opened(home, monkeypatch):
     assert found(folder, "header").copies == [[2, 7], [5, 6]] and not opens
 
 
-def refuse(*_):
+def refuse(*_, **__):
     raise OSError(errno.EIO, "Input/output error")
 
 
@@ -320,6 +322,14 @@ def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, 
     assert not found(folder, level).bad and looked == ["002.png"]
     del looked[:]
     assert not found(folder, level).bad and not looked
+
+
+def test_a_disk_that_refuses_everything_spoils_no_index(home, monkeypatch):
+    folder = fill(home / "pictures", 5)
+    with monkeypatch.context() as broken:
+        broken.setattr(datasets, "open", refuse, raising=False)
+        assert len(found(folder).bad) == len(found(folder).bad) == 5
+    assert not found(folder).bad
 
 
 def test_a_picture_that_cannot_be_read_whole_is_tried_again(home, monkeypatch, looked):

@@ -69,6 +69,8 @@ def test_half_of_the_pictures_are_mirrored_and_only_with_hflip(ten):
     assert 160 < sum(turned) < 240
     by_picture = Counter(zip(identities(plain), turned, strict=True))
     assert len(by_picture) == 20  # each picture comes both ways: the coin is the sample's, not the picture's
+    plain, mirrored = (take(open_batches(ten, hflip=hflip, seed=8), 100) for hflip in (False, True))
+    assert turned != [torch.equal(b, a.flip(-1)) for a, b in zip(plain, mirrored, strict=True)], "and the seed's"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -233,11 +235,12 @@ def test_a_resident_set_holds_every_picture_in_order(ten):
 
 def test_batches_from_a_resident_set_are_the_same(ten, monkeypatch):
     """On the CPU, as far as that goes: there the pictures' memory is the device's."""
-    expected = take(open_batches(ten, hflip=True), 9)
-    batches = open_batches(ten, hflip=True)
-    batches._resident = resident(batches.samples.dataset, 16, torch.device("cpu"))
-    monkeypatch.setattr(batches.samples, "dataset", numbered_only(10))
-    assert torch.equal(take(batches, 9), expected)
+    for place in (dict(), dict(rank=0, world=2), dict(rank=1, world=2)):
+        expected = take(open_batches(ten, hflip=True, **place), 9)
+        batches = open_batches(ten, hflip=True, **place)
+        batches._resident = resident(batches.samples.dataset, 16, torch.device("cpu"))
+        monkeypatch.setattr(batches.samples, "dataset", numbered_only(10))
+        assert torch.equal(take(batches, 9), expected)
 
 
 def numbered_only(length):

@@ -113,7 +113,11 @@ def test_a_picture_that_vanished_is_named(tmp_path):
     (tmp_path / "002.png").unlink()
     with pytest.raises(DataError) as caught:
         dataset[2]
-    assert str(caught.value) == f"cannot read {tmp_path / '002.png'}: No such file or directory", "and no more"
+    words = f"cannot read {tmp_path / '002.png'}: No such file or directory"
+    assert str(caught.value) == words, "and is not to be deleted"
+    with pytest.raises(DataError) as caught:
+        take(real_batches(data_config(tmp_path), dataset, 0, "cpu"), 1)
+    assert str(caught.value) == words, "nor looked for before training"
 
 
 # ---- the data sets ----

@@ -307,6 +307,8 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(folder, capsys):
     opened(folder, dry_run=True)
     assert not (folder / ".decoded").exists() and not Path("cache").exists()
     assert f"would go into {folder / '.decoded'}" in capsys.readouterr().out
+    opened(folder, imsize=128, dry_run=True)
+    assert "decoded cache: 0.5 MB would go" in capsys.readouterr().out
 
 
 # ---- disks that refuse ----
@@ -381,9 +383,11 @@ def test_processes_that_fill_it_at_the_same_time_agree(folder):
     assert opened(folder).decoded() and torch.equal(everything(opened(folder)), plain(folder))
 
 
-def test_other_processes_map_the_file_that_the_first_made(folder, monkeypatch, capsys):
+def test_other_processes_map_the_file_that_the_first_made(folder, monkeypatch):
+    asked = []
+
     def second(first, others):
-        first()
+        asked.append(first())
         return others()
 
     monkeypatch.setattr(decoded, "after_first", second)
@@ -391,6 +395,7 @@ def test_other_processes_map_the_file_that_the_first_made(folder, monkeypatch, c
     assert dataset.file and torch.equal(everything(dataset), plain(folder)) and opened(folder).decoded()
     monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
     assert torch.equal(everything(opened(folder, imsize=32)), plain(folder, imsize=32)), "or do without, as it does"
+    assert len(asked) == 3
 
 
 def test_it_travels_to_spawned_workers_as_a_name(folder):
@@ -412,7 +417,7 @@ def test_one_that_went_while_it_travelled_is_done_without(folder):
 def test_files_are_read_once_only(folder, num_workers):
     config = data_config(folder, num_workers=num_workers, cache="auto")
     batches = real_batches(config, build_dataset(config), 0, "cpu")
-    first = [next(batches) for _ in range(10)]              # 40 samples: workers are at the fifth epoch
+    first = [next(batches) for _ in range(3)]               # 12 samples: an epoch has ended, if not with a batch
     assert not multiprocessing.active_children(), "with nothing left to decode, workers are dismissed"
     for path in folder.glob("*.png"):
         path.unlink()
@@ -496,7 +501,7 @@ def test_what_is_kept_in_memory_is_decoded_once(folder, monkeypatch, num_workers
     monkeypatch.setattr(decoded.os, "posix_fallocate", no_space)
     config = data_config(folder, num_workers=num_workers, cache="auto")
     batches = real_batches(config, build_dataset(config), 0, "cpu")
-    first = [next(batches) for _ in range(10)]
+    first = [next(batches) for _ in range(3)]
     assert not multiprocessing.active_children(), "what workers decoded is seen here"
     for path in folder.glob("*.png"):
         path.unlink()

@@ -202,7 +202,7 @@ def test_accumulation_must_divide_the_batch(run):
 
 @pytest.mark.slow
 def test_accumulation_takes_less_memory():
-    flags = (*SMALL, "--imsize", "64", "--batch_size", "128", "--accumulate")
+    flags = (*SMALL, "--imsize", "64", "--batch_size", "96", "--accumulate")
     config, parted = (resolve(parse((*flags, parts))) for parts in "18")
     place = distributed.start(config)
     whole, part = (cost.peak_memory(settings, None, place) for settings in (config, parted))
@@ -239,6 +239,7 @@ def test_a_table_takes_the_place_of_its_predecessor(tmp_path):
 def test_growth_tells_how_far_the_ideal_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(speed.GROWTH, "sagan", ((32,), (8,)))
     monkeypatch.setattr(speed, "MATRIX", 512)
+    monkeypatch.setattr(speed, "TIMED", 0.1)
     monkeypatch.setattr(speed, "peak_memory", lambda *_: 2**20)
     assert speed.main(["--growth", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
     (row,) = re.findall(r"^\| 32 \| 8 \| ([\d.]+) \| ([\d.]+) \| (\d+)% \| 1 \|$", capsys.readouterr().out, re.M)
