@@ -13,8 +13,8 @@ from parameter import d_feature_sizes, g_feature_sizes
 from spectral import normalizer
 
 MAX_WIDTH_MULTIPLE = 16
-# Below this many positions the N x N matrix is small and the plain formula is the faster one (measured on CPU).
-FUSED_FROM_POSITIONS = 512
+# Up to this many products of a query with a key the matrix is small and the plain formula the faster (measured on CPU).
+PLAIN_UP_TO = 512**2
 
 
 class SelfAttention(nn.Module):
@@ -77,7 +77,7 @@ def attend(q, k, v):
     `sdpa_kernel(SDPBackend.MATH)`.
     """
     N, M, C = q.size(1), k.size(1), v.size(2)
-    if N * M < FUSED_FROM_POSITIONS**2:
+    if N * M <= PLAIN_UP_TO:
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     if not q.is_cuda:
         # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is
@@ -105,7 +105,7 @@ class Generator(nn.Module):
         for size, width in zip(sizes, widths, strict=True):
             stride, padding = (1, 0) if size == 4 else (2, 1)
             self.blocks[f"{size}"] = nn.Sequential(
-                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)), nn.BatchNorm2d(width), nn.ReLU()
+                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
             )
             if size in attention:
                 self.attention[f"g{size}"] = SelfAttention(width, pool)
@@ -140,7 +140,7 @@ class Discriminator(nn.Module):
         channels = 3
         for size in d_feature_sizes(imsize):                            # imsize / 2, ..., 8, 4
             width = min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim
-            self.blocks[f"{size}"] = nn.Sequential(wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1))
+            self.blocks[f"{size}"] = nn.Sequential(wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1, inplace=True))
             if size in attention:
                 self.attention[f"d{size}"] = SelfAttention(width, pool)
             channels = width

@@ -137,8 +137,9 @@ def ema_update(G_ema, G, decay):
     effective spectral norm becomes 1.39 instead of 1.
     """
     torch._foreach_lerp_(list(G_ema.parameters()), list(G.parameters()), 1 - decay)
-    for averaged, buffer in zip(G_ema.buffers(), G.buffers(), strict=True):
-        averaged.copy_(buffer)
+    buffers = list(zip(G_ema.buffers(), G.buffers(), strict=True))
+    for dtype in {buffer.dtype for _, buffer in buffers}:       # of one type they are copied at once
+        torch._foreach_copy_(*zip(*(pair for pair in buffers if pair[1].dtype == dtype), strict=True))
 
 
 def drawing_batch(imsize):

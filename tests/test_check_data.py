@@ -224,6 +224,10 @@ def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
     del looked[:]
     (folder / "000.png").unlink()
     assert not found(folder, level).bad and not looked
+    for name in ("010.png", "001.png"):
+        (folder / name).write_bytes(b"")
+        bad = [shown(datasets.Files(folder, 16))[picture] for picture in found(folder, level).bad]
+    assert bad == ["001.png", "010.png"], "new ones in their places among those that are known"
 
 
 def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
@@ -317,7 +321,7 @@ def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, 
     with monkeypatch.context() as broken:
         broken.setattr(datasets, "open", refused, raising=False)
         (bad,) = found(folder, level).bad.items()
-    assert bad[0] == 2 and "Input/output error" in bad[1]
+    assert bad == (2, f"cannot read {path}: Input/output error" if at == "open" else "[Errno 5] Input/output error")
     del looked[:]
     assert not found(folder, level).bad and looked == ["002.png"]
     del looked[:]
@@ -388,17 +392,18 @@ def test_copies_are_listed_in_groups(home, capsys, level):
         assert "3 are copies of others" in out and "logs/test/duplicates.txt" in out
 
 
-def large_bmp(path, centre):
-    image = np.zeros((200, 200, 3), np.uint8)               # 120 KB: ends that are equal, as white margins are
-    image[100, 100] = centre
+def large_bmp(path, centre, side=200, row=100):
+    image = np.zeros((side, side, 3), np.uint8)             # 120 KB: ends that are equal, as white margins are
+    image[row, side // 2] = centre
     Image.fromarray(image).save(path)
 
 
-def test_large_files_that_differ_in_their_middle_are_no_copies(home):
+@pytest.mark.parametrize(("side", "row"), [(200, 100), (130, 6)], ids=["120 KB", "50 KB"])
+def test_files_that_differ_far_from_their_beginning_are_no_copies(home, side, row):
     folder = home / "pictures"
     folder.mkdir()
     for number, centre in enumerate((1, 2, 2)):
-        large_bmp(folder / f"{number}.bmp", centre)
+        large_bmp(folder / f"{number}.bmp", centre, side, row)
     for _ in range(2):
         assert found(folder, "header").copies == [[1, 2]]
     os.utime(folder / "1.bmp", ns=(10**18, 10**18))
