@@ -13,8 +13,8 @@ from parameter import d_feature_sizes, g_feature_sizes
 from spectral import normalizer
 
 MAX_WIDTH_MULTIPLE = 16
-# Up to this many products of a query with a key the matrix is small and the plain formula the faster (measured on CPU).
-PLAIN_UP_TO = 512**2
+# Below this many positions the N x N matrix is small and the plain formula is the faster one (measured on CPU).
+FUSED_FROM_POSITIONS = 512
 
 
 class SelfAttention(nn.Module):
@@ -77,7 +77,7 @@ def attend(q, k, v):
     `sdpa_kernel(SDPBackend.MATH)`.
     """
     N, M, C = q.size(1), k.size(1), v.size(2)
-    if N * M <= PLAIN_UP_TO:
+    if N * M < FUSED_FROM_POSITIONS**2:
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     if not q.is_cuda:
         # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is

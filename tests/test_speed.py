@@ -85,7 +85,7 @@ def test_twenty_steps_lose_what_they_lose_plainly(flags, plainly, monkeypatch):
     """In float64, where rounding has no say: in float32 Adam's first steps, which are signs of gradients, carry the
     plain way itself 1e-3 and more away from itself when the number of threads changes.
     """
-    monkeypatch.setattr(sagan_models, "PLAIN_UP_TO", 0)
+    monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
     torch.set_default_dtype(torch.float64)
     try:
         with monkeypatch.context() as patched:
