@@ -1,9 +1,11 @@
 """What a training step costs: seconds, memory, parameters (Table 1 of SLAE-FastGAN), of one or several configurations.
 
-Several are timed in turn, in one process, so that a machine whose speed drifts favours none. Memory is that of a
-process of its own for each, over what it held before it built the networks.
+Several are timed in turn, in one process, so that a machine whose speed drifts favours none. Memory is what the GPU
+held at the most over what it held before the networks were built; of main memory nothing tells that but a process of
+its own for each.
 """
 
+import gc
 import multiprocessing
 import platform
 import re
@@ -14,6 +16,7 @@ from pathlib import Path
 import torch
 
 import distributed
+import fast_step
 from failures import Failure
 from parameter import Config
 from scores import Score
@@ -22,7 +25,7 @@ from trainer import Trainer
 SECONDS = 60        # that each side is timed for, in LEAST rounds at the least
 LEAST = 8
 TURN = 0.5          # seconds that each side takes in a round, and one step at the least
-WARM_UP = 3         # steps
+WARM_UP = fast_step.WARM_UP + 1         # steps: the last one tries the faster ways
 OTHERS = {"baseline": {"slae": False, "metadata": False}}       # what --against adds, by what it changes
 OWN = "the run's model"
 IN_WORDS = {"baseline": "baseline: FastGAN without SLAE and metadata"}
@@ -117,10 +120,12 @@ def measure(config, bank, place):
 
 
 def peak_memory(config, bank, place, kind=Side):
-    """Bytes that a training of this config takes at its peak, measured in a process of its own; `kind` is what trains.
+    """Bytes that a training of this config takes at its peak; `kind` is what trains.
 
-    Raises Failure where that ends without an answer.
+    Raises Failure where the process that measures it ends without an answer.
     """
+    if place.device.type == "cuda":
+        return _peak_of_gpu(config, bank, place, kind)
     context = multiprocessing.get_context("spawn")      # a fork would begin with this process's memory
     answers, answer = context.Pipe(duplex=False)
     child = context.Process(target=_peak_memory, args=(vars(config), bank, place, kind, answer))
@@ -138,16 +143,19 @@ def peak_memory(config, bank, place, kind=Side):
     return found
 
 
+def _peak_of_gpu(config, bank, place, kind):
+    gc.collect()                    # what an earlier side left in cycles
+    before = torch.cuda.memory_allocated(place.device)
+    torch.cuda.reset_peak_memory_stats(place.device)
+    kind(config, place, bank).run(WARM_UP)
+    return torch.cuda.max_memory_allocated(place.device) - before
+
+
 def _peak_memory(values, bank, place, kind, answer):
     try:
-        config = Config.of(values)
-        if place.device.type == "cuda":
-            kind(config, place, bank).run(WARM_UP)
-            answer.send(torch.cuda.max_memory_allocated(place.device))
-        else:
-            before = _most_resident()
-            kind(config, place, bank).run(WARM_UP)
-            answer.send(_most_resident() - before)
+        before = _most_resident()
+        kind(Config.of(values), place, bank).run(WARM_UP)
+        answer.send(_most_resident() - before)
     except Failure as failure:
         answer.send(failure)
 

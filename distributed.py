@@ -29,7 +29,10 @@ def start(config):
     on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     if world == 1:
         name = ("cuda" if on_cuda else "cpu") if config.device == "auto" else config.device
-        return Place(torch.device(name))
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)               # CUDA graphs are recorded on the current one
+        return Place(device)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)

@@ -79,7 +79,7 @@ def _evaluate_run(config, place):
 
 
 def _samples(config, source, place):
-    return metrics.Drawn(source.G, source.latents, config.num_eval, config.seed, place.device, config.imsize)
+    return metrics.Drawn(source.G, source.latents, config.num_eval, config.seed, source.precision, config.imsize)
 
 
 class _Report:

@@ -230,13 +230,13 @@ class Discriminator(nn.Module):
         self.skips = _skips(layers, self.sources, width, slae)
         last = width[LAST]
         self.to_logits = nn.Sequential(
-            layers.conv(last, 2 * last, 1), nn.BatchNorm2d(2 * last), nn.LeakyReLU(0.2, inplace=True), layers.conv(2 * last, 1, 4)
+            layers.conv(last, 2 * last, 1), nn.BatchNorm2d(2 * last), _leaky(), layers.conv(2 * last, 1, 4)
         )
         half = small_size(imsize)
         steps = [size for size in sizes if LAST <= size < half]         # half / 2, ..., 8
         small = [width[2 * size] for size in steps]                     # ends with half the deep path's width
         self.small_path = nn.Sequential(
-            layers.conv(3, small[0], 4, 2, 1), nn.LeakyReLU(0.2, inplace=True),
+            layers.conv(3, small[0], 4, 2, 1), _leaky(),
             *(layer for i, out in enumerate(small[1:]) for layer in _down(layers, small[i], out)),
         )
         self.small_to_logits = layers.conv(small[-1], 1, 4)
@@ -293,16 +293,20 @@ def take_quadrant(x, quadrant):
 def _stem(layers, imsize, conv_dim, out):
     """The layers from the image to the first map, 256 px at most; 512 and 1024 px are halved on the way."""
     if imsize <= 256:
-        return [layers.conv(3, out, 3, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        return [layers.conv(3, out, 3, padding=1), _leaky()]
     if imsize == 512:
-        return [layers.conv(3, out, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+        return [layers.conv(3, out, 4, 2, 1), _leaky()]
     first = _width(D_WIDTHS, 512, conv_dim)
-    return [layers.conv(3, first, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True), *_down(layers, first, out)]
+    return [layers.conv(3, first, 4, 2, 1), _leaky(), *_down(layers, first, out)]
+
+
+def _leaky():
+    return nn.LeakyReLU(0.2, inplace=True)              # its own input is wanted by nobody: a map less to keep
 
 
 def _down(layers, channels, out):
     """conv 4x4 with stride 2, batch norm, LeakyReLU."""
-    return [layers.conv(channels, out, 4, 2, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2, inplace=True)]
+    return [layers.conv(channels, out, 4, 2, 1), nn.BatchNorm2d(out), _leaky()]
 
 
 class _ResidualDown(nn.Module):
@@ -311,10 +315,10 @@ class _ResidualDown(nn.Module):
     def __init__(self, layers, channels, out):
         super().__init__()
         self.convolved = nn.Sequential(
-            *_down(layers, channels, out), layers.conv(out, out, 3, padding=1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2, inplace=True)
+            *_down(layers, channels, out), layers.conv(out, out, 3, padding=1), nn.BatchNorm2d(out), _leaky()
         )
         self.pooled = nn.Sequential(
-            nn.AvgPool2d(2), layers.conv(channels, out, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2, inplace=True)
+            nn.AvgPool2d(2), layers.conv(channels, out, 1), nn.BatchNorm2d(out), _leaky()
         )
 
     def forward(self, x):

@@ -20,6 +20,8 @@ from precision import exact
 class Hinge:
     """Hinge loss (SAGAN section 4, eq. 4)."""
 
+    double_backward = False     # whether D's gradient is itself differentiated
+
     def __init__(self, label_noise=0.0):
         self.label_noise = label_noise
 
@@ -49,6 +51,8 @@ def _margins(logits, label_noise):
 
 class WassersteinGP:
     """WGAN-GP (Gulrajani et al. 2017, arXiv 1704.00028, eq. 3): real + fake + lambda * GP as ONE loss."""
+
+    double_backward = True
 
     def __init__(self, lambda_gp):
         self.lambda_gp = lambda_gp
@@ -94,6 +98,8 @@ class SelfSupervisedHinge:
     """FastGAN's: hinge on D's two paths, and for D the reconstruction of real images by its decoders (Liu et al. 2021,
     section 3.2, eqs. 1-3). `distance(a, b)` of images (B, 3, H, W) returns a mean or one number per image.
     """
+
+    double_backward = False
 
     def __init__(self, distance, recon_weight, label_noise):
         self.distance, self.recon_weight, self.label_noise = distance, recon_weight, label_noise

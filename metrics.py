@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import drawing
 import gallery
-import utils
 from failures import DataError
 
 DECODERS = 4                # threads; Pillow lets them run beside each other
@@ -88,15 +88,15 @@ class Decoded:
 
 
 class Drawn:
-    """Samples 0 to count - 1 of a seed, drawn when they are asked for by G, in eval mode on `device`.
+    """Samples 0 to count - 1 of a seed, drawn when they are asked for by G, in eval mode, in this `Precision`.
 
     They are those that `--mode sample` writes: to the byte if all are asked for, or 64 from a multiple of 64. In other
     slices G's batches are of other sizes, and one number in 100,000 may be rounded the other way. `latents`:
     metadata.Latents.
     """
 
-    def __init__(self, G, latents, count, seed, device, imsize):
-        self.G, self.device, self.batch = G, device, utils.drawing_batch(imsize)
+    def __init__(self, G, latents, count, seed, precision, imsize):
+        self.G, self.precision, self.batch = G, precision, drawing.batch_for(imsize)
         chunks = itertools.islice(latents.of_seed(seed), -(-count // 64))
         self.z = torch.cat(list(chunks))[:count]
 
@@ -104,7 +104,7 @@ class Drawn:
         return len(self.z)
 
     def __getitem__(self, part):
-        pictures = gallery.to_uint8(utils.draw(self.G, self.z[part], self.device, self.batch))
+        pictures = gallery.to_uint8(drawing.draw(self.G, self.z[part], self.precision, self.batch))
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
 
 

@@ -31,6 +31,11 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
+def boolean_or_auto(text):
+    """'auto' -> "auto"; else as `boolean`."""
+    return "auto" if str(text).lower() == "auto" else boolean(text)
+
+
 def sizes(text):
     """'16,32' -> (16, 32), sorted, each once; 'none' -> ()."""
     if str(text).lower() == "none":
@@ -129,8 +134,12 @@ FLAGS = {
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
              "shared out"),
         Flag("seed", int, 0, "of weights, batch order, z and flips", 0, 2**31 - 1),
-        Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of convolutions and products in training: "
-             "fp32 | tf32 | bf16 (mixed); auto: tf32 on GPUs that have it, else fp32"),
+        Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of the networks' convolutions and products, "
+             "in training and in drawing: fp32 | tf32 | bf16 (mixed); auto: tf32 on GPUs that have it, else fp32"),
+        Flag("compile", boolean_or_auto, "auto", "compile the networks of a training (torch.compile), which takes a "
+             "minute or two; auto: on a GPU if 20,000 steps are ahead, and kept if it is faster there"),
+        Flag("cuda_graph", boolean_or_auto, "auto", "record a training step once as a CUDA graph and repeat that; "
+             "auto: on a GPU if it is faster there"),
         Flag("deterministic", boolean, False, "same bits again on CUDA too, at some cost in speed"),
         Flag("dry_run", boolean, False, "print the resolved config, sizes and device, then end"),
     ),
@@ -320,7 +329,7 @@ def parse(argv):
         group = parser.add_argument_group(f"--model {title} only" if title in PRESETS else title)
         for flag in flags:
             # a bare `--dry_run` means true, as people type it
-            bare = {"nargs": "?", "const": True} if flag.type is boolean else {}
+            bare = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
             shown = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=_metavar(flag),
                                help=(flag.help + shown).replace("%", "%%"), **bare)
@@ -342,8 +351,8 @@ def defaults(flag):
 
 
 def _metavar(flag):
-    kinds = {boolean: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES", policies: "NAMES", metrics: "NAMES",
-             points: "POINTS", step_or_best: "STEP"}
+    kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", float: "X", str: "TEXT", sizes: "SIZES",
+             policies: "NAMES", metrics: "NAMES", points: "POINTS", step_or_best: "STEP"}
     return kinds.get(flag.type, "NAME")
 
 

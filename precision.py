@@ -31,6 +31,12 @@ class Precision:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name == "bf16")
 
     @contextlib.contextmanager
+    def arithmetic(self):
+        """A context for forward passes without a backward one."""
+        with self.switched(), self.autocast():
+            yield
+
+    @contextlib.contextmanager
     def switched(self):
         """A context for all work on the device, backward passes too: the switches are the process's."""
         if self.device.type != "cuda":

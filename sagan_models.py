@@ -105,7 +105,9 @@ class Generator(nn.Module):
         for size, width in zip(sizes, widths, strict=True):
             stride, padding = (1, 0) if size == 4 else (2, 1)
             self.blocks[f"{size}"] = nn.Sequential(
-                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),                                  # a map less to keep for the backward pass
             )
             if size in attention:
                 self.attention[f"g{size}"] = SelfAttention(width, pool)
@@ -140,7 +142,9 @@ class Discriminator(nn.Module):
         channels = 3
         for size in d_feature_sizes(imsize):                            # imsize / 2, ..., 8, 4
             width = min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim
-            self.blocks[f"{size}"] = nn.Sequential(wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1, inplace=True))
+            self.blocks[f"{size}"] = nn.Sequential(
+                wrap(nn.Conv2d(channels, width, 4, 2, 1)), nn.LeakyReLU(0.1, inplace=True)
+            )
             if size in attention:
                 self.attention[f"d{size}"] = SelfAttention(width, pool)
             channels = width

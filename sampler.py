@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 import distributed
+import drawing
 import gallery
 import page
 import utils
@@ -23,6 +24,7 @@ from distributed import say
 from failures import CheckpointError, UsageError
 from families import FAMILIES, networks
 from metadata import Bank, Latents
+from precision import Precision
 
 FRAMES_PER_SECOND = 20
 FRAMES_PER_LEG = 30             # of the walk from one latent to the next
@@ -31,10 +33,13 @@ STYLES = 5                      # rows and columns of a style grid
 
 @dataclass(frozen=True)
 class Source:
-    """G_ema of a checkpoint in eval mode, what it is fed, how many images it draws at once; where pictures go."""
+    """G_ema of a checkpoint in eval mode, what it is fed, in which arithmetic and how many images at once it draws;
+    where pictures go.
+    """
 
     G: torch.nn.Module
     latents: Latents
+    precision: Precision
     batch: int
     step: int
     folders: utils.RunFolders
@@ -59,16 +64,17 @@ def open_source(config, place):
     G, _ = networks(config, place.device)
     G.load_state_dict(state["G_ema"])
     G.eval()
-    batch = utils.drawing_batch(config.imsize)
+    batch, precision = drawing.batch_for(config.imsize), Precision(config.precision, place.device)
+    precision.tell()
     latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device)
     if config.metadata_sample != state["config"].get("metadata_sample"):
         # the batch statistics in the checkpoint belong to the other way to draw metadata
         with utils.forked_random_state(place.device):
             generator = torch.Generator().manual_seed(config.seed)
-            z = latents.sampling(utils.SETTLING_IMAGES, generator).to(place.device)
-            utils.settle_batch_statistics(G, z, batch)
+            z = latents.sampling(drawing.SETTLING_IMAGES, generator).to(place.device)
+            drawing.settle_batch_statistics(G, z, precision, batch)
     folders.samples.mkdir(parents=True, exist_ok=True)
-    return Source(G, latents, batch, state["step"], folders)
+    return Source(G, latents, precision, batch, state["step"], folders)
 
 
 def sample(config, place):
@@ -84,7 +90,7 @@ def sample(config, place):
     with distributed.progress(config.num_samples, "picture") as progress:
         while progress.n < config.num_samples:
             z = next(latents)[:config.num_samples - progress.n]
-            images = utils.draw(source.G, z, place.device, source.batch)
+            images = drawing.draw(source.G, z, source.precision, source.batch)
             for number, picture in enumerate(gallery.to_uint8(images), start=progress.n):
                 Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
             shown.append(images[:gallery.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
@@ -124,7 +130,8 @@ def interpolate(config, place):
     frames = []
     for part in tqdm(z, unit="frame", dynamic_ncols=True):
         part = part[None].to(place.device)
-        image = source.G(part)[0]
+        with source.precision.arithmetic():
+            image = source.G(part)[0]
         shown = FAMILIES[config.model].page(source.G, part, image, config.attn_queries, source.step)
         frames.append(shown or Image.fromarray(gallery.to_uint8(image)[0]))
     path = Path(f"{source.path('interpolation', config)}.{config.film}")
@@ -165,13 +172,14 @@ def style_mix(config, place):
     source = open_source(config, place)
     generator = torch.Generator().manual_seed(config.seed)
     contents, styles = source.latents.sampling(2 * STYLES, generator).to(place.device).chunk(2)
-    rows = [source.G(styles)[0].cpu()]                                  # (STYLES, 3, imsize, imsize)
+    rows = [drawing.draw(source.G, styles, source.precision, STYLES)]   # (STYLES, 3, imsize, imsize)
     blank = torch.full_like(rows[0][:1], 2 * gallery.PAGE[0] / 255 - 1)
     rows = [torch.cat([blank, rows[0]])]
     for content in tqdm(contents, unit="row", dynamic_ncols=True):
         content = content[None]
-        mixed = source.G(content.expand(STYLES, -1), style=styles)[0]
-        rows.append(torch.cat([source.G(content)[0], mixed]).cpu())
+        with source.precision.arithmetic():
+            mixed = source.G(content.expand(STYLES, -1), style=styles)[0]
+            rows.append(torch.cat([source.G(content)[0], mixed]).cpu())
     path = f"{source.path('style_mix', config)}.png"
     gallery.save_grid(torch.cat(rows), path, columns=STYLES + 1)
     source.tell(config, f"a grid of mixed styles of step {source.step} in {path}: "

@@ -2,10 +2,12 @@
 
 One step is one update of G. The loop owns every `backward()` and every optimizer step; what the losses are is the
 objective's business, what D returns is its family's. A step never waits for the device: statistics stay there until
-`--log_step`. Records fork the random state, so that switching them on changes no weight.
+`--log_step`. What changes from step to step reaches it in tensors, so that a step can be recorded once and repeated.
+Records fork the random state, so that switching them on changes no weight.
 """
 
 import copy
+import importlib.util
 import json
 import math
 import signal
@@ -16,6 +18,7 @@ import torch
 
 import checkpoint
 import distributed
+import drawing
 import gallery
 import metadata
 import page
@@ -26,6 +29,7 @@ from diffaug import augment
 from distributed import say
 from failures import LockedError, NonFiniteError
 from families import FAMILIES, View, networks
+from fast_step import FastStep, Way, recorded
 from journal import Journal
 from metrics import Drawn
 from parameter import RUN_SETTINGS, as_json
@@ -33,6 +37,7 @@ from precision import Precision
 from spectral import power_iterate, shared_weights
 
 RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all
+COMPILED_FROM = 20_000      # steps ahead that `--compile auto` compiles for: it takes a minute or two
 
 
 class Trainer:
@@ -53,13 +58,13 @@ class Trainer:
         self.latents = metadata.Latents(config.z_dim, bank, config.metadata_sample, place.device)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
-        betas = (config.beta1, config.beta2)
-        self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas, fused=True)
-        self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas, fused=True)
+        self._G, self._D = self.G, self.D                   # as a step calls them: compiled or not
+        self.g_optimizer = self._adam(self.G, config.g_lr)
+        self.d_optimizer = self._adam(self.D, config.d_lr)
         # their own generator: the fixed z of a run depend on the seed alone
         generator = torch.Generator().manual_seed(config.seed)
         self.fixed_z = self.latents.sampling(gallery.grid_side(config.imsize) ** 2, generator)
-        self.settling_z = self.latents.sampling(utils.SETTLING_IMAGES, generator).to(place.device)
+        self.settling_z = self.latents.sampling(drawing.SETTLING_IMAGES, generator).to(place.device)
         utils.seed_everything(config.seed + place.rank)     # processes start from equal weights and draw unequal z
         self.step = 0
         self.samples_seen = 0
@@ -68,21 +73,28 @@ class Trainer:
 
     def train_step(self, real_images):
         """One step on the next `d_iters` batches of `real_images`. Returns {name: 0-d tensor on the device}."""
+        batches = [next(real_images) for _ in range(self.config.d_iters)]   # of (B, 3, imsize, imsize) in [-1, 1]
+        self._set_learning_rates()
         with self.precision.switched():
-            return self._train_step(real_images)
+            stats = self._fast_step(batches)
+        # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
+        utils.ema_update(self.G_ema, self.G, decay=min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+        self.step += 1
+        self.samples_seen = real_images.samples_seen
+        return stats
 
-    def _train_step(self, real_images):
-        config, G, D = self.config, self.G, self.D
+    def _updates(self, batches):
+        """D's updates, one on each of the `batches` of real images, and G's. Returns their statistics."""
+        config, D = self.config, self._D
         # one batch of fakes for both phases; in parts its graphs would all have to be held
         reuse_fake = config.d_iters == 1 and config.accumulate == 1
-        self._set_learning_rates()
-        power_iterate(G)
+        power_iterate(self.G)
 
         # D phase: minimize d_loss(D)
-        D.requires_grad_(True)
-        for _ in range(config.d_iters):
-            reals = next(real_images).chunk(config.accumulate)          # of (B, 3, imsize, imsize) in [-1, 1]
-            power_iterate(D)
+        self.D.requires_grad_(True)
+        for batch in batches:
+            reals = batch.chunk(config.accumulate)
+            power_iterate(self.D)
             d_stats = []
             for real in reals:
                 with torch.set_grad_enabled(reuse_fake):
@@ -94,7 +106,7 @@ class Trainer:
             self._update(self.d_optimizer)
 
         # G phase: minimize g_loss(G). D's gradients are not wanted: freezing it halves the backward pass.
-        D.requires_grad_(False)
+        self.D.requires_grad_(False)
         g_stats = []
         for real in reals:
             if not reuse_fake:
@@ -104,11 +116,6 @@ class Trainer:
             self._backward(g_loss)
             g_stats.append({"g_loss": g_loss.detach(), **stats})
         self._update(self.g_optimizer)
-
-        # A young average would remember the random start: its horizon grows with the run up to ema_decay's.
-        utils.ema_update(self.G_ema, G, decay=min(config.ema_decay, (1 + self.step) / (10 + self.step)))
-        self.step += 1
-        self.samples_seen = real_images.samples_seen
         return {**_mean(d_stats), **_mean(g_stats)}
 
     def seen(self, images):
@@ -118,7 +125,7 @@ class Trainer:
     def generate(self, count):
         """[images, ...] of fresh z, largest first."""
         with shared_weights(), self.precision.autocast():
-            return self.G(self.latents.training(count))
+            return self._G(self.latents.training(count))
 
     def _backward(self, loss):
         """Add the gradients of one of the parts that `--accumulate` makes of a batch."""
@@ -130,10 +137,54 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def _adam(self, net, lr):
+        on_gpu = self.place.device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=self.place.device) if on_gpu else lr,
+                                (self.config.beta1, self.config.beta2), fused=True, capturable=on_gpu)
+
     def _set_learning_rates(self):
         factor = self.config.lr_decay ** (self.samples_seen // len(self.dataset))
-        self.g_optimizer.param_groups[0]["lr"] = self.config.g_lr * factor
-        self.d_optimizer.param_groups[0]["lr"] = self.config.d_lr * factor
+        for optimizer, lr in ((self.g_optimizer, self.config.g_lr), (self.d_optimizer, self.config.d_lr)):
+            (group,) = optimizer.param_groups
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr * factor)
+            else:
+                group["lr"] = lr * factor
+
+    # ------------------------------------------------------------------------------------- faster ways to the same
+
+    @cached_property
+    def _fast_step(self):
+        return FastStep(self._updates, (self.G, self.D), (self.g_optimizer, self.d_optimizer), self.place.device,
+                        list(self._ways()))
+
+    def _ways(self):
+        config, on_gpu = self.config, self.place.device.type == "cuda"
+        if self.place.world > 1:
+            # one that fails or decides alone would leave the others waiting
+            for flag in ("compile", "cuda_graph"):
+                if getattr(config, flag) is True:
+                    say(f"note: --{flag} is for one process; steps go on without it")
+            return
+        # on a CPU compiled steps took 1.17 times as long (64 px, batch 16)
+        auto = on_gpu and not config.deterministic          # whether one is faster may turn out otherwise next time
+        pays = auto and config.total_step - self.step >= COMPILED_FROM and importlib.util.find_spec("triton")
+        if pays if config.compile == "auto" else config.compile:
+            yield Way("compile", config.compile is True, self._compile, self._do_not_compile)
+        if auto if config.cuda_graph == "auto" else config.cuda_graph:
+            yield Way("cuda_graph", config.cuda_graph is True, recorded)
+
+    def _compile(self, step, images):
+        say("--compile: compiling the networks, which takes a minute or two")
+        # the random numbers of a plain step, at the price of a kernel for each
+        self._G, self._D = (torch.compile(net, dynamic=False, options={"fallback_random": True})
+                            for net in (self.G, self.D))
+        if self.objective.double_backward:
+            self._D = self.D                                # compiled networks have none
+        return step
+
+    def _do_not_compile(self):
+        self._G, self._D = self.G, self.D
 
     # ---------------------------------------------------------------------------------------------- the state
 
@@ -148,10 +199,11 @@ class Trainer:
             "fixed_z": self.fixed_z, "metadata": self.latents.state(), "random": states,
         }
 
-    def settle(self, images=utils.SETTLING_IMAGES):
-        """Make G_ema fit to be looked at or saved; see `utils.settle_batch_statistics`."""
+    def settle(self, images=drawing.SETTLING_IMAGES):
+        """Make G_ema fit to be looked at or saved; see `drawing.settle_batch_statistics`."""
         with utils.forked_random_state(self.place.device):
-            utils.settle_batch_statistics(self.G_ema, self.settling_z[:images], utils.drawing_batch(self.config.imsize))
+            drawing.settle_batch_statistics(self.G_ema, self.settling_z[:images], self.precision,
+                                            drawing.batch_for(self.config.imsize))
 
     def is_finite(self):
         """Whether every weight is a number; waits for the device. A checkpoint that is not would be worthless."""
@@ -160,10 +212,12 @@ class Trainer:
 
     def restore(self, state):
         """Go on from what `state()` returned."""
-        for name in ("G", "D", "G_ema", "g_optimizer", "d_optimizer"):
+        for name in ("G", "D", "G_ema"):
             getattr(self, name).load_state_dict(state[name])
-        for optimizer in (self.g_optimizer, self.d_optimizer):      # the command line may have changed them
-            optimizer.param_groups[0]["betas"] = (self.config.beta1, self.config.beta2)
+        for name in ("g_optimizer", "d_optimizer"):
+            optimizer = getattr(self, name)
+            # its settings are those of this command line and this device
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
         self.step, self.samples_seen, self.fixed_z = state["step"], state["samples_seen"], state["fixed_z"]
         if self.place.rank < len(state["random"]):
             utils.restore_random_states(state["random"][self.place.rank], self.place.device)   # last of all
@@ -175,9 +229,9 @@ class Trainer:
 
         All processes must call this. G_ema must be settled.
         """
-        config, device = self.config, self.place.device
-        pictures = Drawn(self.G_ema, self.latents, config.num_eval, config.seed, device, config.imsize)
-        with utils.forked_random_state(device):
+        config = self.config
+        pictures = Drawn(self.G_ema, self.latents, config.num_eval, config.seed, self.precision, config.imsize)
+        with utils.forked_random_state(self.place.device):
             return meter.measure(pictures, self.latents.source(config.seed), stopped)
 
     # ------------------------------------------------------------------------------------------------ records
@@ -194,7 +248,7 @@ class Trainer:
         config, device, folders = self.config, self.place.device, self.folders
         self.D.eval()
         with utils.forked_random_state(device):
-            images = utils.draw(self.G_ema, self.fixed_z, device, utils.drawing_batch(config.imsize))
+            images = drawing.draw(self.G_ema, self.fixed_z, self.precision, drawing.batch_for(config.imsize))
             view = View(self.fixed_z.to(device), images.to(device), self.real_pictures.to(device),
                         folders.samples, folders.attention, self.step, config.attn_queries, config.attn_raw)
             gallery.save_grid(images, view.samples / view.name("fake"))

@@ -126,9 +126,6 @@ def write_atomically(path, write):
         raise
 
 
-SETTLING_IMAGES = 256       # that G_ema's batch statistics are measured on before it is looked at or saved
-
-
 @torch.no_grad()
 def ema_update(G_ema, G, decay):
     """Move G_ema's parameters towards G's by 1 - decay; copy its buffers.
@@ -140,34 +137,3 @@ def ema_update(G_ema, G, decay):
     buffers = list(zip(G_ema.buffers(), G.buffers(), strict=True))
     for dtype in {buffer.dtype for _, buffer in buffers}:       # of one type they are copied at once
         torch._foreach_copy_(*zip(*(pair for pair in buffers if pair[1].dtype == dtype), strict=True))
-
-
-def drawing_batch(imsize):
-    """How many images G draws at once without gradients: 64, fewer where they are large."""
-    return max(8, 64 * 128**2 // max(imsize, 128) ** 2)
-
-
-@torch.no_grad()
-def draw(G, z, device, batch):
-    """Images (len(z), 3, imsize, imsize) in [-1, 1] on the CPU, by G in eval mode: no image depends on another."""
-    return torch.cat([G(part.to(device))[0].cpu() for part in z.split(batch)])
-
-
-@torch.no_grad()
-def settle_batch_statistics(G_ema, z, batch=64):
-    """Measure G_ema's batch-norm statistics on its own images of z (N, ...), and leave it in eval mode.
-
-    CRUCIAL for the picture: the statistics copied from G belong to G's weights, not to their average ("standing
-    statistics", Brock et al. 2019, arXiv 1809.11096, appendix E). `ema_update` copies over them at the next step.
-    """
-    norms = [layer for layer in G_ema.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.reset_running_stats()
-        layer.momentum = None                           # a plain mean over the batches
-        layer.train()
-    for part in z.split(batch):
-        G_ema(part)
-    for layer, momentum in zip(norms, momenta, strict=True):
-        layer.momentum = momentum
-        layer.eval()

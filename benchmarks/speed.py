@@ -1,14 +1,16 @@
 """How fast a training step is: this program against the same model trained the plain published way.
 
-    python benchmarks/speed.py [--growth] [--seconds S] [--results FILE] [FLAGS of main.py]
+    python benchmarks/speed.py [--growth | --loading] [--seconds S] [--results FILE] [FLAGS of main.py]
 
 Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
 from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
 with the range of its middle half, peak memory) and puts it into RESULTS.md, or the file that --results names, in place
-of the table of the same hardware and flags if there is one. Loading is left out: `loading.py` measures it.
+of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`.
 
 --growth instead: one step's time and memory over image and batch sizes, beside the ideal, which is the step's
 arithmetic at the speed of a large matrix product on the same device.
+
+--loading instead: how much longer steps take when their pictures are loaded from files.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import re
 import shlex
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,7 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed  # noqa: E402 - found through the line above
+import data_loader  # noqa: E402 - found through the line above
+import distributed  # noqa: E402
+import loading  # noqa: E402
 import parameter  # noqa: E402
 from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
 from failures import Failure  # noqa: E402
@@ -34,13 +39,12 @@ from reference import PlainSide  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-# what the variants add to the flags, by model; fp32 is a CPU's default
-_FP32 = ("--precision fp32",) if torch.cuda.is_available() else ()
-VARIANTS = {
-    "sagan": ("", *_FP32, "--precision bf16", "--attn_pool true", "--precision bf16 --attn_pool true",
-              "--accumulate 4"),
-    "fastgan": ("", *_FP32, "--precision bf16", "--accumulate 4"),
-}
+# what the variants add to the flags, by model
+_SAGAN = ("", "--precision bf16", "--attn_pool true", "--precision bf16 --attn_pool true", "--accumulate 4")
+_FASTGAN = ("", "--precision bf16", "--accumulate 4")
+_ON_GPU = ("--precision fp32", "--cuda_graph false", "--precision bf16 --compile true")     # fp32 is a CPU's default
+VARIANTS = {model: variants + _ON_GPU * torch.cuda.is_available()
+            for model, variants in (("sagan", _SAGAN), ("fastgan", _FASTGAN))}
 # LPIPS's cost does not depend on its weights; metadata is one small product
 USUAL = {"sagan": (), "fastgan": ("--metadata", "false", "--recon", "lpips", "--vgg_weights", "random")}
 GROWTH = {  # image sizes at the usual batch, batches at the usual image size
@@ -48,6 +52,7 @@ GROWTH = {  # image sizes at the usual batch, batches at the usual image size
     "fastgan": ((64, 128, 256, 512, 1024), (2, 4, 8, 16)),
 }
 MATRIX = 4096       # side of the product that measures the device's speed
+PICTURES = 2000     # that --loading draws
 TIMED = 2           # seconds of steps of which the growth table takes the time, three times over
 
 
@@ -56,7 +61,7 @@ def config_of(flags, more=()):
     typed = parameter.parse(["--dataset", "toy", *flags])
     model = typed.get("model", "sagan")
     batch = {} if "batch_size" in typed or model != "sagan" or torch.cuda.is_available() else {"batch_size": 16}
-    usual = parameter.parse(USUAL[model])
+    usual = parameter.parse(("--compile", "false", *USUAL[model]))
     return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
 
 
@@ -78,6 +83,36 @@ def compare(flags, seconds=None):
             ratio = f"**{middle:.2f}** ({low:.2f} to {high:.2f})"
         yield (f"| {name} | {config.batch_size / statistics.median(side.seconds):.1f} | {ratio} | "
                f"{memory[name] / 2**20:,.0f} | {memory[name] / memory['reference']:.2f} |")
+
+
+def load(flags, seconds=None):
+    """Lines of the table of steps whose pictures are there, and of steps whose pictures are loaded."""
+    config = config_of(flags)
+    place = distributed.start(config)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        loading.draw(folder, PICTURES)
+        sides = {"none: always the same pictures": Side(config, place)}
+        readers = f"by {config.num_workers} processes" if config.num_workers else "by the training itself"
+        for cache, words in (("off", f"JPEGs of 178x218, {readers}"), ("on", "from the cache")):
+            its = config_of(flags, ("--dataset", "folder", "--image_path", str(folder), "--cache", cache,
+                                    "--cache_path", str(folder / "cache")))
+            dataset = data_loader.build_dataset(its)
+            if cache == "on":
+                dataset.gather(range(len(dataset)))     # as after the first epoch
+            sides[words] = side = Side(its, place)
+            side.pictures = data_loader.real_batches(its, dataset, 0, place.device)
+        try:
+            alternate(list(sides.values()), seconds)
+        finally:
+            for side in list(sides.values())[1:]:
+                side.pictures.close()
+    first, *_ = sides.values()
+    yield "| loading | images/s | time of a step over that without (middle half) |\n|---|---|---|"
+    for name, side in sides.items():
+        low, middle, high = statistics.quantiles(each_ratio(side, first), n=4)
+        ratio = "1" if side is first else f"**{middle:.3f}** ({low:.3f} to {high:.3f})"
+        yield f"| {name} | {config.batch_size / statistics.median(side.seconds):.1f} | {ratio} |"
 
 
 def speed_of_products(device):
@@ -128,14 +163,17 @@ def put(path, title, lines):
 def main(argv):
     """Measure, print, write. Returns exit code 0 or a Failure's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
+    instead.add_argument("--loading", action="store_true", help="what loading pictures adds to a step's time")
     parser.add_argument("--seconds", type=float, help="that each variant is timed for (default: 60)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file that the table goes into")
     options, flags = parser.parse_known_args(argv)
     lines = []
     try:
         config = config_of(flags)
-        for line in grow(flags) if options.growth else compare(flags, options.seconds):
+        found = grow(flags) if options.growth else (load if options.loading else compare)(flags, options.seconds)
+        for line in found:
             print(line, flush=True)
             lines.append(line)
     except Failure as failure:
@@ -143,6 +181,7 @@ def main(argv):
         return failure.code
     device = distributed.start(config).device
     size = "growth" if options.growth else f"{config.imsize} px, batch {config.batch_size}"
+    size += ", loading" * options.loading
     command = shlex.join(["python", "benchmarks/speed.py", *argv])
     put(options.results, f"Speed of a step: {config.model}, {size}, {hardware(device)}", [
         f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -159,6 +158,8 @@ def fill(folder: Path, count: int) -> Path:
 
 
 def fill_lmdb(folder: Path, count: int) -> Path:
+    import lmdb  # here alone: tests on a GPU need none
+
     folder.mkdir(parents=True)
     with lmdb.open(str(folder), map_size=2**22) as opened, opened.begin(write=True) as transaction:
         for index in range(count):

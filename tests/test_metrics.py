@@ -120,14 +120,14 @@ def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, how):
     config = resolve(again, checkpoint.saved_config)
     place = Place(torch.device("cpu"))
     source = sampler.open_source(config, place)
-    drawn = metrics.Drawn(source.G, source.latents, 70, 3, place.device, config.imsize)
+    drawn = metrics.Drawn(source.G, source.latents, 70, 3, source.precision, config.imsize)
     assert len(drawn) == 70 and drawn[0:70].dtype == torch.uint8
     for part in (slice(0, 70), slice(0, 64), slice(64, 70)):
         assert torch.equal(drawn[part], written[part])
     for part in (slice(5, 12), slice(60, 68), slice(69, 80), slice(-3, None)):
         apart = (drawn[part].int() - written[part]).abs()
         assert apart.max() <= 1 and apart.float().mean() < 1e-3, "but for rounding"
-    fewer = metrics.Drawn(source.G, source.latents, 6, 3, place.device, config.imsize)
+    fewer = metrics.Drawn(source.G, source.latents, 6, 3, source.precision, config.imsize)
     assert len(fewer) == 6 and (fewer[0:9].int() - written[0:6]).abs().max() <= 1
 
 

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 
+from drawing import settle_batch_statistics
 from parameter import resolve
+from precision import Precision
 from sagan_models import Discriminator, Generator, SelfAttention, attend, build
-from utils import settle_batch_statistics
+
+FP32 = Precision("fp32", torch.device("cpu"))
 
 
 def count(net):
@@ -118,7 +121,7 @@ def test_settled_statistics_are_those_of_the_net_itself():
     G, z = Generator(32, 8, 8, attention=(8,)), torch.randn(256, 8)
     for _ in range(3):
         G(5 * torch.randn(16, 8))                       # statistics of something else
-    settle_batch_statistics(G.eval(), z, batch=256)
+    settle_batch_statistics(G.eval(), z, FP32, batch=256)
     assert not any(layer.training for layer in G.modules())
     with torch.no_grad():
         settled, own = G(z)[0], G.train()(z)[0]

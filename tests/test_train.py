@@ -387,7 +387,7 @@ def test_a_second_process_in_the_same_folder_ends_with_6(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path, monkeypatch):
-    """The batch is shared out, z differ, resume is exact, and a mistake is said."""
+    """The batch is shared out, z differ, and resume is exact."""
     monkeypatch.chdir(tmp_path)
     straight = torchrun(MAIN, *TINY, "--version", "straight", "--total_step", 4)
     assert straight.returncode == 0, straight.stderr
@@ -398,8 +398,6 @@ def test_two_processes_train_one_run(tmp_path, monkeypatch):
     assert state("straight", 4)["samples_seen"] == 16
     one, other = (states["torch"] for states in state("straight", 4)["random"])
     assert not torch.equal(one, other), "the processes draw different z"
-    odd = torchrun(MAIN, *TINY, "--version", "odd", "--batch_size", 5)
-    assert odd.returncode != 0 and "--batch_size 5 must be a multiple of the 2 processes" in odd.stderr
 
 
 @pytest.mark.slow

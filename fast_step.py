@@ -1,0 +1,176 @@
+"""Faster ways to run the same training step, each tried against the plain one before it is trusted.
+
+A way is another callable for the same step: compiled networks, a CUDA graph. Once warm, a run takes one step the plain
+way and, from the same state, by each way that was asked for. A way is kept if its numbers are the plain way's and, on
+`auto`, if it is faster. Whatever it fails at, a missing compiler, a kernel that cannot be recorded, too little memory,
+is said once, and the run goes on without it. The trial leaves no trace: neither weights nor random numbers know of it.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+import utils
+from distributed import say
+
+WARM_UP = 3             # plain steps before the trial: by then algorithms are chosen and optimizers have their moments
+TIMED = 3               # steps that each way is timed for
+# How far a way may be off: of a statistic, relative and absolute; of the change that a step makes to a network's
+# weights, relative. Another order of sums moves a few of Adam's smallest changes; other random numbers, or an update
+# left out, move nearly all.
+STATISTIC, CHANGE = 0.02, 0.25
+
+
+class Unusable(Exception):
+    """Why a way cannot be used here, in words."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """`start(step, images) -> another step`; `stop()` undoes what it changed. `flag` is its name on the command line.
+
+    `always`: kept even if it is not faster (the flag's `true`).
+    """
+
+    flag: str
+    always: bool
+    start: Callable
+    stop: Callable = lambda: None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one step: its statistics, the change of each network's weights, the random states after it; seconds."""
+
+    stats: dict
+    changes: list
+    random: list
+    seconds: float
+
+    def problem(self, plain):
+        """What tells that this is not the `plain` step, in words; None if nothing does."""
+        for name, value in plain.stats.items():
+            if not abs(self.stats[name] - value) <= STATISTIC * (1 + abs(value)):
+                return f"{name} was {self.stats[name]:.4g}, not {value:.4g}"
+        for change, usual in zip(self.changes, plain.changes, strict=True):
+            if not (change - usual).norm() <= CHANGE * usual.norm():
+                return "it changed the weights otherwise"
+        same = all(torch.equal(a, b) for a, b in zip(self.random, plain.random, strict=True))
+        return None if same else "it drew other random numbers"
+
+
+class FastStep:
+    """`body(images) -> {name: 0-d tensor}` by the fastest of `ways` that gives its numbers; each way builds on those
+    before it.
+
+    `images` is a list of tensors, of the same shapes in every call. `body` changes the `networks` and the state of the
+    `optimizers` in place, nothing else, and draws from the global random states.
+    """
+
+    def __init__(self, body, networks, optimizers, device, ways):
+        self.step, self.ways = body, ways
+        self.networks, self.optimizers, self.device = networks, optimizers, device
+        self.calls = 0
+
+    def __call__(self, images):
+        if self.ways and self.calls == WARM_UP:
+            self._try(images)
+        self.calls += 1
+        return self.step(images)
+
+    def _try(self, images):
+        ways, self.ways = self.ways, []
+        _, plain = self._tried(lambda: self.step, images)
+        best = plain.seconds
+        for way in ways:
+            try:
+                step, found = self._tried(lambda way=way: way.start(self.step, images), images)
+                problem = found.problem(plain)
+            except Exception as error:                      # whatever a compiler or a driver raises
+                kind = "" if isinstance(error, Unusable) else f"{type(error).__name__}: "
+                problem = kind + (str(error).strip().splitlines() or [""])[0]
+                for net in self.networks:
+                    net.zero_grad(set_to_none=True)
+            if problem is None and (way.always or found.seconds < best):
+                self.step, best = step, found.seconds
+                say(f"--{way.flag}: steps take {found.seconds / plain.seconds:.2f} of the plain way's time")
+                continue
+            way.stop()
+            if problem:
+                say(f"note: --{way.flag} is of no use here, steps go on without it ({problem})")
+
+    def _tried(self, make, images):
+        """The step that make() gives, and what it does from the present state, which stays."""
+        with self._undone() as before:
+            step = make()
+            stats = {name: value.item() for name, value in step(images).items()}
+            changes = [torch.cat([(weight.detach().cpu() - was).flatten() for weight, was in zip(
+                net.parameters(), weights, strict=True)]) for net, weights in zip(self.networks, before, strict=True)]
+            states = utils.random_states(self.device)
+            random = [states[name] for name in ("torch", "cuda") if name in states]
+            began = self._now()
+            for _ in range(TIMED):
+                step(images)
+            return step, _Outcome(stats, changes, random, (self._now() - began) / TIMED)
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def _undone(self):
+        """Afterwards networks, optimizers and random states are as before. Yields the networks' weights of before."""
+        tensors = [tensor for net in self.networks for tensor in (*net.parameters(), *net.buffers())]
+        tensors += [tensor for optimizer in self.optimizers for slots in optimizer.state.values()
+                    for tensor in slots.values()]
+        kept = {tensor: tensor.detach().to("cpu", copy=True) for tensor in tensors}     # the GPU may be nearly full
+        try:
+            with utils.forked_random_state(self.device):
+                yield [[kept[weight] for weight in net.parameters()] for net in self.networks]
+        finally:
+            with torch.no_grad():
+                for tensor, was in kept.items():
+                    tensor.copy_(was)
+
+
+# -------------------------------------------------------------------------------------------------------- CUDA graphs
+
+
+def recorded(step, images):
+    """`step` as one CUDA graph: started whole, it no longer waits for Python to start each kernel.
+
+    Raises Unusable, and what CUDA raises at an operation that cannot be recorded. What `step` reads besides tensors on
+    the device stays as it is now.
+    """
+    if not images[0].is_cuda:
+        raise Unusable("it takes a GPU")
+    fixed = [image.clone() for image in images]
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # in this thread alone nothing else may happen meanwhile: the loader's goes on
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            stats = step(fixed)
+            names, values = list(stats), torch.stack([value.float() for value in stats.values()])
+    except Exception:
+        _leave_recording(fixed[0].device)
+        raise
+
+    def replay(images):
+        torch._foreach_copy_(fixed, images)
+        graph.replay()
+        return dict(zip(names, values.clone().unbind(), strict=True))   # a copy: the next replay overwrites them
+
+    return replay
+
+
+def _leave_recording(device):
+    """Give the global random state of the GPU a new body: that of a recording that failed takes no orders any more."""
+    state = torch.cuda.get_rng_state(device)
+    fresh = torch.Generator(device)
+    fresh.set_state(state)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh)
