@@ -140,6 +140,7 @@ def progress(total, unit, what=None, **more):
 
 
 def say(*words, end="\n"):
-    """print, on rank 0 only, at once."""
+    """print, on rank 0 only, at once and beside a progress bar's line, not into it."""
     if is_first():
-        print(*words, end=end, flush=True)
+        tqdm.write(" ".join(map(str, words)), end=end)
+        sys.stdout.flush()

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU is needed for, in one command and at most 9 minutes: the tests marked gpu, the speed tables of both
-# families, and a short training of each. Needs torch, torchvision, numpy, pillow, tqdm and pytest, and no network.
+# families, memory with large attention, what loading adds, a short training of each, and compiled networks, which take
+# longest to begin. Needs torch, torchvision, numpy, pillow, tqdm and pytest, and no network.
 #
 #   bash benchmarks/gpu.sh OUT_DIR          PYTHON=python3.12 names another Python
 #
@@ -27,14 +28,17 @@ step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
     "$python" -c 'import platform, torch; print(f"\n{torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}, torch {torch.__version__}, Python {platform.python_version()}\n")'
     printf '| step | command | time | exit code |\n|---|---|---|---|\n'
 } >"$report" || exit 1
-speed=("$python" benchmarks/speed.py --seconds 8 --results "$out/tables.md")
+speed=("$python" benchmarks/speed.py --seconds 4 --results "$out/tables.md")
 train=("$python" main.py --dataset toy --sample_step 500 --log_path "$out/logs" --model_save_path "$out/models"
     --sample_path "$out/samples" --cache_path "$out/cache")
-step tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider
-step speed_sagan 110 "${speed[@]}" --imsize 64 --batch_size 64
-step speed_fastgan 130 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8
-step train_sagan 65 "${train[@]}" --version sagan --imsize 64 --total_step 1000
-step train_fastgan 65 "${train[@]}" --version fastgan --model fastgan --imsize 128 --metadata false --total_step 500
+step tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider
+step speed_sagan 80 "${speed[@]}" --imsize 64 --batch_size 64
+step speed_fastgan 90 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8
+step memory 40 "${speed[@]}" --imsize 128 --batch_size 8 --g_attn 64 --d_attn 64 --variant "--precision auto"
+step loading 50 "${speed[@]}" --loading --imsize 64 --batch_size 64
+step train_sagan 40 "${train[@]}" --version sagan --imsize 64 --total_step 1000
+step train_fastgan 40 "${train[@]}" --version fastgan --model fastgan --imsize 128 --metadata false --total_step 500
+step speed_compiled 110 "${speed[@]}" --imsize 64 --batch_size 64 --variant "--precision bf16 --compile true"
 { echo; cat "$out/tables.md" 2>/dev/null; } >>"$report"
 echo "report: $report"
 exit "$failed"

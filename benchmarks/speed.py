@@ -1,11 +1,13 @@
 """How fast a training step is: this program against the same model trained the plain published way.
 
-    python benchmarks/speed.py [--growth | --loading] [--seconds S] [--results FILE] [FLAGS of main.py]
+    python benchmarks/speed.py [--growth | --loading] [--variant FLAGS ...] [--seconds S] [--results FILE]
+                               [FLAGS of main.py]
 
 Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
 from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
 with the range of its middle half, peak memory) and puts it into RESULTS.md, or the file that --results names, in place
-of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`.
+of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`;
+`--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be repeated.
 
 --growth instead: one step's time and memory over image and batch sizes, beside the ideal, which is the step's
 arithmetic at the speed of a large matrix product on the same device.
@@ -15,6 +17,7 @@ arithmetic at the speed of a large matrix product on the same device.
 
 import argparse
 import datetime
+import importlib.util
 import platform
 import re
 import shlex
@@ -42,11 +45,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 # what the variants add to the flags, by model
 _SAGAN = ("", "--precision bf16", "--attn_pool true", "--precision bf16 --attn_pool true", "--accumulate 4")
 _FASTGAN = ("", "--precision bf16", "--accumulate 4")
-_ON_GPU = ("--precision fp32", "--cuda_graph false", "--precision bf16 --compile true")     # fp32 is a CPU's default
+_ON_GPU = ("--precision fp32", "--cuda_graph false")    # what a CPU does by default
 VARIANTS = {model: variants + _ON_GPU * torch.cuda.is_available()
             for model, variants in (("sagan", _SAGAN), ("fastgan", _FASTGAN))}
 # LPIPS's cost does not depend on its weights; metadata is one small product
-USUAL = {"sagan": (), "fastgan": ("--metadata", "false", "--recon", "lpips", "--vgg_weights", "random")}
+_RECON = ("lpips", "--vgg_weights", "random") if importlib.util.find_spec("torchmetrics") else ("l1",)
+USUAL = {"sagan": (), "fastgan": ("--metadata", "false", "--recon", *_RECON)}
 GROWTH = {  # image sizes at the usual batch, batches at the usual image size
     "sagan": ((32, 64, 128, 256), (8, 16, 32, 64)),
     "fastgan": ((64, 128, 256, 512, 1024), (2, 4, 8, 16)),
@@ -65,12 +69,13 @@ def config_of(flags, more=()):
     return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
 
 
-def compare(flags, seconds=None):
-    """Lines of the table of this program's variants and the reference."""
+def compare(flags, seconds=None, variants=None):
+    """Lines of the table of this program's `variants` (None: the usual ones) and the reference."""
     config = config_of(flags)
     place = distributed.start(config)
     kinds = {"reference": (PlainSide, config)}
-    kinds |= {f"this program {more}".strip(): (Side, config_of(flags, more.split())) for more in VARIANTS[config.model]}
+    kinds |= {f"this program {more}".strip(): (Side, config_of(flags, more.split()))
+              for more in variants or VARIANTS[config.model]}
     memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
     sides = {name: kind(its, place) for name, (kind, its) in kinds.items()}
     alternate(list(sides.values()), seconds)
@@ -115,6 +120,25 @@ def load(flags, seconds=None):
         yield f"| {name} | {config.batch_size / statistics.median(side.seconds):.1f} | {ratio} |"
 
 
+def _attention(q, k, v, *_, **__):
+    """Products of softmax(q k^T) v on these shapes: q and k have an eighth of v's width, the rest is padding."""
+    return 2 * q[:-1].numel() * k[-2] * (v[-1] // 8 + v[-1])
+
+
+def _attention_backward(gradient, q, k, v, *_, **__):
+    return 2 * _attention(q, k, v)
+
+
+# torch counts the GPU's kernels by itself
+_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+           torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
+
+
+def counting():
+    """A context that counts floating-point operations of products; `get_total_flops()` tells them."""
+    return FlopCounterMode(display=False, custom_mapping=_ON_CPU)
+
+
 def speed_of_products(device):
     """Floating-point operations per second of the device in a large fp32 matrix product: the best of several."""
     a, b = torch.randn(2, MATRIX, MATRIX, device=device)
@@ -143,7 +167,7 @@ def grow(flags):
         config = config_of(flags, ("--imsize", str(imsize), "--batch_size", str(batch)))
         memory = peak_memory(config, None, place)
         side = Side(config, place)
-        with FlopCounterMode(display=False) as counter:
+        with counting() as counter:
             side.run(1)
         steps = max(1, round(TIMED / side.run(2)))
         seconds = min(side.run(steps) for _ in range(3))
@@ -166,13 +190,19 @@ def main(argv):
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
     instead.add_argument("--loading", action="store_true", help="what loading pictures adds to a step's time")
+    instead.add_argument("--variant", action="append", help="flags of main.py, a row of the table; can be repeated")
     parser.add_argument("--seconds", type=float, help="that each variant is timed for (default: 60)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file that the table goes into")
     options, flags = parser.parse_known_args(argv)
     lines = []
     try:
         config = config_of(flags)
-        found = grow(flags) if options.growth else (load if options.loading else compare)(flags, options.seconds)
+        if options.growth:
+            found = grow(flags)
+        elif options.loading:
+            found = load(flags, options.seconds)
+        else:
+            found = compare(flags, options.seconds, options.variant)
         for line in found:
             print(line, flush=True)
             lines.append(line)
@@ -181,7 +211,7 @@ def main(argv):
         return failure.code
     device = distributed.start(config).device
     size = "growth" if options.growth else f"{config.imsize} px, batch {config.batch_size}"
-    size += ", loading" * options.loading
+    size += ", loading" * options.loading + "".join(f", {variant}" for variant in options.variant or ())
     command = shlex.join(["python", "benchmarks/speed.py", *argv])
     put(options.results, f"Speed of a step: {config.model}, {size}, {hardware(device)}", [
         f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import lmdb
 import numpy as np
 import pytest
 import torch
@@ -161,6 +160,8 @@ def test_one_changed_name_time_or_size_is_enough(home, change):
 
 @pytest.mark.parametrize("changed", ["time", "size"])
 def test_an_lmdb_that_was_written_again_is_decoded_again(home, changed):
+    import lmdb
+
     folder = fill_lmdb(home / "cats_lmdb", 10)
     file = folder / "data.mdb"
     os.truncate(file, 2**20)
