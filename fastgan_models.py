@@ -70,7 +70,18 @@ class _Layers:
         if noise:
             yield Noise()
         yield nn.BatchNorm2d(2 * out)
-        yield nn.GLU(dim=1)
+        yield GLU(dim=1)
+
+
+class GLU(nn.GLU):
+    """a * sigmoid(b) of the halves a, b of x's channels: torch's own, but its gradient lies in memory as x does.
+
+    torch's comes contiguous; on such a gradient a channels-last batch norm took seven times as long on a CPU.
+    """
+
+    def forward(self, x):
+        a, b = x.chunk(2, self.dim)
+        return a * torch.sigmoid(b)
 
 
 class Noise(nn.Module):
@@ -153,7 +164,7 @@ class Generator(nn.Module):
             nn.init.normal_(self.mix.weight, std=METADATA**-0.5)
         self.start = nn.Sequential(
             layers.wrap(nn.ConvTranspose2d(z_dim, 2 * width[4], 4, bias=False)),
-            nn.BatchNorm2d(2 * width[4]), nn.GLU(dim=1),
+            nn.BatchNorm2d(2 * width[4]), GLU(dim=1),
         )
         self.blocks = nn.ModuleDict()
         for size in (size for size in width if size > 4):

@@ -79,9 +79,10 @@ def attend(q, k, v):
     N, M, C = q.size(1), k.size(1), v.size(2)
     if N * M < FUSED_FROM_POSITIONS**2:
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
-    if not q.is_cuda:
-        # the CPU's fused kernel wants one head size for q, k and v; zeros leave every q.k as it is
-        q, k = (F.pad(t, (0, C - t.shape[2])) for t in (q, k))
+    # the CPU's fused kernel wants one head size for q, k and v, the GPU's in bf16 multiples of 8
+    missing = (-q.size(2) % 8 if q.is_cuda else C - q.size(2))
+    if missing:
+        q, k = (F.pad(t, (0, missing)) for t in (q, k))                 # zeros leave every q.k as it is
     # CRUCIAL: other strides than contiguous ones silently take the path that holds the N x M matrix
     q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N or M, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)

@@ -434,8 +434,9 @@ def _loop(trainer, real_images, meter, journal, progress, interrupt):
             figures = trainer.write_pictures()
         if log:
             gammas = trainer.family.gammas(trainer.G, trainer.D)
+            values = torch.cat(list(gammas.values())).tolist() if gammas else []        # waits once for all of them
             scalars = {
-                **means, **{f"gamma/{layer}": gamma.item() for layer, gamma in gammas.items()}, **figures,
+                **means, **{f"gamma/{layer}": value for layer, value in zip(gammas, values, strict=True)}, **figures,
                 "epoch": trainer.samples_seen / len(trainer.dataset),
                 "sec_per_step": elapsed / window.steps,
                 "images_per_sec": config.batch_size * config.d_iters * window.steps / elapsed,

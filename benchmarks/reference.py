@@ -31,10 +31,12 @@ class PlainAttention(SelfAttention):
 
 
 def published(net):
-    """The product's network, its spectral norm and attention replaced by the published kind. In place."""
+    """The product's network, its spectral norm, attention and gates replaced by the published kind. In place."""
     for layer in net.modules():
         if isinstance(layer, SelfAttention):
             layer.__class__ = PlainAttention
+        if isinstance(layer, nn.GLU):
+            layer.__class__ = nn.GLU
         if nn.utils.parametrize.is_parametrized(layer, "weight"):
             nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
             transposed = isinstance(layer, nn.ConvTranspose2d)
@@ -51,6 +53,9 @@ class PlainTrainer:
         self.G, self.D = (published(net).to(device).train() for net in FAMILIES[config.model].build(config))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
         self.objective = FAMILIES[config.model].objective(config, device)
+        distance = getattr(self.objective, "distance", None)
+        if isinstance(distance, nn.Module):                                     # LPIPS
+            distance.to(memory_format=torch.contiguous_format)
         betas = (config.beta1, config.beta2)
         self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas)
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas)

@@ -38,16 +38,21 @@ import loading  # noqa: E402
 import parameter  # noqa: E402
 from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
 from failures import Failure  # noqa: E402
+from precision import Precision  # noqa: E402
 from reference import PlainSide  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 # what the variants add to the flags, by model
-_SAGAN = ("", "--precision bf16", "--attn_pool true", "--precision bf16 --attn_pool true", "--accumulate 4")
-_FASTGAN = ("", "--precision bf16", "--accumulate 4")
-_ON_GPU = ("--precision fp32", "--cuda_graph false")    # what a CPU does by default
-VARIANTS = {model: variants + _ON_GPU * torch.cuda.is_available()
-            for model, variants in (("sagan", _SAGAN), ("fastgan", _FASTGAN))}
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# those that the device has, but that `auto` does not take
+_PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "bf16")
+                    if Precision(name, _DEVICE).name == name != Precision("auto", _DEVICE).name)
+_REST = ("--accumulate 4", *("--cuda_graph false",) * torch.cuda.is_available())
+VARIANTS = {
+    "sagan": ("", *_PRECISIONS, "--attn_pool true", *(f"{one} --attn_pool true" for one in _PRECISIONS), *_REST),
+    "fastgan": ("", *_PRECISIONS, *_REST),
+}
 # LPIPS's cost does not depend on its weights; metadata is one small product
 _RECON = ("lpips", "--vgg_weights", "random") if importlib.util.find_spec("torchmetrics") else ("l1",)
 USUAL = {"sagan": (), "fastgan": ("--metadata", "false", "--recon", *_RECON)}

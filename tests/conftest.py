@@ -16,6 +16,8 @@ from PIL import Image
 import checkpoint
 import inception
 import main
+import precision
+from precision import has_bf16
 
 MAIN = str(Path(__file__).parent.parent / "main.py")
 
@@ -29,6 +31,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic_on_every_processor(monkeypatch):
+    """`--precision auto` is fp32 on any CPU, as if none had units for bf16."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "cuda" and has_bf16(device))
 
 
 @pytest.fixture

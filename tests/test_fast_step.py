@@ -60,7 +60,7 @@ def taking(clock, seconds, step):
     return timed
 
 
-def ways(training, clock, kind, always=False, seconds=0.5):
+def ways(training, clock, kind, always=False, seconds=0.05):
     """[Way] of one kind, and the number of times that its step and its `stop` were called."""
     calls = SimpleNamespace(step=0, stop=0)
 
@@ -98,11 +98,11 @@ def test_a_faster_way_with_the_same_numbers_is_kept(clock, capsys):
     plain = Training()
     expected = plain.after(plain.step)
     training = Training()
-    training.step = taking(clock, 1.0, training.step)
-    [way], calls = ways(training, clock, "same", seconds=-0.5)
+    training.step = taking(clock, 0.1, training.step)
+    [way], calls = ways(training, clock, "same", seconds=-0.05)
     assert_equal(training.after(training.fast(way)), expected)
     assert calls.step == 1 + fast_step.TIMED + 8 - fast_step.WARM_UP and calls.stop == 0
-    assert capsys.readouterr().out == "--quick: steps take 0.50 of the plain way's time\n"
+    assert capsys.readouterr().out == "--quick: a step takes 50 ms, a plain one 100\n"
 
 
 def assert_equal(found, expected):
@@ -127,10 +127,10 @@ def test_a_way_that_is_not_the_same_is_said_once_and_leaves_no_trace(clock, caps
 
 
 @pytest.mark.parametrize(("always", "said"), [
-    (False, ""), (True, "--quick: steps take 1.50 of the plain way's time\n")])
+    (False, ""), (True, "--quick: a step takes 150 ms, a plain one 100\n")])
 def test_a_slower_way_is_kept_only_if_it_was_asked_for(clock, capsys, always, said):
     training = Training()
-    training.step = taking(clock, 1.0, training.step)
+    training.step = taking(clock, 0.1, training.step)
     found, calls = ways(training, clock, "same", always)
     training.after(training.fast(*found))
     assert (calls.stop, calls.step > 1 + fast_step.TIMED) == (int(not always), always)
@@ -194,7 +194,7 @@ def test_compiled_networks_train_as_plain_ones(traced, capsys, flags, compiled):
         found.append([training.train_step(training.dataset) for _ in range(fast_step.WARM_UP + 3)])
         weights = [weight.detach().clone() for weight in training.G_ema.parameters()]
         found.append(weights)
-    assert traced == compiled and "--compile: steps take" in capsys.readouterr().out
+    assert traced == compiled and "--compile: a step takes" in capsys.readouterr().out
     for plain, fast in zip(found[0], found[2], strict=True):
         assert plain.keys() == fast.keys()
         for name in plain:
@@ -259,7 +259,7 @@ def test_a_recorded_step_gives_the_numbers_of_a_plain_one(flags, capsys):
         training = on_gpu(*flags, "--cuda_graph", graph)
         found.append(torch.tensor([[value.item() for value in training.train_step(training.dataset).values()]
                                    for _ in range(fast_step.WARM_UP + 5)]))
-    assert "--cuda_graph: steps take" in capsys.readouterr().out
+    assert "--cuda_graph: a step takes" in capsys.readouterr().out
     assert (found[0] - found[1]).abs().max() < 0.05 and found[1].isfinite().all()
     assert len(set(found[1][-5:, 0].tolist())) == 5, "each step draws its own numbers"
 

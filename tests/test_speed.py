@@ -28,21 +28,31 @@ FASTGAN = ("--dataset", "toy", "--model", "fastgan", "--imsize", "64", "--batch_
            "--d_conv_dim", "4", "--z_dim", "16", "--device", "cpu", "--metadata", "false", "--recon", "l1")
 
 
-def losses(flags, steps=20):
-    """[[d_loss, g_loss], ...] of a training from the seed on."""
+def begun(flags):
+    """A Trainer of these flags, on pictures that need no loading."""
     config = resolve(parse(flags))
     place = distributed.start(config)
-    pictures = OneBatch(config, place.device)
-    trainer = Trainer(config, pictures, place)
+    trainer = Trainer(config, OneBatch(config, place.device), place)
     for gamma in FAMILIES[config.model].gammas(trainer.G, trainer.D).values():
         gamma.fill_(0.5)                                # it starts at 0: attention would have no part in these steps
-    found = [trainer.train_step(pictures) for _ in range(steps)]
-    return torch.tensor([[stats["d_loss"], stats["g_loss"]] for stats in found])
+    return trainer
+
+
+def step_losses(trainer):
+    """[d_loss, g_loss] of its next step."""
+    stats = trainer.train_step(trainer.dataset)
+    return [stats["d_loss"], stats["g_loss"]]
+
+
+def losses(flags, steps=20):
+    """[[d_loss, g_loss], ...] of a training from the seed on."""
+    trainer = begun(flags)
+    return torch.tensor([step_losses(trainer) for _ in range(steps)])
 
 
 @pytest.fixture
 def plainly(monkeypatch):
-    """plainly(flags) -> the losses of the same training with every layout, kernel and formula the plain one."""
+    """plainly(do, ...) -> do(...) with every layout, kernel and formula of training the plain one."""
 
     def divide(self, weight):
         matrix = weight.movedim(self.out_dim, 0).flatten(1)
@@ -67,13 +77,13 @@ def plainly(monkeypatch):
     def contiguous(self, *words, memory_format=None, **more):
         return to(self, *words, **more)
 
-    def run(flags, steps=20):
+    def run(do, *arguments):
         with monkeypatch.context() as patched:
             patched.setattr(spectral.SpectralNorm, "forward", divide)
             patched.setattr(sagan_models.SelfAttention, "forward", forward)
             patched.setattr(torch.optim, "Adam", unfused)
             patched.setattr(nn.Module, "to", contiguous)
-            return losses(flags, steps)
+            return do(*arguments)
 
     return run
 
@@ -91,12 +101,30 @@ def test_twenty_steps_lose_what_they_lose_plainly(flags, plainly, monkeypatch):
     try:
         with monkeypatch.context() as patched:
             patched.setattr(torch.Tensor, "float", torch.Tensor.double)     # what asks for float32 by name
-            fast, plain = losses(flags), plainly(flags)
+            fast, plain = losses(flags), plainly(losses, flags)
     finally:
         torch.set_default_dtype(torch.float32)
     assert (fast - plain).abs().max() < 1e-9
     assert (plain[0] - plain[-1]).abs().min() > 1e-3, "it does train"
-    assert (losses(flags, 1) - plainly(flags, 1))[0, 0].abs() < 1e-5, "in float32, before Adam has its say"
+
+
+@pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
+                                   (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"), FASTGAN],
+                         ids=["hinge", "penalty", "fastgan"])
+def test_in_float32_d_loses_at_each_step_what_it_loses_plainly_from_there(flags, plainly, monkeypatch):
+    """G's loss comes after Adam's update of D, which moves weights whose gradient is nothing but rounding by whole steps.
+    """
+    monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
+    fast, plain = begun(flags), plainly(begun, flags)
+    apart = []
+    for _ in range(20):
+        state = plain.state()
+        fast.restore(state)
+        mine = step_losses(fast)
+        plain.restore(state)                            # the random numbers, too
+        apart.append(torch.tensor(mine) - torch.tensor(plainly(step_losses, plain)))
+    d_apart, g_apart = torch.stack(apart).abs().amax(0)
+    assert d_apart < 1e-4 and g_apart < 0.05
 
 
 @pytest.mark.parametrize("layer", [lambda: nn.Conv2d(5, 9, 3), lambda: nn.ConvTranspose2d(5, 9, 4, 2, 1),
@@ -137,9 +165,9 @@ def test_u_and_v_are_the_same_in_every_layout():
                          ids=["hinge", "penalty", "fastgan"])
 def test_bf16_loses_about_what_fp32_loses(flags, monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)         # slow, where it has not
-    exact, rounded = losses(flags, 1), losses((*flags, "--precision", "bf16"), 1)
+    exact, rounded, auto = (losses((*flags, "--precision", name), 1) for name in ("fp32", "bf16", "auto"))
     assert 0 < (exact - rounded).abs().max() < 0.1
-    assert losses((*flags, "--precision", "fp32"), 1).equal(exact)
+    assert auto.equal(rounded)
 
 
 def test_weights_and_statistics_stay_fp32(run, monkeypatch):
@@ -157,6 +185,17 @@ def test_what_the_processor_has_not_is_said_once_and_replaced(run, monkeypatch, 
     _, out, _ = run("--version", "b", "--total_step", 2)
     assert "units" not in out
     assert_same_state(state("a", 2), state("b", 2))
+
+
+@pytest.mark.parametrize(("device", "tensor_cores", "bf16", "taken"), [
+    ("cpu", False, False, "fp32"), ("cpu", False, True, "bf16"), ("cuda", True, True, "tf32"),
+    ("cuda", False, False, "fp32")])
+def test_auto_takes_what_the_device_is_fast_at(monkeypatch, capsys, device, tensor_cores, bf16, taken):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: bf16)
+    monkeypatch.setattr(precision, "has_tensor_cores", lambda device: tensor_cores)
+    chosen = precision.Precision("auto", torch.device(device))
+    chosen.tell()
+    assert chosen.name == taken and capsys.readouterr().out == ""
 
 
 @pytest.mark.gpu
