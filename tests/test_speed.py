@@ -112,8 +112,7 @@ def test_twenty_steps_lose_what_they_lose_plainly(flags, plainly, monkeypatch):
                                    (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"), FASTGAN],
                          ids=["hinge", "penalty", "fastgan"])
 def test_in_float32_d_loses_at_each_step_what_it_loses_plainly_from_there(flags, plainly, monkeypatch):
-    """G's loss comes after Adam's update of D, which moves weights whose gradient is nothing but rounding by whole steps.
-    """
+    """G's loss comes after Adam's update of D, which moves by whole steps weights whose gradient is rounding alone."""
     monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
     fast, plain = begun(flags), plainly(begun, flags)
     apart = []
