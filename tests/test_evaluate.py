@@ -278,7 +278,7 @@ perceptual.STARTS = 64
 sys.exit(main.main(sys.argv[1:]))
 """)
     flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics", "fid,kid,pr,is,swd,nearest,lpips",
-             "--backtrack_steps", 2, "--device", "cpu")
+             "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
     two = torchrun(script, *flags)
     assert two.returncode == 0, two.stderr
     monkeypatch.setattr(perceptual, "STARTS", 64)
