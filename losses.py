@@ -123,8 +123,7 @@ def _lpips(config, device):
     def build():
         return vgg.lpips(config.vgg_weights)
 
-    # the first may have to download the weights; channels-last as the networks are, or each map would be turned over
-    return after_first(build, build).to(device, memory_format=torch.channels_last)
+    return after_first(build, build).to(device)         # the first may have to download the weights
 
 
 RECONSTRUCTIONS = {

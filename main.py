@@ -67,13 +67,13 @@ def run(argv):
         if config.dry_run:
             describe(config, dataset, place)
             return 0
+        precision.Precision(config.precision, place.device).tell()
         if config.mode == "evaluate":
             return evaluate.evaluate(config, place)
         if config.mode != "train":
             return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
-        precision.Precision(config.precision, place.device).tell()
         return trainer.train(config, dataset, place)
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "

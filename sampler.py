@@ -65,7 +65,6 @@ def open_source(config, place):
     G.load_state_dict(state["G_ema"])
     G.eval()
     batch, precision = drawing.batch_for(config.imsize), Precision(config.precision, place.device)
-    precision.tell()
     latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device)
     if config.metadata_sample != state["config"].get("metadata_sample"):
         # the batch statistics in the checkpoint belong to the other way to draw metadata

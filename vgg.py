@@ -133,4 +133,5 @@ def lpips(weights, otherwise="--recon l1"):
         net = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
     # its keys are "slice3.10.weight": torchvision's number of the module after the slice's
     net.net.load_state_dict({key: features[key.split(".", 1)[1]] for key in net.net.state_dict()})
-    return Lpips(net)
+    # channels last as the networks are whose images it sees, or each map would be turned over
+    return Lpips(net).to(memory_format=torch.channels_last)

@@ -32,8 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import data_loader  # noqa: E402 - found through the line above
-import distributed  # noqa: E402
+import distributed  # noqa: E402 - found through the line above
 import loading  # noqa: E402
 import parameter  # noqa: E402
 from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
@@ -102,21 +101,17 @@ def load(flags, seconds=None):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         loading.draw(folder, PICTURES)
-        sides = {"none: always the same pictures": Side(config, place)}
         readers = f"by {config.num_workers} processes" if config.num_workers else "by the training itself"
-        for cache, words in (("off", f"JPEGs of 178x218, {readers}"), ("on", "from the cache")):
-            its = config_of(flags, ("--dataset", "folder", "--image_path", str(folder), "--cache", cache,
-                                    "--cache_path", str(folder / "cache")))
-            dataset = data_loader.build_dataset(its)
-            if cache == "on":
-                dataset.gather(range(len(dataset)))     # as after the first epoch
-            sides[words] = side = Side(its, place)
-            side.pictures = data_loader.real_batches(its, dataset, 0, place.device)
+        loaded = {f"JPEGs of 178x218, {readers}": loading.ours(config, folder, place.device, folder, "--cache", "off"),
+                  "from the cache": loading.filled(config, folder, place.device, folder)}
+        sides = {"none: always the same pictures": Side(config, place)} | {name: Side(config, place) for name in loaded}
+        for name, pictures in loaded.items():
+            sides[name].pictures = pictures
         try:
             alternate(list(sides.values()), seconds)
         finally:
-            for side in list(sides.values())[1:]:
-                side.pictures.close()
+            for pictures in loaded.values():
+                pictures.close()
     first, *_ = sides.values()
     yield "| loading | images/s | time of a step over that without (middle half) |\n|---|---|---|"
     for name, side in sides.items():

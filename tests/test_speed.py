@@ -183,6 +183,8 @@ def test_what_the_processor_has_not_is_said_once_and_replaced(run, monkeypatch, 
     assert out.count(f"this device has no {wanted} units; --precision fp32 is taken") == 1
     _, out, _ = run("--version", "b", "--total_step", 2)
     assert "units" not in out
+    _, out, _ = run("--version", "b", "--mode", "evaluate", "--precision", wanted, "--num_eval", 4, "--metrics", "swd")
+    assert out.count(f"this device has no {wanted} units") == 1
     assert_same_state(state("a", 2), state("b", 2))
 
 
@@ -301,6 +303,30 @@ def test_growth_tells_how_far_the_ideal_is(monkeypatch, capsys, tmp_path):
     assert speed.main(["--growth", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
     (row,) = re.findall(r"^\| 32 \| 8 \| ([\d.]+) \| ([\d.]+) \| (\d+)% \| 1 \|$", capsys.readouterr().out, re.M)
     assert 0 < int(row[2]) < 100
+
+
+def test_loading_is_compared_with_pictures_that_are_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cost, "SECONDS", 0.1)
+    monkeypatch.setattr(cost, "TURN", 0.01)
+    monkeypatch.setattr(speed, "PICTURES", 24)
+    timed = []
+    monkeypatch.setattr(speed, "alternate", lambda sides, *words: timed.extend(sides) or cost.alternate(sides, *words))
+    assert speed.main(["--loading", "--results", str(tmp_path / "r.md"), *SMALL, "--num_workers", "0"]) == 0
+    rows = re.findall(r"^\| ([^|]+) \| [\d.]+ \| (?:\*\*)?([\d.]+).* \|$", (tmp_path / "r.md").read_text(), re.M)
+    assert [name for name, _ in rows] == [
+        "none: always the same pictures", "JPEGs of 178x218, by the training itself", "from the cache"]
+    assert rows[0][1] == "1" and all(0.1 < float(ratio) < 100 for _, ratio in rows)
+    assert [type(side.pictures).__name__ for side in timed] == ["OneBatch", "RealBatches", "RealBatches"]
+    assert "32 px, batch 8, loading" in (tmp_path / "r.md").read_text()
+
+
+def test_variants_on_the_command_line_take_the_usual_ones_place(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(speed, "compare", lambda flags, seconds, variants: asked.append(variants) or ["row"])
+    for more in ((), ("--variant", "--attn_pool true", "--variant", "--accumulate 2")):
+        assert speed.main(["--results", str(tmp_path / "r.md"), *more, *SMALL]) == 0
+    assert asked == [None, ["--attn_pool true", "--accumulate 2"]]
+    assert "32 px, batch 8, --attn_pool true, --accumulate 2, " in (tmp_path / "r.md").read_text()
 
 
 def test_the_ideal_counts_the_products_that_attention_needs(monkeypatch):
