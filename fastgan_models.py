@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from precision import exact
 from spectral import normalizer
 
 METADATA = 512          # numbers of metadata behind z, where there are any
@@ -58,7 +59,7 @@ class _Layers:
 
     def up(self, channels, out, noise=False):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block, or with `noise` the first half of the deep one."""
-        return nn.Sequential(nn.Upsample(scale_factor=2), *self.gated(channels, out, noise))
+        return nn.Sequential(Double(scale_factor=2), *self.gated(channels, out, noise))
 
     def deep_up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): two convolutions, with noise after each."""
@@ -71,6 +72,14 @@ class _Layers:
             yield Noise()
         yield nn.BatchNorm2d(2 * out)
         yield GLU(dim=1)
+
+
+class Double(nn.Upsample):
+    """Each value four times, in x's own type: autocast would take fp32, which is exact no more than bf16 is."""
+
+    def forward(self, x):
+        with exact(x.device):
+            return super().forward(x)
 
 
 class GLU(nn.GLU):
@@ -103,7 +112,7 @@ class Noise(nn.Module):
         else:
             generator = torch.Generator().manual_seed(self.FIXED_SEED)      # the same on every device
             noise = torch.randn(1, 1, H, W, generator=generator).to(x)
-        return x + self.weight * noise
+        return x + self.weight.to(x.dtype) * noise
 
 
 class SpatialAttention(nn.Module):
@@ -136,9 +145,14 @@ class SkipExcitation(nn.Module):
     def forward(self, source, target):
         if self.attention is not None:
             source = source * self.attention(source)
-        # not adaptive pooling: on CUDA its gradient has no deterministic algorithm
-        pooled = F.avg_pool2d(source, source.size(-1) // 4)             # (B, C, 4, 4)
-        return target * self.gate(pooled)                               # (B, C', 1, 1) * (B, C', H, W)
+        return target * self.gate(_to_4x4(source))                      # (B, C', 1, 1) * (B, C', H, W)
+
+
+def _to_4x4(x):
+    """(B, C, H, H) -> (B, C, 4, 4): means of squares. On CUDA adaptive pooling's gradient has no deterministic way."""
+    if x.is_cuda:           # its average pooling has one thread read a whole square
+        return x.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5))
+    return F.avg_pool2d(x, x.size(-1) // 4)
 
 
 def _skips(layers, sources, width, slae):

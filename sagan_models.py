@@ -13,8 +13,10 @@ from parameter import d_feature_sizes, g_feature_sizes
 from spectral import normalizer
 
 MAX_WIDTH_MULTIPLE = 16
-# Below this many positions the N x N matrix is small and the plain formula is the faster one (measured on CPU).
+# Below this many positions the N x N matrix is small, and on CPUs the plain formula is the faster one; on GPUs it is so
+# where values are wider than this: backward through two layers of 512 was a tenth of a step.
 FUSED_FROM_POSITIONS = 512
+FUSED_TO_WIDTH = 256
 
 
 class SelfAttention(nn.Module):
@@ -41,7 +43,7 @@ class SelfAttention(nn.Module):
         k = _positions(self.pool(k))                                    # (B, M, C/8), M = N or N / 4
         v = _positions(self.pool(v))                                    # (B, M, C)
         out = attend(q, k, v)                                           # (B, N, C)
-        return self.gamma * out.transpose(1, 2).reshape(B, C, H, W) + x
+        return self.gamma.to(out.dtype) * out.transpose(1, 2).reshape(B, C, H, W) + x
 
     def _project(self, x):
         """query(x), key(x), value(x) in one pass over x, which is what these convolutions wait for."""
@@ -77,7 +79,7 @@ def attend(q, k, v):
     `sdpa_kernel(SDPBackend.MATH)`.
     """
     N, M, C = q.size(1), k.size(1), v.size(2)
-    if N * M < FUSED_FROM_POSITIONS**2:
+    if N * M < FUSED_FROM_POSITIONS**2 and not (q.is_cuda and C <= FUSED_TO_WIDTH):
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     # the CPU's fused kernel wants one head size for q, k and v, the GPU's in bf16 multiples of 8
     missing = (-q.size(2) % 8 if q.is_cuda else C - q.size(2))

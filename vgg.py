@@ -5,14 +5,19 @@ numbers from the global state, most of them for a classifier that nobody asks fo
 (torchvision's file, verified at every load), `random` (tests) or the path of a file.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from failures import DataError, UsageError
+from precision import exact
 from weights import Published
 
 WIDTH = 512                                             # channels of the layers below
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # how many modules of `load` run for that layer's output
+LPIPS_LAYERS = (4, 9, 16, 23, 30)                       # likewise: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 FILE = Published(
     "--vgg_weights", "imagenet", "torchvision's vgg16", "VGG16", "vgg16-397923af.pth",
     "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -90,18 +95,19 @@ def _features(loaded, weights):
 
 
 class Lpips(nn.Module):
-    """LPIPS-VGG (Zhang et al. 2018) around torchmetrics' network; always in eval mode: its heads have dropout."""
+    """LPIPS-VGG (Zhang et al. 2018): `features` is what `load` gives, `scale` and `heads` are torchmetrics'."""
 
-    def __init__(self, net):
+    def __init__(self, features, scale, heads):
         super().__init__()
-        self.net = net.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        return super().train(False)
+        self.parts = nn.ModuleList([features[a:b] for a, b in pairwise((0, *LPIPS_LAYERS))])
+        self.scale = scale
+        for i, weight in enumerate(heads):                                      # (1, C, 1, 1), trained to be >= 0
+            self.register_buffer(f"head{i}", weight.clamp(min=0))
 
     def forward(self, a, b):
         """Images a, b (B, 3, H, W) in [-1, 1], H, W >= 16, to their distances (B,)."""
-        return self.net(a, b).flatten()
+        return sum(F.conv2d((x - y).square(), weight).float().mean((1, 2, 3))           # (B, C, h, w) -> (B,)
+                   for (x, weight), (y, _) in zip(self._layers(a), self._layers(b), strict=True))
 
     def embed(self, images):
         """Points (B, D) of the images (B, 3, H, W) whose squared Euclidean distances are their LPIPS.
@@ -109,13 +115,18 @@ class Lpips(nn.Module):
         For many distances between few images, or to one image many times: an image goes through the network once. D is
         some 120 times the number of pixels.
         """
-        layers = self.net.net(self.net.scaling_layer(images))
-        parts = []
-        for features, head in zip(layers, self.net.lins, strict=True):          # (B, C, h, w) each
-            unit = features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
-            weight = head.model[-1].weight.clamp(min=0)                         # (1, C, 1, 1); trained to be >= 0
-            parts.append((unit * (weight / unit[0, 0].numel()).sqrt()).flatten(1))
-        return torch.cat(parts, 1)
+        return torch.cat([(unit * (weight / unit[0, 0].numel()).sqrt()).flatten(1)
+                          for unit, weight in self._layers(images)], 1)
+
+    def _layers(self, images):
+        """(features (B, C, h, w) of length 1 in each position, weights (1, C, 1, 1)) of each layer."""
+        x = self.scale(images)
+        for i, part in enumerate(self.parts):
+            x = part(x)
+            with exact(x.device):           # else a map is copied to be summed up in fp32
+                length = (x.square().sum(1, keepdim=True, dtype=torch.float32) + 1e-8).sqrt()       # (B, 1, h, w)
+                unit = x / length.to(x.dtype)
+            yield unit, getattr(self, f"head{i}").to(x.dtype)
 
 
 def lpips(weights, otherwise="--recon l1"):
@@ -128,10 +139,9 @@ def lpips(weights, otherwise="--recon l1"):
     except ImportError as error:
         raise UsageError(f"LPIPS needs torchmetrics ({error}): pip install torchmetrics, "
                          f"or go on without it: {otherwise}") from None
-    features = load(weights, otherwise).state_dict()
+    features = load(weights, otherwise)
     with torch.random.fork_rng(devices=[]):             # it builds, and initializes, torchvision's whole network
-        net = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
-    # its keys are "slice3.10.weight": torchvision's number of the module after the slice's
-    net.net.load_state_dict({key: features[key.split(".", 1)[1]] for key in net.net.state_dict()})
+        theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+    heads = [head.model[-1].weight.detach() for head in theirs.lins]
     # channels last as the networks are whose images it sees, or each map would be turned over
-    return Lpips(net).to(memory_format=torch.channels_last)
+    return Lpips(features, theirs.scaling_layer, heads).to(memory_format=torch.channels_last)

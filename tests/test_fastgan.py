@@ -10,12 +10,13 @@ from fastgan_models import (
     Generator,
     Noise,
     SpatialAttention,
+    _to_4x4,
     build,
     downscale,
     small_size,
     take_quadrant,
 )
-from losses import SelfSupervisedHinge, hinge
+from losses import SelfSupervisedHinge, hinge, l1
 from parameter import resolve
 
 
@@ -61,7 +62,7 @@ def test_every_size_gives_two_images_masks_logits_and_reconstructions(imsize, sl
 def test_a_batch_of_one_trains_every_weight():
     G, D = networks(slae_d=True)
     fake = G(torch.randn(1, 16 + 512))
-    objective = SelfSupervisedHinge(nn.functional.l1_loss, 1.0, 0.2)
+    objective = SelfSupervisedHinge(l1, 1.0, 0.2)
     loss, _ = objective.d_loss(D, torch.rand(1, 3, 64, 64), [image.detach() for image in fake])
     loss.backward()
     assert all(weight.grad.abs().sum() > 0 for weight in D.parameters())
@@ -232,23 +233,45 @@ def test_margins_are_softened_by_the_label_noise():
 def test_d_loss_is_the_hinge_of_both_paths_and_three_reconstructions():
     _, D = networks()
     real, fake = torch.rand(3, 3, 64, 64), [torch.rand(3, 3, 64, 64), torch.rand(3, 3, 32, 32)]
-    distance = nn.functional.l1_loss
-    loss, stats = SelfSupervisedHinge(distance, 2.0, 0.0).d_loss(D, real, fake)
+    loss, stats = SelfSupervisedHinge(l1, 2.0, 0.0).d_loss(D, real, fake)
     on_real = D([real, downscale(real, 32)]).logits         # alone: batch norm must not have mixed real and fake
     on_fake = D(fake).logits
     expected = (1 - on_real).relu().mean() + (1 + on_fake).relu().mean()
     apart = sum(stats[f"recon/{name}"] for name in ("last", "middle", "small"))
     assert loss.item() == pytest.approx((expected + 2 * apart).item(), rel=1e-4)
     assert stats["recon/last"].item() == pytest.approx(
-        distance(D.decode_last(D([real, downscale(real, 32)]).last), downscale(real, 32)).item(), rel=1e-4)
+        nn.functional.l1_loss(D.decode_last(D([real, downscale(real, 32)]).last), downscale(real, 32)).item(), rel=1e-4)
 
 
 def test_the_weight_of_the_reconstruction_does_not_grow_with_the_batch():
     _, D = networks()
     D.eval()
     real, fake = torch.rand(2, 3, 64, 64), [torch.rand(2, 3, 64, 64), torch.rand(2, 3, 32, 32)]
-    for distance in (nn.functional.l1_loss, lambda a, b: (a - b).abs().flatten(1).mean(1)):     # a mean; one per image
-        objective = SelfSupervisedHinge(distance, 1.0, 0.0)
-        once = objective.d_loss(D, real, fake)[1]["recon/last"]
-        thrice = objective.d_loss(D, real.repeat(3, 1, 1, 1), [x.repeat(3, 1, 1, 1) for x in fake])[1]["recon/last"]
-        assert once.item() == pytest.approx(thrice.item(), rel=1e-4)
+    objective = SelfSupervisedHinge(l1, 1.0, 0.0)
+    once = objective.d_loss(D, real, fake)[1]["recon/last"]
+    thrice = objective.d_loss(D, real.repeat(3, 1, 1, 1), [x.repeat(3, 1, 1, 1) for x in fake])[1]["recon/last"]
+    assert once.item() == pytest.approx(thrice.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_maps_that_autocast_began_in_bf16_stay_so(device):
+    """A map in fp32 takes twice the memory, and the time to turn it over before each convolution and after.
+
+    Of its own accord autocast doubles in fp32 on a GPU alone.
+    """
+    G = networks()[0].to(device)
+    found, x = {}, torch.randn(2, 128, 4, 4, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        for layer in G.blocks["8"]:                 # the deep block: noise, batch norm, gate, twice
+            x = layer(x)
+            found[type(layer).__name__] = x.dtype
+        found["next"] = G.blocks["16"][0](x).dtype
+    assert set(found) >= {"Double", "Noise", "BatchNorm2d", "GLU"}
+    del found["Double"]                             # the first: its input was fp32
+    assert set(found.values()) == {torch.bfloat16}
+
+
+@pytest.mark.gpu
+def test_a_gpu_pools_to_the_same_means():
+    x = torch.randn(2, 5, 32, 32)
+    torch.testing.assert_close(_to_4x4(x.cuda()).cpu(), _to_4x4(x))

@@ -17,6 +17,11 @@ def count(net):
     return sum(weight.numel() for weight in net.parameters())
 
 
+def test_attention_on_a_bf16_map_gives_one():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SelfAttention(16)(torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_parameter_counts_are_the_published_models():
     G, D = build(resolve({}))
     assert (count(G), count(D)) == (3_832_885, 3_175_299)
