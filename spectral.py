@@ -6,6 +6,7 @@ with one row per output channel. sigma is estimated by power iteration: u and v 
 and all passes of one update see the same weight.
 """
 
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -13,9 +14,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from precision import exact
-
-# Inside `with shared_weights():` W / sigma is computed once per layer and used by every pass of the update.
-shared_weights = parametrize.cached
 
 # Steps taken at construction, so that the first forward is already near norm 1 (cf. a random u, v: far above).
 WARM_UP_ITERATIONS = 15
@@ -116,9 +114,22 @@ def normalizer(sn):
     return spectral_norm if sn else lambda layer: layer
 
 
+def _wrapped(net):
+    return [layer for layer in net.modules() if parametrize.is_parametrized(layer, "weight")]
+
+
+@contextmanager
+def shared_weights(net=None):
+    """A context in which W / sigma is computed once per layer and used by every pass; for `net` at its beginning."""
+    with parametrize.cached():
+        for layer in _wrapped(net) if net is not None else ():
+            layer.weight  # noqa: B018 - reading it puts it into the cache
+        yield
+
+
 def power_iterate(net):
     """One power iteration for every wrapped layer under `net`; the loop calls it once per update of `net`."""
-    chains = [layer.parametrizations.weight for layer in net.modules() if parametrize.is_parametrized(layer, "weight")]
+    chains = [layer.parametrizations.weight for layer in _wrapped(net)]
     if chains:
         _iterate([chain[0] for chain in chains], [chain.original for chain in chains])
 

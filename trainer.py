@@ -12,7 +12,7 @@ import json
 import math
 import signal
 import time
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
@@ -37,7 +37,7 @@ from precision import Precision
 from spectral import power_iterate, shared_weights
 
 RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all
-COMPILED_FROM = 20_000      # steps ahead that `--compile auto` compiles for: it takes a minute or two
+COMPILED_FROM = 100_000     # steps ahead that `--compile auto` compiles for: a minute or two, for some 0.7 ms a step
 
 
 class Trainer:
@@ -58,7 +58,8 @@ class Trainer:
         self.latents = metadata.Latents(config.z_dim, bank, config.metadata_sample, place.device)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
-        self._G, self._D = self.G, self.D                   # as a step calls them: compiled or not
+        # as a step calls them: compiled or not
+        self._G, self._d_loss, self._g_loss = self.G, self.objective.d_loss, self.objective.g_loss
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
         # their own generator: the fixed z of a run depend on the seed alone
@@ -85,7 +86,7 @@ class Trainer:
 
     def _updates(self, batches):
         """D's updates, one on each of the `batches` of real images, and G's. Returns their statistics."""
-        config, D = self.config, self._D
+        config = self.config
         # one batch of fakes for both phases; in parts its graphs would all have to be held
         reuse_fake = config.d_iters == 1 and config.accumulate == 1
         power_iterate(self.G)
@@ -99,8 +100,8 @@ class Trainer:
             for real in reals:
                 with torch.set_grad_enabled(reuse_fake):
                     fake = self.generate(real.size(0))
-                with shared_weights(), self.precision.autocast():
-                    d_loss, stats = self.objective.d_loss(D, self.seen(real), [self.seen(x.detach()) for x in fake])
+                with shared_weights(self._ahead(self.D)), self.precision.autocast():
+                    d_loss, stats = self._d_loss(self.D, self.seen(real), [self.seen(x.detach()) for x in fake])
                 self._backward(d_loss)
                 d_stats.append({"d_loss": d_loss.detach(), **stats})
             self._update(self.d_optimizer)
@@ -111,8 +112,8 @@ class Trainer:
         for real in reals:
             if not reuse_fake:
                 fake = self.generate(real.size(0))
-            with shared_weights(), self.precision.autocast():
-                g_loss, stats = self.objective.g_loss(D, [self.seen(x) for x in fake])
+            with shared_weights(self._ahead(self.D)), self.precision.autocast():
+                g_loss, stats = self._g_loss(self.D, [self.seen(x) for x in fake])
             self._backward(g_loss)
             g_stats.append({"g_loss": g_loss.detach(), **stats})
         self._update(self.g_optimizer)
@@ -124,8 +125,15 @@ class Trainer:
 
     def generate(self, count):
         """[images, ...] of fresh z, largest first."""
-        with shared_weights(), self.precision.autocast():
+        with shared_weights(self._ahead(self.G)), self.precision.autocast():
             return self._G(self.latents.training(count))
+
+    def _ahead(self, net):
+        """The network whose W / sigma is wanted ahead: one that is compiled would compile that as well.
+
+        CUDA's convolutions then got weights that lay in memory otherwise than the compiler had assumed.
+        """
+        return net if self._G is not self.G else None
 
     def _backward(self, loss):
         """Add the gradients of one of the parts that `--accumulate` makes of a batch."""
@@ -166,7 +174,7 @@ class Trainer:
                 if getattr(config, flag) is True:
                     say(f"note: --{flag} is for one process; steps go on without it")
             return
-        # on a CPU compiled steps took 1.17 times as long (64 px, batch 16)
+        # on two cores of a CPU compiling took one to three minutes and saved a tenth of a step
         auto = on_gpu and not config.deterministic          # whether one is faster may turn out otherwise next time
         pays = auto and config.total_step - self.step >= COMPILED_FROM and importlib.util.find_spec("triton")
         if pays if config.compile == "auto" else config.compile:
@@ -177,14 +185,14 @@ class Trainer:
     def _compile(self, step, images):
         say("--compile: compiling the networks, which takes a minute or two")
         # the random numbers of a plain step, at the price of a kernel for each
-        self._G, self._D = (torch.compile(net, dynamic=False, options={"fallback_random": True})
-                            for net in (self.G, self.D))
-        if self.objective.double_backward:
-            self._D = self.D                                # compiled networks have none
+        compiled = partial(torch.compile, dynamic=False, options={"fallback_random": True})
+        self._G, self._g_loss = compiled(self.G), compiled(self.objective.g_loss)
+        if not self.objective.double_backward:              # what is compiled has none
+            self._d_loss = compiled(self.objective.d_loss)
         return step
 
     def _do_not_compile(self):
-        self._G, self._D = self.G, self.D
+        self._G, self._d_loss, self._g_loss = self.G, self.objective.d_loss, self.objective.g_loss
 
     # ---------------------------------------------------------------------------------------------- the state
 

@@ -167,24 +167,25 @@ FASTGAN = ("--dataset", "toy", "--model", "fastgan", "--imsize", "64", "--batch_
 def traced(monkeypatch):
     """`--compile true` traces the networks as ever, but leaves the C++ compiler out, which takes a minute.
 
-    The list of networks that it was asked to compile.
+    The names of what it was asked to compile.
     """
-    nets, compile = [], torch.compile
+    names, compile = [], torch.compile
 
     def without_inductor(net, options, **more):
         assert options == {"fallback_random": True}
-        nets.append(type(net).__name__)
+        names.append(getattr(net, "__name__", type(net).__name__))
         return compile(net, backend="aot_eager", **more)
 
     monkeypatch.setattr(trainer.torch, "compile", without_inductor)
     torch._dynamo.reset()
-    return nets
+    return names
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("flags", "compiled"), [
-    (TINY, ["Generator", "Discriminator"]), ((*TINY, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"),
-                                             ["Generator", "Discriminator"])], ids=["hinge", "penalty"])
+    (TINY, ["Generator", "g_loss", "d_loss"]), ((*TINY, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"),
+                                                ["Generator", "g_loss"]),
+    (FASTGAN, ["Generator", "g_loss", "d_loss"])], ids=["hinge", "penalty", "fastgan"])
 def test_compiled_networks_train_as_plain_ones(traced, capsys, flags, compiled):
     found = []
     for more in ((), ("--compile", "true")):
@@ -199,8 +200,7 @@ def test_compiled_networks_train_as_plain_ones(traced, capsys, flags, compiled):
         assert plain.keys() == fast.keys()
         for name in plain:
             assert abs(plain[name] - fast[name]) < 1e-3, name
-    assert (training._D is training.D) == ("wgan-gp" in flags), "a compiled D cannot be differentiated twice"
-    assert training._G is not training.G
+    assert not torch._dynamo.utils.counters["graph_break"], "one graph for each: what is between graphs is not fused"
 
 
 @pytest.mark.parametrize("flags", [("--compile", "true"), ("--cuda_graph", "true"), ("--compile", "--cuda_graph")])
@@ -226,7 +226,7 @@ def test_compile_auto_asks_for_a_gpu_and_a_long_run(monkeypatch):
     monkeypatch.setattr(trainer.importlib.util, "find_spec", lambda name: name == "triton")
     for device, ahead, flags, expected in (
             ("cpu", 10**6, (), []), ("cuda", 10**6, (), ["compile", "cuda_graph"]),
-            ("cuda", 10_000, (), ["cuda_graph"]),
+            ("cuda", 50_000, (), ["cuda_graph"]),
             ("cuda", 10**6, ("--compile", "false"), ["cuda_graph"]), ("cuda", 10, ("--cuda_graph", "no"), []),
             ("cuda", 10**6, ("--deterministic", "true"), []),
             ("cuda", 10, ("--compile",), ["compile", "cuda_graph"])):

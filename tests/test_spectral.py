@@ -70,6 +70,17 @@ def test_one_update_shares_one_weight():
     assert layer.weight is not layer.weight
 
 
+def test_a_networks_weights_can_be_taken_ahead():
+    net = nn.Sequential(spectral_norm(nn.Linear(4, 3)), nn.ReLU(), spectral_norm(nn.Linear(3, 2)))
+    before = [net[i].weight.detach() for i in (0, 2)]
+    with shared_weights(net):
+        for i, weight in zip((0, 2), before, strict=True):
+            with torch.no_grad():
+                net[i].parametrizations.weight.original += 1
+            assert torch.equal(net[i].weight, weight)
+    assert not torch.equal(net[0].weight, before[0])
+
+
 def test_the_average_copies_u_and_v():
     torch.manual_seed(0)
     G = spectral_norm(nn.Linear(8, 8))
