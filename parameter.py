@@ -135,10 +135,10 @@ FLAGS = {
              "shared out"),
         Flag("seed", int, 0, "of weights, batch order, z and flips", 0, 2**31 - 1),
         Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of the networks' convolutions and products, "
-             "in training and in drawing: fp32 | tf32 | bf16 (mixed); auto: tf32 on GPUs that have it, bf16 on CPUs "
-             "with AMX, else fp32"),
+             "in training and in drawing: fp32 | tf32 | bf16 (mixed); auto: bf16 where there are units for it (GPUs "
+             "since 2020, CPUs with AMX), else fp32"),
         Flag("compile", boolean_or_auto, "auto", "compile the networks of a training (torch.compile), which takes a "
-             "minute or two; auto: on a GPU if 20,000 steps are ahead, and kept if it is faster there"),
+             "minute or two; auto: on a GPU if 100,000 steps are ahead, and kept if it is faster there"),
         Flag("cuda_graph", boolean_or_auto, "auto", "record a training step once as a CUDA graph and repeat that; "
              "auto: on a GPU if it is faster there"),
         Flag("deterministic", boolean, False, "same bits again on CUDA too, at some cost in speed"),

@@ -17,7 +17,7 @@ class Precision:
     def __init__(self, wanted, device):
         self.device, self.wanted = device, wanted
         if wanted == "auto":
-            wanted = "tf32" if has_tensor_cores(device) else "bf16" if has_bf16(device) else "fp32"
+            wanted = "bf16" if has_bf16(device) else "fp32"
         usable = {"fp32": True, "tf32": has_tensor_cores(device), "bf16": has_bf16(device)}[wanted]
         self.name = wanted if usable else "fp32"
 

@@ -28,17 +28,17 @@ step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
     "$python" -c 'import platform, torch; print(f"\n{torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"}, torch {torch.__version__}, Python {platform.python_version()}\n")'
     printf '| step | command | time | exit code |\n|---|---|---|---|\n'
 } >"$report" || exit 1
-speed=("$python" benchmarks/speed.py --seconds 4 --results "$out/tables.md")
+speed=("$python" benchmarks/speed.py --seconds 1 --results "$out/tables.md")
 train=("$python" main.py --dataset toy --sample_step 500 --log_path "$out/logs" --model_save_path "$out/models"
     --sample_path "$out/samples" --cache_path "$out/cache")
-step tests 90 "$python" -m pytest -q -m gpu -p no:cacheprovider
-step speed_sagan 80 "${speed[@]}" --imsize 64 --batch_size 64
+step tests 110 "$python" -m pytest -q -m gpu -p no:cacheprovider
+step speed_sagan 75 "${speed[@]}" --imsize 64 --batch_size 64
 step speed_fastgan 90 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8
-step memory 40 "${speed[@]}" --imsize 128 --batch_size 8 --g_attn 64 --d_attn 64 --variant "--precision auto"
-step loading 50 "${speed[@]}" --loading --imsize 64 --batch_size 64
-step train_sagan 40 "${train[@]}" --version sagan --imsize 64 --total_step 1000
-step train_fastgan 40 "${train[@]}" --version fastgan --model fastgan --imsize 128 --metadata false --total_step 500
-step speed_compiled 110 "${speed[@]}" --imsize 64 --batch_size 64 --variant "--precision bf16 --compile true"
+step memory 25 "${speed[@]}" --imsize 128 --batch_size 8 --g_attn 64 --d_attn 64 --variant "--precision auto"
+step loading 80 "${speed[@]}" --loading --imsize 64 --batch_size 64
+step train_sagan 25 "${train[@]}" --version sagan --imsize 64 --total_step 1000
+step train_fastgan 30 "${train[@]}" --version fastgan --model fastgan --imsize 128 --metadata false --total_step 500
+step speed_compiled 105 "${speed[@]}" --imsize 64 --batch_size 64 --variant "--compile true"
 { echo; cat "$out/tables.md" 2>/dev/null; } >>"$report"
 echo "report: $report"
 exit "$failed"

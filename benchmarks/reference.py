@@ -1,8 +1,8 @@
 """The same networks trained the plain published way: what `speed.py` compares with. For measuring alone.
 
-fp32, eager, contiguous; spectral norm iterates in every forward pass; attention holds its N x N matrix; Adam without
-fusing; D is not frozen in G's phase. SAGAN draws fakes for D and again for G, and nothing is detached in D's phase, so
-its backward pass runs through G as well. FastGAN, as published, draws once and detaches.
+Eager, contiguous, in fp32 or tf32; spectral norm iterates in every forward pass; attention holds its N x N matrix; Adam
+without fusing; D is not frozen in G's phase. SAGAN draws fakes for D and again for G, and nothing is detached in D's
+phase, so its backward pass runs through G as well. FastGAN, as published, draws once and detaches.
 """
 
 import copy
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from cost import OneBatch, Side
 from diffaug import augment
 from families import FAMILIES
+from precision import Precision
 from sagan_models import SelfAttention
 
 
@@ -60,9 +61,14 @@ class PlainTrainer:
         self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas)
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas)
         self.width = config.z_dim + (512 if config.metadata else 0)
+        self.precision = Precision(config.precision, device)
 
     def train_step(self, real_images):
         """One update of D and one of G."""
+        with self.precision.switched():
+            self._train_step(real_images)
+
+    def _train_step(self, real_images):
         real = self.seen(next(real_images))
         fake = self.draw(real.size(0))
         again = self.config.model == "sagan"

@@ -45,11 +45,12 @@ RESULTS = Path(__file__).parent / "RESULTS.md"
 # what the variants add to the flags, by model
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # those that the device has, but that `auto` does not take
-_PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "bf16")
+_PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "tf32", "bf16")
                     if Precision(name, _DEVICE).name == name != Precision("auto", _DEVICE).name)
+_POOLED = tuple(f"{one} --attn_pool true" for one in _PRECISIONS if _DEVICE.type == "cpu")
 _REST = ("--accumulate 4", *("--cuda_graph false",) * torch.cuda.is_available())
 VARIANTS = {
-    "sagan": ("", *_PRECISIONS, "--attn_pool true", *(f"{one} --attn_pool true" for one in _PRECISIONS), *_REST),
+    "sagan": ("", *_PRECISIONS, "--attn_pool true", *_POOLED, *_REST),
     "fastgan": ("", *_PRECISIONS, *_REST),
 }
 # LPIPS's cost does not depend on its weights; metadata is one small product
@@ -77,7 +78,9 @@ def compare(flags, seconds=None, variants=None):
     """Lines of the table of this program's `variants` (None: the usual ones) and the reference."""
     config = config_of(flags)
     place = distributed.start(config)
-    kinds = {"reference": (PlainSide, config)}
+    kinds = {"reference": (PlainSide, config_of(flags, ("--precision", "fp32")))}
+    if place.device.type == "cuda":     # torch's own setting is between the two: tf32 in convolutions alone
+        kinds["reference in tf32"] = PlainSide, config_of(flags, ("--precision", "tf32"))
     kinds |= {f"this program {more}".strip(): (Side, config_of(flags, more.split()))
               for more in variants or VARIANTS[config.model]}
     memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
@@ -139,13 +142,15 @@ def counting():
     return FlopCounterMode(display=False, custom_mapping=_ON_CPU)
 
 
-def speed_of_products(device):
-    """Floating-point operations per second of the device in a large fp32 matrix product: the best of several."""
-    a, b = torch.randn(2, MATRIX, MATRIX, device=device)
+def speed_of_products(precision):
+    """Floating-point operations per second of the device in a large matrix product: the best of several."""
+    device = precision.device
+    a, b = torch.randn(2, MATRIX, MATRIX, device=device, dtype=torch.bfloat16 if precision.name == "bf16" else None)
     best = 0.0
     for _ in range(5):
         began = time.perf_counter()
-        a @ b
+        with precision.switched():
+            a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, 2 * MATRIX**3 / (time.perf_counter() - began))
@@ -159,8 +164,10 @@ def grow(flags):
     imsizes, batches = GROWTH[usual.model]
     cells = [(imsize, usual.batch_size) for imsize in imsizes]
     cells += [(usual.imsize, batch) for batch in batches if batch != usual.batch_size]
-    peak = speed_of_products(place.device)
-    yield f"A {MATRIX} x {MATRIX} product in fp32: {peak / 1e9:,.0f} Gflop/s; ideal: a step's products at that speed.\n"
+    precision = Precision(usual.precision, place.device)
+    peak = speed_of_products(precision)
+    yield (f"A {MATRIX} x {MATRIX} product in {precision.name}: {peak / 1e9:,.0f} Gflop/s; ideal: a step's products at "
+           "that speed.\n")
     yield "| image size, px | batch | s per step | ideal, s | of the ideal speed | peak memory, MiB |"
     yield "|---|---|---|---|---|---|"
     for imsize, batch in cells:

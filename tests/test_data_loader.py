@@ -257,7 +257,7 @@ def test_batches_arrive_on_the_gpu(ten, num_workers):
     config = data_config(ten, hflip=True, num_workers=num_workers)
     batches = take(real_batches(config, build_dataset(config), 0, "cuda"), 9)
     assert batches.is_cuda
-    assert torch.equal(batches.cpu(), take(open_batches(ten, hflip=True), 9))
+    torch.testing.assert_close(batches.cpu(), take(open_batches(ten, hflip=True), 9))       # a GPU rounds once less
 
 
 @pytest.mark.gpu
@@ -268,5 +268,6 @@ def test_a_decoded_set_goes_to_the_gpu_whole_if_it_fits(ten, tmp_path, monkeypat
     config = data_config(ten, hflip=True, num_workers=2, cache="on", cache_dir=tmp_path)
     batches = real_batches(config, build_dataset(config), 0, "cuda")
     found = torch.cat([next(batches) for _ in range(12)])           # across epochs, in which it fills
-    assert torch.equal(found.cpu(), expected) and not multiprocessing.active_children()
+    torch.testing.assert_close(found.cpu(), expected)
+    assert not multiprocessing.active_children()
     assert (batches._resident is not None) == bool(share)

@@ -234,6 +234,7 @@ def test_without_torch_fidelity_the_way_on_is_named(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_numbers(tmp_path):
+    pytest.importorskip("torch_fidelity")
     net, batch = inception.load("random"), pictures(8)
     on_cpu = net(batch)
     on_gpu = net.to("cuda")(batch.cuda())
