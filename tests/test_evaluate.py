@@ -113,10 +113,11 @@ def test_another_reference_does_not_decide_which_checkpoint_is_best(run, picture
     assert "all 14 pictures of folder real" in lines("a")[-1]["protocol"]
 
 
-def test_tensorboard_gets_the_numbers(run, small_inception):
+def test_tensorboard_gets_the_numbers(run, pictures, small_inception):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run("--version", "a", "--total_step", 1, "--use_tensorboard", "true")
+    run("--version", "a", "--total_step", 1, "--use_tensorboard", "true", "--dataset", "folder", "--image_path",
+        pictures)
     run("--version", "a", "--mode", "evaluate", "--metrics", "swd", "--num_eval", 8, tiny=False)
     events = EventAccumulator("logs/a").Reload()
     assert [event.value for event in events.Scalars("swd")] == pytest.approx([lines("a")[-1]["swd"]])

@@ -177,13 +177,15 @@ def test_weights_and_statistics_stay_fp32(run, monkeypatch):
 
 
 @pytest.mark.parametrize("wanted", ["tf32", "bf16"])
-def test_what_the_processor_has_not_is_said_once_and_replaced(run, monkeypatch, wanted):
+def test_what_the_processor_has_not_is_said_once_and_replaced(run, pictures, monkeypatch, wanted):
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
-    _, out, _ = run("--precision", wanted, "--version", "a", "--total_step", 2)
+    few = "--dataset", "folder", "--image_path", pictures
+    _, out, _ = run(*few, "--precision", wanted, "--version", "a", "--total_step", 2)
     assert out.count(f"this device has no {wanted} units; --precision fp32 is taken") == 1
-    _, out, _ = run("--version", "b", "--total_step", 2)
+    _, out, _ = run(*few, "--version", "b", "--total_step", 2)
     assert "units" not in out
-    _, out, _ = run("--version", "b", "--mode", "evaluate", "--precision", wanted, "--num_eval", 4, "--metrics", "swd")
+    _, out, _ = run(*few, "--version", "b", "--mode", "evaluate", "--precision", wanted, "--num_eval", 4, "--metrics",
+                    "swd")
     assert out.count(f"this device has no {wanted} units") == 1
     assert_same_state(state("a", 2), state("b", 2))
 
