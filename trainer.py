@@ -58,8 +58,7 @@ class Trainer:
         self.latents = metadata.Latents(config.z_dim, bank, config.metadata_sample, place.device)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
-        # as a step calls them: compiled or not
-        self._G, self._d_loss, self._g_loss = self.G, self.objective.d_loss, self.objective.g_loss
+        self._do_not_compile()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
         # their own generator: the fixed z of a run depend on the seed alone
@@ -192,6 +191,7 @@ class Trainer:
         return step
 
     def _do_not_compile(self):
+        # what a step calls: these, or what they were compiled to
         self._G, self._d_loss, self._g_loss = self.G, self.objective.d_loss, self.objective.g_loss
 
     # ---------------------------------------------------------------------------------------------- the state

@@ -48,7 +48,7 @@ _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "tf32", "bf16")
                     if Precision(name, _DEVICE).name == name != Precision("auto", _DEVICE).name)
 _POOLED = tuple(f"{one} --attn_pool true" for one in _PRECISIONS if _DEVICE.type == "cpu")
-_REST = ("--accumulate 4", *("--cuda_graph false",) * torch.cuda.is_available())
+_REST = ("--accumulate 4", *("--cuda_graph false",) * (_DEVICE.type == "cuda"))
 VARIANTS = {
     "sagan": ("", *_PRECISIONS, "--attn_pool true", *_POOLED, *_REST),
     "fastgan": ("", *_PRECISIONS, *_REST),
