@@ -176,9 +176,12 @@ def _most_resident():
 
 
 def hardware(device):
-    """The processor or GPU that computes, the cores, and the version of torch."""
+    """The processor, the cores or the GPU, and the version of torch.
+
+    With a GPU the processor too: it decides how long what is started kernel by kernel takes.
+    """
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name(device)} on {processor()}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 

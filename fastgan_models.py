@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from convolutions import FromVector, ToVector
 from precision import exact
 from spectral import normalizer
 
@@ -78,6 +79,10 @@ class Double(nn.Upsample):
     """Each value four times, in x's own type: autocast would take fp32, which is exact no more than bf16 is."""
 
     def forward(self, x):
+        if torch.compiler.is_compiling():       # else it would add up the gradient by four atomic additions a value
+            B, C, H, W = x.size()
+            x = x.permute(0, 2, 3, 1)[:, :, None, :, None]              # (B, H, 1, W, 1, C)
+            return x.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
         with exact(x.device):
             return super().forward(x)
 
@@ -126,7 +131,9 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x):
-        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)   # (B, 2, H, W)
+        # not amax: its gradient looks for x's that equal the maximum, and compiled in bf16 none did
+        largest = x.max(1, keepdim=True).values                                         # (B, 1, H, W)
+        pooled = torch.cat([x.mean(1, keepdim=True), largest], dim=1)                   # (B, 2, H, W)
         return torch.sigmoid(self.conv(pooled))                                         # (B, 1, H, W)
 
 
@@ -140,7 +147,10 @@ class SkipExcitation(nn.Module):
     def __init__(self, layers, channels, out, kernel=None):
         super().__init__()
         self.attention = SpatialAttention(kernel) if kernel else None
-        self.gate = nn.Sequential(layers.conv(channels, out, 4), nn.SiLU(), layers.conv(out, out, 1), nn.Sigmoid())
+        self.gate = nn.Sequential(
+            layers.wrap(ToVector(channels, out, 4, bias=False)), nn.SiLU(),
+            layers.wrap(ToVector(out, out, 1, bias=False)), nn.Sigmoid(),
+        )
 
     def forward(self, source, target):
         if self.attention is not None:
@@ -177,7 +187,7 @@ class Generator(nn.Module):
         if metadata:
             nn.init.normal_(self.mix.weight, std=METADATA**-0.5)
         self.start = nn.Sequential(
-            layers.wrap(nn.ConvTranspose2d(z_dim, 2 * width[4], 4, bias=False)),
+            layers.wrap(FromVector(z_dim, 2 * width[4], 4, bias=False)),
             nn.BatchNorm2d(2 * width[4]), GLU(dim=1),
         )
         self.blocks = nn.ModuleDict()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from convolutions import FromVector, ToVector
 from parameter import d_feature_sizes, g_feature_sizes
 from spectral import normalizer
 
@@ -106,9 +107,8 @@ class Generator(nn.Module):
         self.attention = nn.ModuleDict()
         channels = z_dim
         for size, width in zip(sizes, widths, strict=True):
-            stride, padding = (1, 0) if size == 4 else (2, 1)
             self.blocks[f"{size}"] = nn.Sequential(
-                wrap(nn.ConvTranspose2d(channels, width, 4, stride, padding)),
+                wrap(FromVector(channels, width, 4) if size == 4 else nn.ConvTranspose2d(channels, width, 4, 2, 1)),
                 nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),                                  # a map less to keep for the backward pass
             )
@@ -151,7 +151,7 @@ class Discriminator(nn.Module):
             if size in attention:
                 self.attention[f"d{size}"] = SelfAttention(width, pool)
             channels = width
-        self.to_logit = nn.Conv2d(channels, 1, 4)
+        self.to_logit = ToVector(channels, 1, 4)
 
     def forward(self, image):
         x = image

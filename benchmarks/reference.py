@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from convolutions import FromVector, ToVector
 from cost import OneBatch, Side
 from diffaug import augment
 from families import FAMILIES
+from fastgan_models import GLU
 from precision import Precision
 from sagan_models import SelfAttention
 
@@ -31,17 +33,18 @@ class PlainAttention(SelfAttention):
         return self.gamma * out + x
 
 
+PUBLISHED = {SelfAttention: PlainAttention, GLU: nn.GLU, FromVector: nn.ConvTranspose2d, ToVector: nn.Conv2d}
+
+
 def published(net):
-    """The product's network, its spectral norm, attention and gates replaced by the published kind. In place."""
+    """The product's network, its layers and its spectral norm replaced by the published kind. In place."""
     for layer in net.modules():
-        if isinstance(layer, SelfAttention):
-            layer.__class__ = PlainAttention
-        if isinstance(layer, nn.GLU):
-            layer.__class__ = nn.GLU
-        if nn.utils.parametrize.is_parametrized(layer, "weight"):
+        normed = nn.utils.parametrize.is_parametrized(layer, "weight")
+        if normed:
             nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            transposed = isinstance(layer, nn.ConvTranspose2d)
-            spectral_norm(layer, dim=1 if transposed else 0)
+        layer.__class__ = PUBLISHED.get(type(layer), type(layer))
+        if normed:
+            spectral_norm(layer, dim=1 if isinstance(layer, nn.ConvTranspose2d) else 0)
     return net
 
 

@@ -7,6 +7,7 @@ from torch.nn.utils import parametrize
 
 from fastgan_models import (
     Discriminator,
+    Double,
     Generator,
     Noise,
     SpatialAttention,
@@ -269,6 +270,20 @@ def test_maps_that_autocast_began_in_bf16_stay_so(device):
     assert set(found) >= {"Double", "Noise", "BatchNorm2d", "GLU"}
     del found["Double"]                             # the first: its input was fp32
     assert set(found.values()) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_the_compiler_sees_doubles_to_the_same_maps_and_gradients(layout):
+    double, found = Double(scale_factor=2), []
+    for layer in (double, torch.compile(double, backend="eager")):
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 3, 4).to(memory_format=layout).requires_grad_()
+        maps = layer(x)
+        (maps * torch.randn(2, 5, 6, 8)).sum().backward()
+        found.append((maps, x.grad))
+    assert found[1][0].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
 
 
 @pytest.mark.gpu
