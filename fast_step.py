@@ -111,7 +111,8 @@ class FastStep:
         for net in self.networks:
             net.zero_grad(set_to_none=True)
         kind = "" if isinstance(error, Unusable) else f"{type(error).__name__}: "
-        return kind + (str(error).strip().splitlines() or [""])[0]
+        first, *rest = str(error).strip().splitlines() or [""]
+        return kind + (f"{first} {rest[0]}" if first.endswith(":") and rest else first)
 
     def _leave(self, way, problem):
         """Back to the plain step, without `way`; a `problem`, if there is one, is said."""
@@ -123,8 +124,8 @@ class FastStep:
     def _made(self, ways, images):
         """The step by these ways. Each has run before the next begins: a compiler works when it is first called."""
         step = self.body
-        for way in ways:
-            if step is not self.body:
+        for number, way in enumerate(ways):
+            if number:
                 with self._undone():
                     step(images)
             step = way.start(step, images)

@@ -80,6 +80,8 @@ def ways(training, clock, kind, always=False, seconds=0.05):
             if kind == "fails midway":
                 training.net(images[0]).sum().backward()
                 raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+            if kind == "does not compile":
+                raise RuntimeError("backend='inductor' raised:\nNoCompiler: install one\nSet TORCHDYNAMO_VERBOSE=1")
             stats = step(images)
             if kind == "other random numbers":
                 torch.rand(1)
@@ -113,7 +115,8 @@ def assert_equal(found, expected):
 @pytest.mark.parametrize(("kind", "word"), [
     ("other losses", "loss was"), ("not finite", "loss was nan"), ("other gradients", "weights otherwise"),
     ("no update", "weights otherwise"), ("other random numbers", "other random numbers"),
-    ("fails midway", "(RuntimeError: CUDA error: operation not permitted)"), ("cannot start", "(it takes a GPU)")])
+    ("fails midway", "(RuntimeError: CUDA error: operation not permitted)"), ("cannot start", "(it takes a GPU)"),
+    ("does not compile", "(RuntimeError: backend='inductor' raised: NoCompiler: install one)")])
 @pytest.mark.parametrize("always", [False, True])
 def test_a_way_that_is_not_the_same_is_said_once_and_leaves_no_trace(clock, capsys, kind, word, always):
     plain = Training()
@@ -156,22 +159,28 @@ def test_each_way_builds_on_the_one_before(clock):
 
 
 def test_a_way_is_judged_by_what_the_next_makes_of_it(clock, capsys):
-    training = Training()
-    training.step = taking(clock, 1.0, training.step)
-    recorded = []
+    training, plain = Training(), None
+    state = SimpleNamespace(compiled=False, ran=False)
+
+    def body(images):
+        clock.now += 1.5 if state.compiled else 1.0             # slower where each kernel is started by itself
+        state.ran = state.compiled
+        return plain(images)
+
+    plain, training.step = training.step, body
 
     def compile(step, images):
-        return taking(clock, 0.5, step)                         # slower where each kernel is started by itself
+        state.compiled = True                                   # of what the step calls: the step is the same
+        return step
 
     def record(step, images):
-        recorded.append(step)
-        return taking(clock, -0.5 if step == training.step else -1.2, step)
+        assert state.ran == state.compiled, "what is compiled at its first call cannot be recorded at it"
+        return taking(clock, -1.2 if state.compiled else -0.5, step)
 
     step = training.fast(Way("compile", False, compile), Way("record", False, record))
     training.after(step, fast_step.WARM_UP + 1)
     assert capsys.readouterr().out.splitlines() == [
         "--record: a step takes 500 ms, a plain one 1e+03", "--compile: a step takes 300 ms, a plain one 1e+03"]
-    assert len(recorded) == 2
 
 
 def test_what_cannot_be_made_again_is_left_too(clock, capsys):
