@@ -2,9 +2,16 @@
 
 import io
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +132,57 @@ def torchrun(script, *flags):
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
+
+
+def two_processes(script, *flags):
+    """What `torchrun` does, by two processes that have imported everything: else it takes each two seconds more.
+
+    `each` is what either printed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2",
+                   "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as place:
+        written = [[Path(place) / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(2)]
+        running = []
+        for rank, paths in enumerate(written):
+            environment = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments = (str(script), [*map(str, flags)], os.getcwd(), paths, environment)
+            running.append(_warm().Process(target=_run_script, args=arguments))
+            running[-1].start()
+        end = time.monotonic() + 120
+        while any(process.is_alive() for process in running) and time.monotonic() < end:
+            if any(process.exitcode for process in running):    # torchrun ends the others too
+                end = min(end, time.monotonic() + 5)
+            time.sleep(0.02)
+        for process in running:
+            process.kill()
+            process.join()
+        out, err = ([path.read_text(encoding="utf-8") for path in paths] for paths in zip(*written, strict=True))
+    code = max(abs(process.exitcode) for process in running)
+    return SimpleNamespace(returncode=code, stdout="".join(out), stderr="".join(err), each=out)
+
+
+@cache
+def _warm():
+    """A source of processes that have imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "torch._dynamo"])
+    with pytest.MonkeyPatch.context() as only_there:
+        only_there.setenv("PYTHONPATH", os.pathsep.join([str(Path(MAIN).parent), str(Path(__file__).parent)]))
+        only_there.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def _run_script(script, flags, folder, written, environment):
+    for number, path in enumerate(written, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = [script, *flags]
+    runpy.run_path(script, run_name="__main__")
 
 
 # ---- pictures ----

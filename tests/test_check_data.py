@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import data_config, encode, fill, fill_lmdb, gradient, torchrun
+from conftest import data_config, encode, fill, fill_lmdb, gradient, two_processes
 from PIL import Image
 
 import check_data
@@ -470,7 +470,7 @@ def test_two_processes_check_once_and_train_on_the_same(home):
     from conftest import MAIN, TINY
 
     many(home)
-    done = torchrun(MAIN, *TINY, *FLAGS, "--version", "two", "--num_workers", 1, "--hflip", "true")
+    done = two_processes(MAIN, *TINY, *FLAGS, "--version", "two", "--num_workers", 1, "--hflip", "true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("1 of 132 cannot be used") == 1 and done.stdout.count("decoded cache") == 1
     assert len(list(Path("pictures/.decoded").iterdir())) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lines, torchrun
+from conftest import lines, two_processes
 from PIL import Image
 
 import checkpoint
@@ -266,7 +266,7 @@ def test_a_run_without_its_pictures_is_told_what_is_missing(run, pictures, small
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips, monkeypatch):
-    """A real torchrun: work is shared out, gathered, and written once."""
+    """Work is shared out, gathered, and written once."""
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
     script = tmp_path / "two.py"
     script.write_text(f"""
@@ -280,7 +280,7 @@ sys.exit(main.main(sys.argv[1:]))
 """)
     flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics", "fid,kid,pr,is,swd,nearest,lpips",
              "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
-    two = torchrun(script, *flags)
+    two = two_processes(script, *flags)
     assert two.returncode == 0, two.stderr
     monkeypatch.setattr(perceptual, "STARTS", 64)
     assert run(*flags, tiny=False)[0] == 0

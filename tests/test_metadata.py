@@ -1,15 +1,12 @@
 """Metadata: what is taken from pictures and when, the bank's statistics, what G is fed."""
 
-import os
-import subprocess
-import sys
 import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import data_config
+from conftest import data_config, two_processes
 from PIL import Image
 
 import metadata
@@ -354,7 +351,7 @@ PROCESS = """
 import os, sys, time
 from datetime import timedelta
 import torch.distributed as dist
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 import failures, metadata, test_metadata, vgg
 from data_loader import build_dataset
 
@@ -366,7 +363,7 @@ def slow(*words):
     time.sleep(2.5)
     return load(*words)
 vgg.load = slow
-config = test_metadata.make_config("pictures", cache_path=sys.argv[3])
+config = test_metadata.make_config("pictures", cache_path=sys.argv[2])
 try:
     bank = metadata.find_bank(config, build_dataset(config), "cpu")
     print(bank.rows.float().sum().item(), bank.rows.float().std().item())
@@ -376,19 +373,17 @@ dist.destroy_process_group()
 """
 
 
-def two_processes(cache_path):
-    rooms = [str(Path(metadata.__file__).parent), str(Path(__file__).parent)]
-    command = [sys.executable, "-c", PROCESS, *rooms, cache_path]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                env={**os.environ, "RANK": str(rank)}) for rank in range(2)]
-    done = [process.communicate(timeout=60) for process in running]
-    assert [process.returncode for process in running] == [0, 0], done
-    return [out.splitlines() for out, _ in done]
+def answers(cache_path):
+    script = Path("process.py")
+    script.write_text(PROCESS)
+    done = two_processes(script.absolute(), Path(__file__).parent, cache_path)
+    assert done.returncode == 0, done.stderr
+    return [out.splitlines() for out in done.each]
 
 
 @pytest.mark.slow
 def test_the_first_process_takes_them_and_the_others_wait_beyond_any_timeout(folder):
-    first, second = two_processes("cache")
+    first, second = answers("cache")
     assert first[-1] == second[-1] and len(second) == 1
     bank = find(folder)
     assert float(first[-1].split()[1]) == bank.rows.float().std().item()
@@ -397,7 +392,7 @@ def test_the_first_process_takes_them_and_the_others_wait_beyond_any_timeout(fol
 @pytest.mark.slow
 def test_several_processes_need_a_cache(folder):
     Path("blocked").write_text("a file")
-    first, second = two_processes("blocked")
+    first, second = answers("blocked")
     assert "--cache_path: cannot write" in first[-1]
     assert "--cache_path blocked: the first process left no" in second[0]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import torchrun
+from conftest import two_processes
 
 import perceptual
 import vgg
@@ -397,7 +397,7 @@ distributed.barrier()
 distributed.stop()
 """)
     # not its exit code: gloo's threads now and then abort a process that is ending, when both have written
-    result = torchrun(script)
+    result = two_processes(script)
     assert (tmp_path / "0.pth").exists() and (tmp_path / "1.pth").exists(), result.stderr
     one, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     real, fake = smooth(67), smooth(70, seed=1)

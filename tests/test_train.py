@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, TINY, SmallInception, assert_same_state, lines, state, torchrun
+from conftest import MAIN, TINY, SmallInception, assert_same_state, lines, state, torchrun, two_processes
 from PIL import Image
 
 import checkpoint
@@ -369,20 +369,17 @@ def test_an_interrupt_saves_first(tmp_path, monkeypatch, number, code):
     assert state("a", step)["step"] == step
 
 
-def test_a_second_process_in_the_same_folder_ends_with_6(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_second_process_in_the_same_folder_ends_with_6(run):
     process = start("--version", "a", "--sample_step", 5)
     try:
         wait_for("samples/a/0000005_fake.png")
-        other = start("--version", "a")
-        _, err = other.communicate(timeout=60)
-        assert other.returncode == 6 and "another process is training" in err
+        code, _, err = run("--version", "a")
+        assert code == 6 and "another process is training" in err
     finally:
         process.kill()
         process.communicate()
-    after_a_kill = start("--version", "a", "--total_step", 1)
-    out, err = after_a_kill.communicate(timeout=60)
-    assert after_a_kill.returncode == 0, err
+    code, _, err = run("--version", "a", "--total_step", 1)
+    assert code == 0, err
 
 
 @pytest.mark.slow
@@ -392,8 +389,8 @@ def test_two_processes_train_one_run(tmp_path, monkeypatch):
     straight = torchrun(MAIN, *TINY, "--version", "straight", "--total_step", 4)
     assert straight.returncode == 0, straight.stderr
     assert straight.stdout.count("starting 'straight'") == 1
-    torchrun(MAIN, *TINY, "--version", "resumed", "--total_step", 2)
-    torchrun(MAIN, *TINY, "--version", "resumed", "--total_step", 4)
+    for steps in (2, 4):
+        assert two_processes(MAIN, *TINY, "--version", "resumed", "--total_step", steps).returncode == 0
     assert_same_state(state("straight", 4), state("resumed", 4))
     assert state("straight", 4)["samples_seen"] == 16
     one, other = (states["torch"] for states in state("straight", 4)["random"])
@@ -421,7 +418,7 @@ assert distributed.any_process(place.rank == 1, place.device)
 distributed.say("checked")
 distributed.stop()
 """)
-    result = torchrun(script)
+    result = two_processes(script)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "checked\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, assert_same_state, lines, state, torchrun
+from conftest import MAIN, assert_same_state, lines, state, two_processes
 from PIL import Image
 
 import fastgan_models
@@ -188,7 +188,7 @@ def test_dry_run_counts_fastgans_parameters_and_touches_no_cache(fastgan):
 def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (*FASTGAN, "--image_path", pictures, "--vgg_weights", "random")
-    straight = torchrun(MAIN, *flags, "--version", "straight", "--total_step", 2)
+    straight = two_processes(MAIN, *flags, "--version", "straight", "--total_step", 2)
     assert straight.returncode == 0, straight.stderr
     assert len(list(Path("cache/metadata").iterdir())) == 1
     assert straight.stdout.count("taking relu5_3 of VGG-16") == 1
