@@ -119,11 +119,12 @@ class RealBatches:
         self._from_workers = None
         self._decoded = False
         self._look_again()
-        if config.num_workers > 0 and not self._decoded:
+        readers = workers.readers(config, world)
+        if readers > 0 and not self._decoded:
             loader = DataLoader(
                 self.samples,
                 batch_sampler=map(self._numbers, count(first_sample, config.batch_size)),
-                num_workers=config.num_workers,
+                num_workers=readers,
                 collate_fn=workers.as_it_is,
                 worker_init_fn=workers.start,
                 pin_memory=self.pin,

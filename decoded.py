@@ -20,6 +20,7 @@ import torch
 
 import decode
 import utils
+import workers
 from datasets import Encoded, Pictures
 from distributed import after_first, say
 from failures import CheckpointError
@@ -243,12 +244,11 @@ def _gb(size: int) -> str:
 
 def _in_memory(dataset: Pictures, config) -> Pictures:
     """`dataset` behind a cache that ends with the program, or as it is where memory does not allow that."""
-    size, shared = len(dataset) * 3 * config.imsize**2, config.num_workers > 0
+    size, shared = len(dataset) * 3 * config.imsize**2, workers.readers(config) > 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun; each keeps its own
     room = min(MEMORY, available_memory() // 4 // processes)
-    if shared and os.path.isdir("/dev/shm"):
-        # A container may have 64 MB of it, and writing past that is a bus error. Batches need some too.
-        room = min(room, shutil.disk_usage("/dev/shm").free // 2 // processes)
+    if shared:
+        room = min(room, workers.shared_memory() // 2 // processes)     # batches need some too
     if size > room:
         return dataset
     try:

@@ -36,6 +36,16 @@ def boolean_or_auto(text):
     return "auto" if str(text).lower() == "auto" else boolean(text)
 
 
+def whole_or_auto(text):
+    """'auto' -> "auto"; else a whole number."""
+    if str(text).lower() == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor auto") from None
+
+
 def sizes(text):
     """'16,32' -> (16, 32), sorted, each once; 'none' -> ()."""
     if str(text).lower() == "none":
@@ -150,7 +160,8 @@ FLAGS = {
         Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures"),
         Flag("imsize", int, 64, "side of the pictures in pixels, a power of two: sagan 32 to 256, fastgan 64 to 1024"),
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
-        Flag("num_workers", int, 2, "loader processes; 0 loads in the training process", 0, 256),
+        Flag("num_workers", whole_or_auto, "auto", "loader processes until every picture is in the cache; 0 loads in "
+             "the training process; auto: one for each core, 8 at most", 0, 256),
         Flag("hflip", boolean, False, "mirror every other picture at random"),
         Flag("holdout", float, 0.0, "share of the pictures that is never trained on, for --metrics lpips; 0.1 is "
              "usual", 0.0, 0.5),

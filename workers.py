@@ -1,7 +1,9 @@
 """Loader processes: how they start, how they die, and a task spread over as many as there are cores."""
 
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from distributed import progress
 from failures import DataError
 
+MOST = 8        # loader processes by default
+BATCHES = 3     # that each holds at the most: two made ahead, one on its way
+
 
 def cores() -> int:
     """How many processors this process may use."""
@@ -17,6 +22,23 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # Linux alone tells
         return os.cpu_count() or 1
+
+
+def shared_memory() -> int:
+    """Bytes free for what processes share: a container may have 64 MB, and writing past that is a bus error."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
+
+
+def readers(config, world: int = 1) -> int:
+    """How many loader processes each of `world` trainings on this machine has.
+
+    `--num_workers auto`: one for each core, at most MOST, and no more than shared memory has room for.
+    """
+    if config.num_workers != "auto":
+        return config.num_workers
+    batch = config.batch_size // world * 3 * config.imsize**2       # bytes
+    room = shared_memory() // 2 // world // (BATCHES * batch)
+    return max(1, min(MOST, cores() // world, room))
 
 
 def start(worker: int):

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed  # noqa: E402 - found through the line above
 import loading  # noqa: E402
 import parameter  # noqa: E402
+import workers  # noqa: E402
 from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
 from failures import Failure  # noqa: E402
 from precision import Precision  # noqa: E402
@@ -104,7 +105,8 @@ def load(flags, seconds=None):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         loading.draw(folder, PICTURES)
-        readers = f"by {config.num_workers} processes" if config.num_workers else "by the training itself"
+        count = workers.readers(config)
+        readers = f"by {count} processes" if count else "by the training itself"
         loaded = {f"JPEGs of 178x218, {readers}": loading.ours(config, folder, place.device, folder, "--cache", "off"),
                   "from the cache": loading.filled(config, folder, place.device, folder)}
         sides = {"none: always the same pictures": Side(config, place)} | {name: Side(config, place) for name in loaded}

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,29 @@ def test_the_cores_that_count_are_those_of_this_process(monkeypatch):
     assert workers.cores() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     assert workers.cores() == 64
+
+
+@pytest.mark.parametrize(("cores", "shared", "world", "imsize", "expected"), [
+    (2, 2**30, 1, 64, 2), (16, 2**30, 1, 64, 8), (16, 2**30, 4, 64, 4), (1, 2**30, 2, 64, 1),
+    (16, 64 * 2**20, 1, 64, 8), (16, 64 * 2**20, 1, 128, 3), (16, 64 * 2**20, 1, 256, 1),   # a container's usual 64 MB
+    (16, None, 1, 256, 8)])                                                                # no such place
+def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, cores, shared, world, imsize, expected):
+    monkeypatch.setattr(workers, "cores", lambda: cores)
+    monkeypatch.setattr(workers.os.path, "isdir", lambda path: shared is not None)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
+    config = data_config(num_workers="auto", imsize=imsize, batch_size=64)
+    assert workers.readers(config, world) == expected
+    config.num_workers = 5
+    assert workers.readers(config, world) == 5
+
+
+def test_by_default_workers_load(ten, monkeypatch):
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    batches = open_batches(ten, num_workers="auto")
+    first = next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    assert torch.equal(first, next(open_batches(ten)))
+    batches.close()
 
 
 @pytest.mark.slow

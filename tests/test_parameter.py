@@ -40,6 +40,7 @@ README = Path(__file__).parent.parent / "README.md"
     ("--g_conv_dim 0", "--g_conv_dim 0"),
     ("--num_samples 0", "--num_samples 0"),
     ("--num_workers -1", "--num_workers -1"),
+    ("--num_workers many", "--num_workers: 'many' is neither a whole number nor auto"),
     ("--g_lr 0", "--g_lr 0.0"),
     ("--g_lr nan", "--g_lr nan"),
     ("--beta1 1.0", "--beta1 1.0: must be in [0, 1)"),
