@@ -52,7 +52,7 @@ def run(argv):
     import evaluate
     import precision
     import sampler
-    import trainer
+    import training
     import utils
     import vgg
     import workers
@@ -74,7 +74,7 @@ def run(argv):
             return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
-        return trainer.train(config, dataset, place)
+        return training.train(config, dataset, place)
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "
                       "--g_conv_dim and --d_conv_dim") from None

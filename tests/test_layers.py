@@ -14,7 +14,7 @@ LAYERS = {
     "perceptual": 6, "metadata": 6,
     "families": 7, "scores": 7,
     "trainer": 8, "sampler": 8,
-    "cost": 9,
+    "training": 9, "cost": 9,
     "evaluate": 10,
     "main": 11,
 }

@@ -21,6 +21,7 @@ import checkpoint
 import inception
 import metrics
 import trainer
+import training
 
 
 def test_a_run_writes_what_the_readme_promises(run):
@@ -457,7 +458,7 @@ def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_i
         pages.append(max(scored(config.version)))
 
     pages = []
-    monkeypatch.setattr(trainer.page, "write_pages", write_pages)
+    monkeypatch.setattr(training.page, "write_pages", write_pages)
     code, out, _ = run(*measuring(pictures), "--version", "a", "--total_step", 5, "--use_tensorboard", "true",
                        "--metrics", "fid,kid,pr,is,swd")
     assert code == 0

@@ -171,7 +171,7 @@ def test_d_learns_to_reconstruct(fastgan):
 
 def test_families_differ_in_one_place():
     root = Path(MAIN).parent
-    for room in ("trainer.py", "sampler.py", "main.py", "gallery.py", "checkpoint.py", "data_loader.py"):
+    for room in ("trainer.py", "training.py", "sampler.py", "main.py", "gallery.py", "checkpoint.py", "data_loader.py"):
         code = (root / room).read_text(encoding="utf-8").split('"""', 2)[2]         # behind the module's docstring
         assert "config.model ==" not in code and '"fastgan"' not in code and '"sagan"' not in code, room
 
