@@ -26,8 +26,9 @@ import vgg
 from decode import find_pictures, picture_size
 from distributed import say
 from failures import DataError
+from flags import DURING_TRAINING, OF_FOLDERS
 from journal import Journal
-from parameter import DURING_TRAINING, OF_FOLDERS, Config
+from parameter import Config
 from scores import Score
 from utils import write_atomically
 

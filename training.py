@@ -21,8 +21,9 @@ import utils
 from data_loader import real_batches
 from distributed import say
 from failures import LockedError, NonFiniteError
+from flags import RUN_SETTINGS
 from journal import Journal
-from parameter import RUN_SETTINGS, as_json
+from parameter import as_json
 from trainer import Trainer
 
 RECORD_IMAGES = 64          # that batch statistics are measured on for a look; a checkpoint takes them all

@@ -34,6 +34,7 @@ import metrics  # noqa: E402
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from failures import CheckpointError, DataError, Failure, LockedError, UsageError  # noqa: E402
+from flags import boolean, one_of  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
 from utils import lock_folder, write_atomically  # noqa: E402
 
@@ -359,7 +360,7 @@ def at_least(low):
 
 def some_variants(text):
     """'baseline,+SLAE' -> those Variants, in the table's order."""
-    name = parameter.one_of(*(variant.name for variant in VARIANTS))
+    name = one_of(*(variant.name for variant in VARIANTS))
     asked = [name(part) for part in text.split(",")]
     return tuple(variant for variant in VARIANTS if variant.name in asked)
 
@@ -395,7 +396,7 @@ def parse(argv):
         help="some of baseline,+SLAE,+metadata,both (default: all)")
     add("--samples", type=at_least(2), default=1000, metavar="N",
         help="pictures drawn from each run for the scores (default: 1000)")
-    add("--all_draws", type=parameter.boolean, nargs="?", const=True, default=False, metavar="BOOL",
+    add("--all_draws", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="a row for each way to draw metadata: mix, bank, gauss (default: mix alone)")
     add("--score", type=score_command, action="append", default=[], metavar="COMMAND",
         help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "

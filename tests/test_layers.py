@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "failures": 0,
+    "failures": 0, "flags": 0,
     "parameter": 1, "utils": 1, "distributed": 1, "diffaug": 1, "toy_faces": 1, "convolutions": 1,
     "precision": 2, "checkpoint": 2, "gallery": 2, "decode": 2, "weights": 2, "journal": 2, "workers": 2,
     "spectral": 3, "fast_step": 3, "vgg": 3, "cache": 3, "datasets": 3, "page": 3, "inception": 3,

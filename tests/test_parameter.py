@@ -9,7 +9,8 @@ import pytest
 
 import parameter
 from failures import UsageError
-from parameter import FLAGS, resolve
+from flags import FLAGS, PRESETS
+from parameter import resolve
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -181,7 +182,7 @@ def test_attention_moves_with_the_image_size():
 
 
 def test_a_preset_fills_only_what_was_left_unset():
-    preset = parameter.PRESETS["sagan"]["cpu"]
+    preset = PRESETS["sagan"]["cpu"]
     config = resolve({"preset": "cpu", "g_lr": 0.5})
     assert config.g_lr == 0.5
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
