@@ -167,8 +167,8 @@ def grow(flags):
     cells = [(imsize, usual.batch_size) for imsize in imsizes]
     cells += [(usual.imsize, batch) for batch in batches if batch != usual.batch_size]
     precision, peaks = Precision(usual.precision, place.device), []
-    yield (f"Ideal: a step's products at the speed of a {MATRIX} x {MATRIX} one in {precision.name}, measured before and "
-           "after each row.\n")
+    yield (f"Ideal: a step's products at the speed of a {MATRIX} x {MATRIX} one in {precision.name}, measured before "
+           "and after each row.\n")
     yield "| image size, px | batch | s per step | ideal, s | of the ideal speed | peak memory, MiB |"
     yield "|---|---|---|---|---|---|"
     for imsize, batch in cells:
