@@ -119,7 +119,7 @@ class RealBatches:
         self._from_workers = None
         self._decoded = False
         self._look_again()
-        readers = workers.readers(config, world)
+        readers = workers.readers(config)
         if readers > 0 and not self._decoded:
             loader = DataLoader(
                 self.samples,

@@ -22,7 +22,7 @@ import decode
 import utils
 import workers
 from datasets import Encoded, Pictures
-from distributed import after_first, say
+from distributed import after_first, on_this_machine, say
 from failures import CheckpointError
 
 FOLDER = ".decoded"  # hidden, so that it is not searched for pictures
@@ -244,8 +244,8 @@ def _gb(size: int) -> str:
 
 def _in_memory(dataset: Pictures, config) -> Pictures:
     """`dataset` behind a cache that ends with the program, or as it is where memory does not allow that."""
-    size, shared = len(dataset) * 3 * config.imsize**2, workers.readers(config) > 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun; each keeps its own
+    size, shared = len(dataset) * 3 * config.imsize**2, config.num_workers != 0
+    processes = on_this_machine()  # each keeps its own
     room = min(MEMORY, available_memory() // 4 // processes)
     if shared:
         room = min(room, workers.shared_memory() // 2 // processes)     # batches need some too

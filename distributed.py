@@ -128,6 +128,11 @@ def after_first(first, others):
     return result if is_first() else others()
 
 
+def on_this_machine():
+    """How many of the run's processes share this machine, as torchrun says; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_first():
     """True in a process that runs alone or has rank 0: the one that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0

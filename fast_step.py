@@ -100,6 +100,8 @@ class FastStep:
                 say(f"--{way.flag}: a step takes {found.seconds * 1000:.3g} ms, a plain one {plain.seconds * 1000:.3g}")
                 continue
             self._leave(way, problem)
+            if not kept:
+                continue
             try:
                 with self._undone():
                     self.step = self._made(kept, images)

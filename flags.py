@@ -27,14 +27,18 @@ def boolean_or_auto(text):
     return "auto" if str(text).lower() == "auto" else boolean(text)
 
 
-def whole_or_auto(text):
-    """'auto' -> "auto"; else a whole number."""
-    if str(text).lower() == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a whole number nor auto") from None
+def number_or(word, kind):
+    """A converter that accepts `word` and whole numbers; `kind` says in its refusal what those are."""
+
+    def convert(text):
+        if text == word:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is neither a {kind} nor {word}") from None
+
+    return convert
 
 
 def sizes(text):
@@ -71,16 +75,6 @@ def metrics(text):
     return tuple(dict.fromkeys(_METRIC(part) for part in text.split(",")))
 
 
-def step_or_best(text):
-    """'5000' -> 5000, 'best' -> "best"."""
-    if text == "best":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a step nor best") from None
-
-
 def one_of(*names):
     """A converter that accepts these names and suggests the nearest one for others."""
 
@@ -94,6 +88,7 @@ def one_of(*names):
     return convert
 
 
+whole_or_auto, step_or_best = number_or("auto", "whole number"), number_or("best", "step")
 _POLICY = one_of("color", "translation", "cutout")
 DURING_TRAINING = ("fid", "kid", "pr", "is", "swd")     # metrics of two sets of pictures that --metric_step can take
 OF_FOLDERS = (*DURING_TRAINING, "nearest")              # and --fake_dir

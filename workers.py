@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from distributed import progress
+from distributed import on_this_machine, progress
 from failures import DataError
 
 MOST = 8        # loader processes by default
@@ -29,16 +29,17 @@ def shared_memory() -> int:
     return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
 
 
-def readers(config, world: int = 1) -> int:
-    """How many loader processes each of `world` trainings on this machine has.
+def readers(config) -> int:
+    """How many loader processes each process of this run has.
 
     `--num_workers auto`: one for each core, at most MOST, and no more than shared memory has room for.
     """
     if config.num_workers != "auto":
         return config.num_workers
-    batch = config.batch_size // world * 3 * config.imsize**2       # bytes
-    room = shared_memory() // 2 // world // (BATCHES * batch)
-    return max(1, min(MOST, cores() // world, room))
+    processes = on_this_machine()
+    batch = config.batch_size // processes * 3 * config.imsize**2       # bytes, at the most
+    room = shared_memory() // 2 // processes // (BATCHES * batch)
+    return max(1, min(MOST, cores() // processes, room))
 
 
 def start(worker: int):

@@ -142,7 +142,7 @@ def two_processes(script, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2",
-                   "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+                   "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
     with tempfile.TemporaryDirectory() as place:
         written = [[Path(place) / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(2)]
         running = []

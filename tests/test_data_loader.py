@@ -221,10 +221,11 @@ def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, cores
     monkeypatch.setattr(workers, "cores", lambda: cores)
     monkeypatch.setattr(workers.os.path, "isdir", lambda path: shared is not None)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     config = data_config(num_workers="auto", imsize=imsize, batch_size=64)
-    assert workers.readers(config, world) == expected
+    assert workers.readers(config) == expected
     config.num_workers = 5
-    assert workers.readers(config, world) == 5
+    assert workers.readers(config) == 5
 
 
 def test_by_default_workers_load(ten, monkeypatch):

@@ -183,20 +183,27 @@ def test_a_way_is_judged_by_what_the_next_makes_of_it(clock, capsys):
         "--record: a step takes 500 ms, a plain one 1e+03", "--compile: a step takes 300 ms, a plain one 1e+03"]
 
 
-def test_what_cannot_be_made_again_is_left_too(clock, capsys):
-    plain = Training()
-    expected = plain.after(plain.step)
-    training, started = Training(), []
-    training.step = taking(clock, 1.0, training.step)
+def recording(clock, fails_at=None):
+    """Way "record", which halves a second, and the steps that it was started on, at the `fails_at`th without room."""
+    started = []
 
     def record(step, images):
         started.append(step)
-        if len(started) == 3:
+        if len(started) == fails_at:
             raise torch.OutOfMemoryError("no room")
         return taking(clock, -0.5, step)
 
+    return Way("record", False, record), started
+
+
+def test_what_cannot_be_made_again_is_left_too(clock, capsys):
+    plain = Training()
+    expected = plain.after(plain.step)
+    training = Training()
+    training.step = taking(clock, 1.0, training.step)
     found, _ = ways(training, clock, "other losses")
-    assert_equal(training.after(training.fast(*found, Way("record", False, record))), expected)
+    way, _ = recording(clock, fails_at=3)
+    assert_equal(training.after(training.fast(*found, way)), expected)
     assert [line.split(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
         "--record: a step takes 500 ms, a plain one 1e+03", *(
             f"note: --{flag} is of no use here, steps go on without it" for flag in ("quick", "record"))]
@@ -206,15 +213,11 @@ def test_what_cannot_be_made_again_is_left_too(clock, capsys):
 def test_what_was_kept_goes_on_where_the_way_before_it_is_of_no_use(clock, capsys, kind):
     plain = Training()
     expected = plain.after(plain.step)
-    training, started = Training(), []
+    training = Training()
     training.step = taking(clock, 1.0, training.step)
-
-    def record(step, images):
-        started.append(step)
-        return taking(clock, -0.5, step)
-
     found, calls = ways(training, clock, kind, seconds=0.1)
-    step = training.fast(*found, Way("record", False, record))
+    way, started = recording(clock)
+    step = training.fast(*found, way)
     assert_equal(training.after(step), expected)
     assert started[0] == started[-1] == training.step, "recorded anew, on the plain step"
     out = capsys.readouterr().out.splitlines()
