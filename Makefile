@@ -1,11 +1,13 @@
 # make demo    set up .venv, train on toy faces, say where to look
 # make test    set up .venv, run the whole suite, a process and a thread for each core
+# make soak    the tests that take too long for every change
 # make lint    ruff over everything
+# make docs    write docs/flags.md from the flags
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint docs clean
 
 demo: .venv/ready
 	$(PY) main.py --dataset toy --imsize 32 --preset cpu --version demo --total_step 5000 --sample_step 250
@@ -13,8 +15,14 @@ demo: .venv/ready
 test: .venv/ready-for-tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
+soak: .venv/ready-for-tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m soak
+
 lint: .venv/ready-for-tests
 	$(PY) -m ruff check .
+
+docs: .venv/bin/python
+	$(PY) docs/write_flags.py
 
 clean:
 	rm -rf .venv

@@ -1,20 +1,21 @@
 """DiffAugment: the same kinds of differentiable augmentation on real and fake images (Zhao et al. 2020,
-arXiv 2006.10738), so that D cannot learn a small training set by heart and G is not taught the augmentation.
+arXiv 2006.10738), which keeps D from memorizing a small training set without G learning the augmentations.
 
     augment(images, ("color", "translation"))      images (B, 3, H, W) in [-1, 1]; same shape, gradient kept
 
-Every image draws its own amounts from the global random state. A new policy is one function and one row of `POLICIES`.
+Each image is augmented by amounts of its own, drawn from the global random state. A new policy is one function and one
+row of `POLICIES`.
 """
 
 import torch
 from torch.nn import functional as F
 
-SHIFT = 1 / 8       # of the side: the furthest that `translation` moves an image
-CUT = 1 / 2         # of the side: the square that `cutout` blanks
+SHIFT = 1 / 8       # maximal shift of `translation`, as a fraction of the side
+CUT = 1 / 2         # side of the square of `cutout`, as a fraction of the side
 
 
 def color(x):
-    """Brightness by ±0.5, saturation by 0 to 2, contrast by 0.5 to 1.5."""
+    """Add up to ±0.5 to brightness; scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
     B = x.size(0)
     brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=x.device, dtype=x.dtype)
     x = x + (brightness - 0.5)
@@ -25,7 +26,7 @@ def color(x):
 
 
 def translation(x):
-    """A shift by up to 1/8 of each side; what moves in is 0, mid grey."""
+    """Shift by up to 1/8 of each side; pad with 0, mid grey."""
     B, _, H, W = x.size()
     down, right = round(H * SHIFT), round(W * SHIFT)
     padded = F.pad(x, (right, right, down, down))                       # (B, 3, H + 2 down, W + 2 right)
@@ -39,7 +40,7 @@ def translation(x):
 
 
 def cutout(x):
-    """A square of half the side, anywhere (partly outside too), becomes 0, mid grey."""
+    """Set a square of half the side, anywhere (partly outside too), to 0, mid grey."""
     B, _, H, W = x.size()
     centre_y = torch.randint(0, H + 1, (B, 1), device=x.device)
     centre_x = torch.randint(0, W + 1, (B, 1), device=x.device)
@@ -52,7 +53,7 @@ POLICIES = {"color": color, "translation": translation, "cutout": cutout}
 
 
 def augment(images, policies):
-    """Apply the named `policies` in their order; () leaves the images as they are."""
+    """Apply the named `policies` in order; () returns the images unchanged."""
     for name in policies:
         images = POLICIES[name](images)
     return images

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Fetches a data set or weights, checks them against a hash and unpacks them where the program looks for them.
-# Needs bash, curl and python3. Nothing is unpacked, and nothing gets its final name, before its hash is right where one
-# is known, and before the whole of it has been unpacked.
+# Downloads a data set or weights, verifies the hash and unpacks the archive to where the program looks for it.
+# Needs bash, curl and python3. An archive is unpacked only after its hash, if one is known, has been verified; the
+# folder gets its final name only after everything is unpacked.
 #
 # A new source is one line of the table:
 #   names | parts | folder under --to | archive | its bytes | bytes unpacked | hash | terms | URLs, tried in order |
-#   what comes next | where else to look when no URL works
-# WORD stands for the part that was asked for, or for the name where there are no parts; a name without a part takes
-# the first. In "what comes next" TO and TARGET are folders, SET is one of those in TARGET, and [] is left out when
-# --to is the program's own default.
-# With a hash, the folder ends with the archive's own top folder; a .pth is no archive and is copied into it as it is.
-# Third parties' copies and plain http are safe then. Without one the archive's layout is not known either: its only
-# top folder, or else all that it holds, becomes the folder. What came is held against the hash of the first time.
-# Bytes that are not known are left empty: the server is asked. "Bytes unpacked" is rounded up, file system blocks
-# included: it serves the check before the download, as the archive tells more exactly after it.
+#   the command to run next | where else to look if no URL works
+# WORD stands for the requested part, or for the name if there are no parts; a name without a part selects the first
+# part. In the next command, TO and TARGET are folders, SET is one of the folders in TARGET, and [...] is left out if
+# --to is the program's default.
+# With a hash, the last part of the folder is the archive's top folder; a .pth is not an archive and is copied into
+# the folder. Third-party mirrors and plain http are then safe. Without a hash, the archive's layout is not known
+# either: its only top folder, or else all of its contents, becomes the folder. Later downloads are checked against
+# the sha256 of the first one. An unknown size is left empty: the server is asked. "Bytes unpacked" is rounded up and
+# includes file system blocks: it serves the check before the download; after it, the archive gives the exact size.
 #
-# Beside the data lie, by the archive's name: .part and .whole, a download that is under way and one that could not be
-# unpacked yet; .sha256, the hash of what came from a source that publishes none.
+# Files beside the data, named after the archive: .part, an incomplete download; .whole, a complete one that could not
+# be unpacked yet; .sha256, the hash of the first download from a source that publishes none.
 # Exit codes: 0 done, 2 usage, 3 data, 5 disk, 6 another download of the same set is running, 1 anything else.
 set -euo pipefail
 set -f  # URLs hold question marks
@@ -75,7 +75,7 @@ while [ $# -gt 0 ]; do
             shift ;;
         -*) fail 2 "unknown option $1; bash download.sh --help lists the options" ;;
         *) if [ -z "$name" ]; then name=$1; elif [ -z "$part" ]; then part=$1; else
-               fail 2 "$1 is one word too many; give one data set at a time"; fi ;;
+               fail 2 "unexpected argument $1; give one data set at a time"; fi ;;
     esac
     shift
 done
@@ -100,7 +100,7 @@ id=$name${part:+-$part}
 target=$to/$folder lock=$to/.$id.lock scratch=$to/.$id.unpack
 partial=$to/$file.part whole=$to/$file.whole record=$to/$file.sha256
 put() { case $next in *"$1"*) next=${next%%"$1"*}$2${next#*"$1"} ;; esac; }
-closing() {  # how to go on, in words that can be pasted
+closing() {  # prints the next command, ready to paste
     if [ "$to" -ef data ]; then next=${next%%\[*}; else put '[' ''; put ']' ''; fi
     case $next in *TARGET*) put TARGET "$(printf %q "$target")" ;; *) put TO "$(printf %q "$to")" ;; esac
     say "next: $next"
@@ -126,14 +126,14 @@ if [ -z "$hash" ]; then
         expected=$(tr A-F a-f <<<"$expected")
         case $expected in *[!0-9a-f]*) expected='' ;; esac
         [ ${#expected} -eq 64 ] || fail 3 \
-            "$record does not begin with a sha256: correct it, or delete it to accept what comes; then run this again"
+            "$record does not begin with a sha256: correct it, or delete it to accept any archive; then run this again"
     fi
 fi
 say "$id, terms of use: $terms"
 
-# Python runs as "python3 -IS": isolated, so that no module of the current folder stands in for one of its own.
+# Python runs isolated ("python3 -IS"), so that no module in the current folder shadows one of the standard library.
 child='' owned=''
-run() {  # in the background, since bash answers a signal only after a foreground command has ended
+run() {  # in the background: bash handles a signal only after a foreground command has ended
     "$@" <&0 &
     child=$!
     local code=0
@@ -145,13 +145,13 @@ cleanup() {
     if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; wait "$child" 2>/dev/null || true; fi
     [ -z "$owned" ] || rm -rf "$scratch" "$lock"
 }
-interrupted() { fail "$1" "interrupted; run the same command again to go on from here"; }
+interrupted() { fail "$1" "interrupted; run the same command again to resume"; }
 trap cleanup EXIT
 trap 'interrupted 129' HUP
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-stale() {  # a lock of another host is never stale: its processes cannot be seen from here
+stale() {  # a lock of another host is never stale: its processes are not visible from this host
     local host pid
     read -r host pid 2>/dev/null <"$lock/owner" && [ "$host" = "$HOSTNAME" ] || return 1
     ! kill -0 "$pid" 2>/dev/null && ! ps -p "$pid" >/dev/null 2>&1  # kill fails on other users' processes
@@ -159,7 +159,7 @@ stale() {  # a lock of another host is never stale: its processes cannot be seen
 take_lock() {
     if ! mkdir "$lock" 2>/dev/null; then
         [ -d "$lock" ] || fail 5 "cannot write in $to: check its permissions and free space, or choose another --to"
-        # Of several that find the same stale lock one makes this folder; it looks again, as it may come late.
+        # Of several processes that find a stale lock, one creates this folder; it checks again, as it may be late.
         if stale && mkdir "$lock/takeover" 2>/dev/null; then
             if stale; then owned=1; else rmdir "$lock/takeover"; fi
         fi
@@ -172,17 +172,17 @@ take_lock() {
     rm -rf "$lock/takeover" "$lock/fetched" "$scratch"
 }
 
-check_space() {  # of the $1 bytes of the archive $2 are here
+check_space() {  # $1: bytes of the archive, $2: bytes of it already downloaded
     local missing=$(($1 - $2)) larger=${unpacked:-$1} free  # pictures do not shrink when packed
     free=$(python3 -IS -c 'import shutil, sys; print(shutil.disk_usage(sys.argv[1]).free)' "$to")
     [ "$free" -ge $((missing + larger)) ] || fail 5 \
-        "$to has $(gb "$free") free, needed are $(gb $((missing + larger))):" \
-        "$(gb "$missing") to download and $(gb "$larger") unpacked. Free space, or choose another disk with --to."
+        "$to has $(gb "$free") free, but $(gb $((missing + larger))) are needed:" \
+        "$(gb "$missing") to download and $(gb "$larger") unpacked. Free some space, or choose another disk with --to."
 }
 
 kind="zip or tar archive"
 [ -z "$hash" ] || kind=".${file##*.} file"
-is_archive() {  # torch.save wrote pickles (protocol 2) at first, zips later
+is_archive() {  # checks magic bytes; a .pth is a zip or, from older versions of torch.save, a pickle (protocol 2)
     case ${hash:+$file}:$(head -c 2 "$1" | od -An -tx1 | tr -d ' \n') in
         *.zip:504b | *.gz:1f8b | *.tgz:1f8b | *.pth:8002 | *.pth:504b | :504b | :1f8b) ;;
         :*) head -c 262 "$1" | tail -c 5 | grep -q ustar ;;
@@ -191,12 +191,12 @@ is_archive() {  # torch.save wrote pickles (protocol 2) at first, zips later
 }
 
 why='' got=''
-verify() {  # is $1 the archive of the table? If not, why says it.
+verify() {  # is $1 the archive of the table? If not, sets why.
     why="it is not a $kind, perhaps a web page saved under that name"
     is_archive "$1" || return 1
     run python3 -IS - "$1" "$algorithm" >"$lock/answer" <<'EOF' || { why="it cannot be read"; return 1; }
 import hashlib, sys
-digest = hashlib.new(sys.argv[2], usedforsecurity=False)  # machines in FIPS mode have md5 on these terms only
+digest = hashlib.new(sys.argv[2], usedforsecurity=False)  # FIPS mode allows md5 only with this flag
 with open(sys.argv[1], "rb") as f:
     while block := f.read(1 << 20):
         digest.update(block)
@@ -208,50 +208,50 @@ EOF
     [ -z "$expected" ] || [ "$got" = "$expected" ]
 }
 
-announced() {  # sets size to what the server says of $1, or to nothing
+announced() {  # sets size to the Content-Length of $1, or to nothing
     size=''
     run curl -fsIL -g --retry 2 --proto '=http,https' --connect-timeout 20 --max-time 60 --url "$1" \
-        >"$lock/answer" || return 0  # servers may refuse to answer this and yet send the file
+        >"$lock/answer" || return 0  # some servers refuse HEAD requests but send the file
     size=$(tr -d '\r' <"$lock/answer" | awk '
-        /^HTTP\// { bytes = page = "" }  # what came before was a redirect
+        /^HTTP\// { bytes = page = "" }  # headers so far were those of a redirect
         tolower($1) == "content-length:" { bytes = $2 }
         tolower($1) == "content-type:" { page = $2 ~ /^text\// }
         END { if (bytes ~ /^[1-9][0-9]*$/ && !page) print bytes }')
 }
 
-fetch() {  # downloads $1 to $whole, going on from $partial; 1 when it cannot, and why says it
+fetch() {  # downloads $1 to $whole, resuming from $partial; on failure returns 1 and sets why
     local size=$bytes into=$partial at_start before now most code http type attempt meter=-sS
     [ ! -t 2 ] || meter=-#
     [ -n "$size" ] || announced "$1"
     if [ -n "$size" ]; then
-        [ "$(size_of "$partial")" -le "$size" ] || rm -f "$partial"  # the beginning of another file
+        [ "$(size_of "$partial")" -le "$size" ] || rm -f "$partial"  # part of another file
         check_space "$size" "$(size_of "$partial")"
     else
-        into=$lock/fetched  # no telling a part from the whole: it must not outlive this run
+        into=$lock/fetched  # of unknown size, so a later run could not tell whether it is complete
     fi
     at_start=$(size_of "$into") now=$at_start most=$at_start
     say "fetching $file ($(gb "$size"), $(gb "$now") here) from $1"
     case ${hash:-$expected}$1 in
-        http://*) say "note: no encryption and no published hash, so nothing can prove that this is the original" ;;
+        http://*) say "note: no encryption and no published hash, so its authenticity cannot be verified" ;;
     esac
     for ((attempt = 0; attempt < tries && now != ${size:--1}; attempt++)); do
         run sleep $((attempt * pause))
         [ -n "$size" ] || { rm -f "$into"; now=0; }
         before=$now code=0 http='' type=''
-        # Not curl's own --retry: it throws away what the failed try had fetched, even with -C -.
+        # Not curl's --retry: it discards the bytes of the failed try, even with -C -.
         run curl -fL -g "$meter" -C - -o "$into" -w '%{http_code} %{content_type}' --proto '=http,https' \
             --connect-timeout 20 --speed-limit 1000 --speed-time 60 --url "$1" >"$lock/answer" || code=$?
         read -r http type <"$lock/answer" || true
         now=$(size_of "$into")
-        [ "$now" -le "$most" ] || most=$now attempt=0  # only tries that get no further count
+        [ "$now" -le "$most" ] || most=$now attempt=0  # count only tries without progress
         why="incomplete, $now of ${size:-unknown} bytes (curl error $code)"
         case $code in
-            1 | 3 | 60) return 1 ;;  # protocol, URL, certificate: no second try helps
+            1 | 3 | 60) return 1 ;;  # protocol, URL, certificate: retrying does not help
             22) why="HTTP error $http"
                 case $http in 408 | 429 | 5??) continue ;; *) return 1 ;; esac ;;
-            23) fail 5 "cannot write in $to: free space there, then run the same command again to go on" ;;
+            23) fail 5 "cannot write in $to: free space there, then run the same command again to resume" ;;
             33) why="it cannot resume and sent ${type:-something else}"
-                case $type in text/*) return 1 ;; esac  # a web page must not cost the bytes we have
+                case $type in text/*) return 1 ;; esac  # an error page must not delete the partial download
                 rm -f "$into"; at_start=0 now=0 ;;
             *)  if [ "$now" -gt 0 ] && ! is_archive "$into"; then
                     why="it sent ${type:-something} instead of a $kind (a quota or error page?)"
@@ -270,7 +270,7 @@ fetch() {  # downloads $1 to $whole, going on from $partial; 1 when it cannot, a
     [ "$now" = "$size" ] && mv -f "$into" "$whole"
 }
 
-unpack() {  # $1 -> scratch -> target in one rename, so that a folder with .complete is a whole one
+unpack() {  # $1 -> scratch, then rename to target: a folder with .complete is complete
     local code=0 pending=''
     if [ -z "$expected" ]; then
         pending=$lock/record
@@ -291,7 +291,7 @@ def admit(name, is_plain, size):
     global needed
     parts = name.replace("\\", "/").split("/")
     if parts[0] == "" or ":" in parts[0] or ".." in parts or not is_plain:
-        fail(3, f"{file} holds {name!r}, a link or a path out of its folder: not unpacked")
+        fail(3, f"{file} holds {name!r}, a link or a path outside its folder: not unpacked")
     needed += -(-size // 4096) * 4096
 
 def check_space():
@@ -320,14 +320,14 @@ try:
         with tarfile.open(path) as archive:
             for member in archive:
                 admit(member.name, member.isfile() or member.isdir(), member.size)
-            if not known:  # tarfile takes a header that it cannot read for the end, and skips gzip's checksum
+            if not known:  # tarfile takes an unreadable header for the end and skips gzip's checksum
                 archive.fileobj.seek(archive.offset)
                 if any(archive.fileobj.read(512) or b"?"):
-                    raise tarfile.ReadError("no end mark")
+                    raise tarfile.ReadError("no end-of-archive mark")
                 while archive.fileobj.read(1 << 20):
                     pass
             check_space()
-            # Pythons before 3.10.12 have no filters; the check above holds without one.
+            # Python before 3.10.12 has no extraction filters; `admit` has checked the paths anyway.
             archive.extractall(scratch, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     if not known:
         shutil.rmtree(os.path.join(scratch, "__MACOSX"), ignore_errors=True)
@@ -338,8 +338,8 @@ try:
         top = only if len(names) == 1 and os.path.isdir(only) else scratch
     if not os.path.isdir(top):
         fail(3, f"{file} holds no folder {os.path.basename(target)}")
-    if target.endswith("_lmdb") and not os.path.isfile(os.path.join(top, "data.mdb")):  # as --dataset lsun reads it
-        fail(3, f"{file} holds no data.mdb where one is expected, so it is no LSUN data set")
+    if target.endswith("_lmdb") and not os.path.isfile(os.path.join(top, "data.mdb")):  # which --dataset lsun reads
+        fail(3, f"{file} holds no data.mdb, so it is not an LSUN data set")
     with open(os.path.join(top, ".complete"), "w") as f:
         f.write(f"{file} {digest}\n")
     os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -347,10 +347,10 @@ try:
         os.replace(pending, record)
     os.rename(top, target)
 except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, struct.error,
-        LookupError, RuntimeError, ValueError) as error:  # the last three: zipfile at odd or encrypted members
+        LookupError, RuntimeError, ValueError) as error:  # the last three: from zipfile at invalid or encrypted members
     fail(3, f"{file} is damaged ({error})")
 except OSError as error:
-    if error.errno in (None, errno.EINVAL):  # gzip's own errors; a seek to where the file has no bytes
+    if error.errno in (None, errno.EINVAL):  # errors of gzip; a seek beyond the end of the file
         fail(3, f"{file} is damaged ({error})")
     fail(5, f"cannot unpack {file}: {error}")
 EOF
@@ -359,24 +359,24 @@ EOF
         3)  if [ -n "$from" ]; then
                 fail 3 "Take another copy for --from-file, from ${urls%% *} for instance."
             elif [ -n "$hash" ]; then
-                fail 3 "It is kept as $1. Its hash is right, so a new download would not help: please report it."
+                fail 3 "It is kept as $1. Its hash is correct, so another download would not help: please report it."
             fi
             rm -f "$1"
-            fail 3 "It was deleted. Run the same command again to fetch it anew. If that does not help, give another" \
+            fail 3 "It was deleted. Run the same command again to fetch it. If that does not help, give another" \
                 "copy with --mirror URL, or with --from-file FILE (from ${urls%% *} in a browser)." ;;
         5)  fail 5 "Free space in $to and run the same command again: the archive is kept. Or unpack it elsewhere:" \
                 "bash download.sh $name${part:+ $part} --from-file $(printf %q "$1") --to DIR" ;;
-        *) fail 1 "unpacking broke off: run the same command again" ;;
+        *) fail 1 "unpacking was interrupted: run the same command again" ;;
     esac
 }
 
-mkdir -p "$to" 2>/dev/null || fail 5 "--to $to: cannot make this folder; choose another one"
+mkdir -p "$to" 2>/dev/null || fail 5 "--to $to: cannot create this folder; choose another one"
 take_lock
 done_already
 archive=$from
 if [ -n "$from" ]; then
     verify "$from" || fail 3 "--from-file $from: $why." "Download $file again, from ${urls%% *} for instance."
-elif [ -f "$whole" ]; then  # an earlier run got it, but could not unpack it
+elif [ -f "$whole" ]; then  # an earlier run downloaded it but could not unpack it
     if verify "$whole"; then archive=$whole; else say "$whole is removed: $why" >&2; rm -f "$whole"; fi
 fi
 for url in $mirror $urls; do
@@ -389,7 +389,7 @@ for url in $mirror $urls; do
 done
 if [ -z "$archive" ]; then
     [ ! -f "$whole" ] || fail 3 \
-        "What came is kept as $whole: to accept it, delete $record" \
+        "The download is kept as $whole: to accept it, delete $record" \
         "and run the same command again. Or give another copy with --mirror URL or --from-file FILE."
     fail 3 "no source gave $file. Run the same command again later (it resumes), or add --mirror URL, or" \
         "download it in a browser, from ${urls%% *} for instance, and add --from-file FILE." \
@@ -400,10 +400,10 @@ if [ -n "$hash" ]; then
 elif [ -n "$expected" ]; then
     say "sha256 $got, as in $record; unpacking into $target"
 else
-    say "sha256 $got; none is published, so it goes into $record for the next time" "unpacking into $target"
+    say "sha256 $got; none is published, so it is stored in $record to check later downloads" "unpacking into $target"
 fi
 unpack "$archive"
-for leftover in "$partial" "$whole"; do  # but not what --from-file named
+for leftover in "$partial" "$whole"; do  # but not the file of --from-file
     [ "$leftover" -ef "$from" ] || rm -f "$leftover"
 done
 say "$id is ready in $target"

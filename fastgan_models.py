@@ -1,13 +1,13 @@
 """SLAE-FastGAN: FastGAN (Liu et al. 2021, arXiv 2101.04775) with spatial attention on its skip-layer excitations
 (Wu and Xu 2023, doi 10.12677/CSA.2023.132019) and metadata beside the noise.
 
-G turns 4x4 into imsize by blocks that double the size; skip layers let low maps gate the channels of high ones. D
-looks at the image through a deep path and at its half through an independent small one, and three decoders rebuild
-real images from D's maps: what keeps D from learning a small set by heart.
+G upsamples from 4x4 to imsize in blocks of factor 2; skip-layer excitations let low-resolution maps gate the channels
+of high-resolution ones. D has a deep path for the image and an independent small path for the downscaled image. Three
+decoders reconstruct real images from D's feature maps, which keeps D from memorizing a small training set.
 
-Both exist at 64, 128, 256, 512 and 1024 px. Below 256 the first blocks of D, the small branch and the decoders
-shrink with the image, and G's three skip pairs lead onto its last three maps. At 256 px and width 64, without `slae`
-and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
+Both networks support 64, 128, 256, 512 and 1024 px. Below 256 the first blocks of D, the small path and the decoders
+shrink with the image, and G's three skip connections lead to its last three maps. At 256 px and width 64, without
+`slae` and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convolutions import FromVector, ToVector
-from precision import exact
-from spectral import normalizer
+from device.precision import exact
+from layers import FromVector, ToVector, capture
+from spectral import maybe_spectral_norm
 
-METADATA = 512          # numbers of metadata behind z, where there are any
-LAST = 8                # height of the map that D's deep path ends with
+METADATA = 512          # length of the metadata vector appended to z
+LAST = 8                # height of the last map of D's deep path
 
-# Channels of a map by its height, in units of conv_dim: at 64 they are the published 1024, 512, ..., 8.
+# Channels of a map by its height, in units of conv_dim: conv_dim 64 gives the published 1024, 512, ..., 8.
 G_WIDTHS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1 / 2, 512: 1 / 4, 1024: 1 / 8}
 D_WIDTHS = {8: 8, 16: 4, 32: 2, 64: 1, 128: 1 / 2, 256: 1 / 4, 512: 1 / 8}
 
@@ -34,14 +34,14 @@ def small_size(imsize):
 
 
 def downscale(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size), anti-aliased; images of that size come back as they are."""
+    """(B, 3, H, W) -> (B, 3, size, size), anti-aliased; returns images of that size unchanged."""
     if images.size(-1) == size:
         return images
     return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def both_sizes(images):
-    """Real images (B, 3, imsize, imsize) as D takes them: [images, the same at `small_size`]."""
+    """Real images (B, 3, imsize, imsize) -> D's input: [images, the same downscaled to `small_size`]."""
     return [images, downscale(images, small_size(images.size(-1)))]
 
 
@@ -50,20 +50,20 @@ def _width(table, size, conv_dim):
 
 
 class _Layers:
-    """Makes the convolutions of one network, spectrally normalized or not."""
+    """Build the layers of one network, with or without spectral norm."""
 
     def __init__(self, sn):
-        self.wrap = normalizer(sn)
+        self.wrap = maybe_spectral_norm(sn)
 
     def conv(self, channels, out, kernel, stride=1, padding=0):
         return self.wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=False))
 
     def up(self, channels, out, noise=False):
-        """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block, or with `noise` the first half of the deep one."""
-        return nn.Sequential(Double(scale_factor=2), *self.gated(channels, out, noise))
+        """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block; with `noise`, the first half of the deep block."""
+        return nn.Sequential(Upsample2x(scale_factor=2), *self.gated(channels, out, noise))
 
     def deep_up(self, channels, out):
-        """(B, channels, H, W) -> (B, out, 2H, 2W): two convolutions, with noise after each."""
+        """(B, channels, H, W) -> (B, out, 2H, 2W): the deep block, two convolutions with noise after each."""
         return nn.Sequential(*self.up(channels, out, noise=True), *self.gated(out, out, noise=True))
 
     def gated(self, channels, out, noise=False):
@@ -75,11 +75,11 @@ class _Layers:
         yield GLU(dim=1)
 
 
-class Double(nn.Upsample):
-    """Each value four times, in x's own type: autocast would take fp32, which is exact no more than bf16 is."""
+class Upsample2x(nn.Upsample):
+    """Nearest-neighbour upsampling by 2, in x's dtype: autocast would use fp32, no more exact for copied values."""
 
     def forward(self, x):
-        if torch.compiler.is_compiling():       # else it would add up the gradient by four atomic additions a value
+        if torch.compiler.is_compiling():       # else the gradient takes four atomic additions per value
             B, C, H, W = x.size()
             x = x.permute(0, 2, 3, 1)[:, :, None, :, None]              # (B, H, 1, W, 1, C)
             return x.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
@@ -88,9 +88,9 @@ class Double(nn.Upsample):
 
 
 class GLU(nn.GLU):
-    """a * sigmoid(b) of the halves a, b of x's channels: torch's own, but its gradient lies in memory as x does.
+    """a * sigmoid(b) for the halves a, b of x's channels: torch's GLU, but its gradient keeps x's memory format.
 
-    torch's comes contiguous; on such a gradient a channels-last batch norm took seven times as long on a CPU.
+    torch's gradient is contiguous, with which a channels-last batch norm took seven times as long on a CPU.
     """
 
     def forward(self, x):
@@ -101,7 +101,7 @@ class GLU(nn.GLU):
 class Noise(nn.Module):
     """x + weight * noise, one N(0, 1) map per image for all channels; the weight starts at 0.
 
-    In evaluation the map is one fixed map for all images: a sample then depends on its z alone.
+    In eval mode all images share one fixed map, so that a sample depends on its z alone.
     """
 
     FIXED_SEED = 0
@@ -131,14 +131,14 @@ class SpatialAttention(nn.Module):
         self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x):
-        # not amax: its gradient looks for x's that equal the maximum, and compiled in bf16 none did
+        # not amax: its gradient goes to the values that equal the maximum, and compiled in bf16 none did
         largest = x.max(1, keepdim=True).values                                         # (B, 1, H, W)
         pooled = torch.cat([x.mean(1, keepdim=True), largest], dim=1)                   # (B, 2, H, W)
         return torch.sigmoid(self.conv(pooled))                                         # (B, 1, H, W)
 
 
 class SkipExcitation(nn.Module):
-    """source (B, C, h, w), target (B, C', H, W) -> target with each channel scaled by what the source says.
+    """source (B, C, h, w), target (B, C', H, W) -> target, each channel scaled by a gate computed from source.
 
     Skip-layer excitation (Liu et al. 2021, section 3.1); with a `kernel` the source is first multiplied by its
     spatial attention mask, which makes it SLAE (Wu and Xu 2023, section 3.1).
@@ -159,8 +159,8 @@ class SkipExcitation(nn.Module):
 
 
 def _to_4x4(x):
-    """(B, C, H, H) -> (B, C, 4, 4): means of squares. On CUDA adaptive pooling's gradient has no deterministic way."""
-    if x.is_cuda:           # its average pooling has one thread read a whole square
+    """(B, C, H, H) -> (B, C, 4, 4), average pooling. Adaptive pooling has no deterministic backward on CUDA."""
+    if x.is_cuda:           # avg_pool2d is slow there: one thread reads a whole window
         return x.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5))
     return F.avg_pool2d(x, x.size(-1) // 4)
 
@@ -172,9 +172,9 @@ def _skips(layers, sources, width, slae):
 
 
 class Generator(nn.Module):
-    """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at half its size].
+    """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at `small_size`].
 
-    Both in [-1, 1]; above 256 px the second has 128 px. `slae` is the kernel of the spatial attention, None without.
+    Both in [-1, 1]. `slae` is the kernel size of the spatial attention, None for no attention.
     """
 
     def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True):
@@ -182,7 +182,7 @@ class Generator(nn.Module):
         layers = _Layers(sn)
         self.imsize, self.z_dim = imsize, z_dim
         width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
-        # std 1 / sqrt(512): of metadata of variance 1 it makes numbers of variance 1
+        # std 1 / sqrt(512): maps metadata of variance 1 to variance 1
         self.mix = nn.Linear(METADATA, z_dim, bias=False) if metadata else None
         if metadata:
             nn.init.normal_(self.mix.weight, std=METADATA**-0.5)
@@ -196,7 +196,7 @@ class Generator(nn.Module):
             block = layers.deep_up if size.bit_length() % 2 == 0 else layers.up
             self.blocks[f"{size}"] = block(width[size // 2], width[size])
         top = min(imsize, 256)
-        self.sources = {top // 4: 4, top // 2: 8, top: 16}              # of the skip to the map of each height
+        self.sources = {top // 4: 4, top // 2: 8, top: 16}              # {height of the skip's target: of its source}
         if imsize > 256:
             self.sources[512] = 32
         self.skips = _skips(layers, self.sources, width, slae)
@@ -204,57 +204,58 @@ class Generator(nn.Module):
         self.to_rgb = layers.conv(width[imsize], 3, 3, padding=1)
 
     def forward(self, z, style=None):
-        """`style`, latents like z, has its own low maps drive the skips: what z draws, in their manner."""
+        """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing)."""
         maps = self._maps(z) if style is None else self._maps(z, self._maps(style))
         x = maps[self.imsize]                                           # (B, width, imsize, imsize)
         small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
         return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]
 
-    def _maps(self, z, drivers=None):
-        """{height: (B, width, height, height)} of every size; the skips start from `drivers`, else from these maps."""
+    def _maps(self, z, sources=None):
+        """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
         x = self.start(self.latent(z)[:, :, None, None])                # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
             x = block(x)                                                # (B, width, size, size)
             size = int(name)
             if size in self.sources:
-                x = self.skips[name]((drivers or maps)[self.sources[size]], x)
+                x = self.skips[name]((sources or maps)[self.sources[size]], x)
             maps[size] = x
         return maps
 
     def latent(self, z):
-        """(B, z_dim [+ 512]) -> (B, z_dim): noise and metadata, mixed so that the variance stays 1 (section 3.2)."""
+        """(B, z_dim [+ 512]) -> (B, z_dim): noise and metadata, mixed at variance 1 (section 3.2)."""
         if self.mix is None:
             return z
         z, metadata = z.split([self.z_dim, METADATA], dim=1)            # (B, z_dim), (B, 512)
-        # whatever the mixture learns, its numbers keep the noise's size
+        # normalized, so that the metadata keep the scale of the noise whatever `mix` learns
         mixed = F.rms_norm(self.mix(metadata), (self.z_dim,))           # (B, z_dim)
         return (z + mixed) * 0.5**0.5
 
     def attention_maps(self, z, queries=None):
-        """{"slae<size>": mask (B, 1, size, size) in (0, 1)} of each skip's source; a mask asks no queries."""
-        return _masks_during(self, z, "slae")
+        """Return {"slae<size>": mask (B, 1, size, size) in (0, 1)}, of each skip's source; masks need no queries."""
+        return _attention_masks(self, z, "slae")
 
 
-class Judgement(NamedTuple):
-    """What D says of a batch: the logits of both paths side by side, and the maps that the decoders start from."""
+class DiscriminatorOutput(NamedTuple):
+    """The logits of both paths, concatenated, and the feature maps that the decoders take."""
 
-    logits: torch.Tensor        # (B, 50): 5 x 5 of each path
+    logits: torch.Tensor        # (B, 50): 5 x 5 from each path
     middle: torch.Tensor        # (B, C / 2, 16, 16)
     last: torch.Tensor          # (B, C, 8, 8)
     small: torch.Tensor         # (B, C / 2, 8, 8)
 
 
 class Discriminator(nn.Module):
-    """[image (B, 3, imsize, imsize), the same at `small_size`] in [-1, 1] -> Judgement.
+    """Images in [-1, 1] -> DiscriminatorOutput.
 
-    `slae` is the kernel of the spatial attention before its skip excitations, None without.
+    Takes [image (B, 3, imsize, imsize), the same at `small_size`] as G returns them, or the image alone for real ones.
+    `slae` is the kernel size of the spatial attention in the skip excitations, None for no attention.
     """
 
     def __init__(self, imsize, conv_dim, slae=None, sn=True):
         super().__init__()
         layers = _Layers(sn)
-        top = min(imsize, 256)                                          # the stem's size, above it only strides
+        top = min(imsize, 256)                                          # the stem's output, whatever the imsize
         sizes = [size for size in sorted(D_WIDTHS, reverse=True) if size < 2 * top]
         width = {size: _width(D_WIDTHS, size, conv_dim) for size in sizes}
         self.stem = nn.Sequential(*_stem(layers, imsize, conv_dim, width[top]))
@@ -281,7 +282,7 @@ class Discriminator(nn.Module):
         self.decode_small = _decoder(layers, small[-1], half, conv_dim)
 
     def forward(self, images):
-        image, small = images
+        image, small = both_sizes(images) if isinstance(images, torch.Tensor) else images
         x = self.stem(image)                                            # (B, width, top, top)
         maps = {x.size(-1): x}
         for name, block in self.blocks.items():
@@ -292,13 +293,14 @@ class Discriminator(nn.Module):
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
         logits = torch.cat([self.to_logits(x).flatten(1), self.small_to_logits(from_small).flatten(1)], dim=1)
-        return Judgement(logits.float(), maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
+        return DiscriminatorOutput(logits.float(), maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
 
-    def reconstruct(self, judgement, real, quadrant=None):
-        """{name: (rebuilt, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
+    def reconstruct(self, output, real, quadrant=None):
+        """Return {name: (reconstruction, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
 
-        `real` are the images (B, 3, imsize, imsize) that the judgement is of. From its quarter of the 16x16 map one
-        quadrant of each is rebuilt, `quadrant` (B,) or one drawn from the global random state; else the whole image.
+        `output` is D's on the images `real` (B, 3, imsize, imsize). "last" and "small" reconstruct the whole image,
+        "middle" one quadrant from that quadrant of the 16x16 map: `quadrant` (B,), or drawn from the global random
+        state.
         """
         B, _, S, _ = real.size()
         size = small_size(S)
@@ -306,15 +308,25 @@ class Discriminator(nn.Module):
         if quadrant is None:
             quadrant = torch.randint(0, 4, (B,), device=real.device)
         return {
-            "last": (self.decode_last(judgement.last), whole),
-            "middle": (self.decode_middle(take_quadrant(judgement.middle, quadrant)),
+            "last": (self.decode_last(output.last), whole),
+            "middle": (self.decode_middle(take_quadrant(output.middle, quadrant)),
                        downscale(take_quadrant(real, quadrant), size)),
-            "small": (self.decode_small(judgement.small), whole),
+            "small": (self.decode_small(output.small), whole),
+        }
+
+    def reconstructions(self, real):
+        """Return {caption: images (B, 3, small_size, small_size)}: targets and the reconstruction by each decoder."""
+        quadrant = torch.arange(len(real), device=real.device) % 4      # the same in every record
+        rebuilt = self.reconstruct(self(real), real, quadrant)
+        return {
+            "real": rebuilt["last"][1], "from D's 8x8 map": rebuilt["last"][0],
+            "from the small path": rebuilt["small"][0],
+            "one quadrant": rebuilt["middle"][1], "from its part of the 16x16 map": rebuilt["middle"][0],
         }
 
     def attention_maps(self, images, queries=None):
-        """{"slae_d<size>": mask (B, 1, size, size) in (0, 1)} for images (B, 3, imsize, imsize); {} without `slae`."""
-        return _masks_during(self, both_sizes(images), "slae_d")
+        """Return {"slae_d<size>": mask (B, 1, size, size)} for images (B, 3, imsize, imsize); {} without `slae`."""
+        return _attention_masks(self, images, "slae_d")
 
 
 def take_quadrant(x, quadrant):
@@ -326,7 +338,7 @@ def take_quadrant(x, quadrant):
 
 
 def _stem(layers, imsize, conv_dim, out):
-    """The layers from the image to the first map, 256 px at most; 512 and 1024 px are halved on the way."""
+    """The layers from the image to the first map, 256 px at most: 512 px are halved once, 1024 px twice."""
     if imsize <= 256:
         return [layers.conv(3, out, 3, padding=1), _leaky()]
     if imsize == 512:
@@ -336,7 +348,7 @@ def _stem(layers, imsize, conv_dim, out):
 
 
 def _leaky():
-    return nn.LeakyReLU(0.2, inplace=True)              # its own input is wanted by nobody: a map less to keep
+    return nn.LeakyReLU(0.2, inplace=True)              # in place, as nothing else reads its input: saves memory
 
 
 def _down(layers, channels, out):
@@ -345,7 +357,7 @@ def _down(layers, channels, out):
 
 
 class _ResidualDown(nn.Module):
-    """(B, channels, H, W) -> (B, out, H / 2, W / 2): the mean of a convolved and a pooled way down."""
+    """(B, channels, H, W) -> (B, out, H / 2, W / 2): the mean of a convolved and a pooled branch."""
 
     def __init__(self, layers, channels, out):
         super().__init__()
@@ -362,39 +374,24 @@ class _ResidualDown(nn.Module):
 
 def _decoder(layers, channels, size, conv_dim):
     """(B, channels, 8, 8) -> (B, 3, size, size) in [-1, 1]."""
-    blocks, at = [], LAST
-    while at < size:
-        at *= 2
-        out = max(1, round({16: 2, 32: 1, 64: 1, 128: 1 / 2}[at] * conv_dim))
+    blocks, height = [], LAST
+    while height < size:
+        height *= 2
+        out = max(1, round({16: 2, 32: 1, 64: 1, 128: 1 / 2}[height] * conv_dim))
         blocks.append(layers.up(channels, out))
         channels = out
     return nn.Sequential(*blocks, layers.conv(channels, 3, 3, padding=1), nn.Tanh())
 
 
-@torch.no_grad()
-def _masks_during(net, x, prefix):
-    """Run net(x) and take the mask of each skip excitation that has one; {} without a run where none has."""
-    attention = {source: net.skips[f"{target}"].attention for target, source in net.sources.items()}
-    masks = {}
-    if not any(attention.values()):
-        return masks
-
-    def take(source):
-        def hook(layer, inputs, mask):
-            masks[f"{prefix}{source}"] = mask
-        return hook
-
-    hooks = [layer.register_forward_hook(take(source)) for source, layer in attention.items() if layer is not None]
-    try:
-        net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return masks
+def _attention_masks(net, x, prefix):
+    """Run net(x) and return the mask of each skip excitation with attention; {} without a run if none has."""
+    attention = {f"{prefix}{source}": net.skips[f"{target}"].attention for target, source in net.sources.items()}
+    layers = {name: layer for name, layer in attention.items() if layer is not None}
+    return capture(net, x, layers, lambda layer, features, mask: mask)
 
 
 def build(config):
-    """(G, D) of the config, freshly initialized, on the CPU."""
+    """Return (G, D) of the config, newly initialized, on the CPU."""
     kernel = config.slae_kernel
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
                   config.sn in ("both", "g"))

@@ -1,44 +1,42 @@
-"""Objectives: what D and G minimize. One class per loss, one row in `OBJECTIVES` where `--adv_loss` chooses it.
+"""Objectives: what D and G minimize. One class per loss; `--adv_loss` chooses a row of `OBJECTIVES`.
 
     objective.d_loss(D, real, fake) -> (scalar, {name: detached scalar})
-    objective.g_loss(D, fake)       -> (scalar, {...})
+    objective.g_loss(D, real, fake) -> (scalar, {...})
 
-`real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both as D sees
-them, augmented. Objectives only compute: the loop owns every `backward()` and every optimizer step.
+`real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both already
+augmented. G's loss takes real images too, for losses that compare the two (relativistic ones do). Objectives only
+compute: trainer.py owns every `backward()` and every optimizer step.
 """
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import vgg
-from distributed import after_first, say
-from fastgan_models import both_sizes
-from precision import exact
+from device.precision import exact
 
 
 class Hinge:
     """Hinge loss (SAGAN section 4, eq. 4)."""
 
-    double_backward = False     # whether D's gradient is itself differentiated
+    double_backward = False     # whether d_loss differentiates through a gradient of D
 
     def __init__(self, label_noise=0.0):
         self.label_noise = label_noise
 
     def d_loss(self, D, real, fake):
-        # one pass for both: D has no batch statistics, so the logits are those of two passes
+        # one pass for both: D has no batch norm, so the logits equal those of two passes
         on_real, on_fake = D(torch.cat([real, fake[0]])).chunk(2)      # (B,), (B,)
         return hinge(on_real, on_fake, self.label_noise)
 
-    def g_loss(self, D, fake):
+    def g_loss(self, D, real, fake):
         return -D(fake[0]).mean(), {}
 
 
 def hinge(on_real, on_fake, label_noise):
-    """D's hinge loss of logits of any shape, and its statistics.
+    """Return D's hinge loss on logits of any shape, and its statistics.
 
-    Each margin is 1 less a part of `label_noise`, uniform from the global random state (FastGAN: 0.2), so that D is
-    never pushed to one exact value.
+    The margin of each logit is 1 - label_noise * U(0, 1), drawn from the global random state (FastGAN: label_noise
+    0.2), so that D is never pushed to one exact value.
     """
     loss = F.relu(_margins(on_real, label_noise) - on_real).mean() + F.relu(
         _margins(on_fake, label_noise) + on_fake).mean()
@@ -64,7 +62,7 @@ class WassersteinGP:
         stats = {"d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean(), "gp": penalty.detach()}
         return loss, stats
 
-    def g_loss(self, D, fake):
+    def g_loss(self, D, real, fake):
         return -D(fake[0]).mean(), {}
 
 
@@ -75,28 +73,19 @@ def gradient_penalty(D, real, fake):
     """
     B = real.size(0)
     alpha = torch.rand(B, 1, 1, 1, device=real.device)
-    between = (alpha * real + (1 - alpha) * fake.detach()).float().requires_grad_(True)
+    interpolated = (alpha * real + (1 - alpha) * fake.detach()).float().requires_grad_(True)
     # the fused attention kernels have no double backward
     with sdpa_kernel(SDPBackend.MATH), exact(real.device):
-        (gradient,) = torch.autograd.grad(D(between).sum(), between, create_graph=True)   # (B, 3, H, W)
+        (gradient,) = torch.autograd.grad(D(interpolated).sum(), interpolated, create_graph=True)   # (B, 3, H, W)
     norm = gradient.flatten(1).norm(dim=1)                 # (B,)
     return (norm - 1).square().mean()
 
 
-OBJECTIVES = {
-    "hinge": lambda config: Hinge(config.label_noise),
-    "wgan-gp": lambda config: WassersteinGP(config.lambda_gp),
-}
-
-
-def adversarial(config, device):
-    """The objective of `--adv_loss`."""
-    return OBJECTIVES[config.adv_loss](config)
-
-
 class SelfSupervisedHinge:
-    """FastGAN's: hinge on D's two paths, and for D the reconstruction of real images by its decoders (Liu et al. 2021,
-    section 3.2, eqs. 1-3). `distance(a, b)` of images (B, 3, H, W) returns (B,).
+    """FastGAN's objective: hinge loss on the logits of both paths of D, plus, in D's loss, the distance of real images
+    from their reconstructions by D's decoders (Liu et al. 2021, section 3.2, eqs. 1-3).
+
+    `distance(a, b)` takes images (B, 3, H, W) and returns (B,).
     """
 
     double_backward = False
@@ -106,39 +95,26 @@ class SelfSupervisedHinge:
 
     def d_loss(self, D, real, fake):
         # two passes: D's batch norm must not mix real with fake
-        on_real = D(both_sizes(real))
+        on_real = D(real)
         on_fake = D(fake)
         loss, stats = hinge(on_real.logits, on_fake.logits, self.label_noise)
         pairs = D.reconstruct(on_real, real)
         rebuilt, targets = (torch.cat(images) for images in zip(*pairs.values(), strict=True))
-        # all in one pass; a mean over the batch: the weight is the same at every batch size
-        apart = self.distance(rebuilt, targets).view(len(pairs), -1).mean(1)            # (pairs,)
-        stats |= {f"recon/{name}": value for name, value in zip(pairs, apart.detach(), strict=True)}
-        return loss + self.recon_weight * apart.sum(), stats
+        # all decoders in one pass; the mean over the batch keeps recon_weight independent of the batch size
+        distances = self.distance(rebuilt, targets).view(len(pairs), -1).mean(1)            # (pairs,)
+        stats |= {f"recon/{name}": value for name, value in zip(pairs, distances.detach(), strict=True)}
+        return loss + self.recon_weight * distances.sum(), stats
 
-    def g_loss(self, D, fake):
+    def g_loss(self, D, real, fake):
         return -D(fake).logits.mean(), {}
 
 
 def l1(a, b):
-    """Mean absolute differences (B,) of images a, b (B, 3, H, W)."""
+    """Return the mean absolute difference (B,) of images a, b (B, 3, H, W)."""
     return (a - b).abs().mean((1, 2, 3))
 
 
-def _lpips(config, device):
-    def build():
-        return vgg.lpips(config.vgg_weights)
-
-    return after_first(build, build).to(device)         # the first may have to download the weights
-
-
-RECONSTRUCTIONS = {
-    "l1": lambda config, device: l1,
-    "lpips": _lpips,
+OBJECTIVES = {      # --adv_loss
+    "hinge": lambda config: Hinge(config.label_noise),
+    "wgan-gp": lambda config: WassersteinGP(config.lambda_gp),
 }
-
-
-def self_supervised(config, device):
-    """FastGAN's objective with the `--recon` distance. Raises DataError where that needs weights that are missing."""
-    say(f"D's reconstructions of real pictures are compared by {config.recon}")
-    return SelfSupervisedHinge(RECONSTRUCTIONS[config.recon](config, device), config.recon_weight, config.label_noise)

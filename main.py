@@ -1,21 +1,21 @@
-"""Train SAGAN or SLAE-FastGAN, look at what it attends to, draw from it.
+"""Train SAGAN or SLAE-FastGAN, show what the networks attend to, generate samples.
 
     python main.py --adv_loss hinge --version sagan_celeb       CelebA in ./data/CelebA, the published settings
     python main.py --dataset folder --image_path DIR            any folder of pictures
     python main.py --model fastgan --dataset folder --image_path DIR        the same, for some hundred pictures
     python main.py --dataset toy --preset cpu                   no data, no GPU: faces drawn by code
-    python main.py --version NAME --train false                 pictures from a finished or running run
+    python main.py --version NAME --train false                 samples from a finished or running run
     python main.py --version NAME --mode evaluate               its FID, KID, precision, recall and Inception Score
     torchrun --nproc_per_node=2 main.py ...                     several processes, one run
 
-To resume, give the same command again. Pictures appear in samples/, curves in logs/, checkpoints in models/.
+To resume, run the same command again. Pictures are written to samples/, metrics to logs/, checkpoints to models/.
 """
 
 import errno
 import sys
 
 import parameter
-from failures import CheckpointError, Failure
+from errors import CheckpointError, Failure
 
 
 def main(argv):
@@ -29,52 +29,52 @@ def main(argv):
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _DISK:
+        if error.errno not in _DISK_ERRORS:
             raise
         where = f" {error.filename}" if error.filename else ""
         print(f"error: cannot write{where} ({error.strerror}).\n"
-              "Free some space, or choose --sample_path, --log_path and --model_save_path anew.", file=sys.stderr)
+              "Free some space, or set other --sample_path, --log_path and --model_save_path.", file=sys.stderr)
         return CheckpointError.code
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def run(argv):
-    """Parse, build, dispatch. Raises Failure for what the user can mend."""
+    """Parse the command line, dispatch on --mode, return the exit code. Raise Failure for what the user can fix."""
     typed = parameter.parse(argv)
-    # torch takes seconds to import: not before the command line is known to parse
+    # importing torch takes seconds, so parse first: mistakes are reported at once
     import torch
 
-    import checkpoint
     import data_loader
-    import distributed
-    import evaluate
-    import precision
-    import sampler
-    import training
-    import utils
-    import vgg
-    import workers
+    import loop
+    from dataset import workers
+    from device import distributed
+    from device.precision import Precision, choose_algorithms
+    from generate import modes
+    from metrics import evaluate
+    from pretrained import vgg
+    from storage import checkpoint
 
-    config = parameter.resolve(typed, checkpoint.saved_config, vgg.FILE.is_there)
+    config = parameter.resolve(typed, checkpoint.saved_config, vgg.FILE.is_available)
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
         distributed.relaunch(__file__, argv)
     place = distributed.start(config)
     try:
-        utils.choose_algorithms(config.deterministic)
+        choose_algorithms(config.deterministic)
         dataset = data_loader.build_dataset(config) if config.mode == "train" else None
         if config.dry_run:
             describe(config, dataset, place)
             return 0
-        precision.Precision(config.precision, place.device).tell()
+        precision = Precision(config.precision, place.device)
+        precision.announce()
         if config.mode == "evaluate":
-            return evaluate.evaluate(config, place)
+            return evaluate.evaluate(config, place, precision)
         if config.mode != "train":
-            return sampler.MODES[config.mode](config, place) if distributed.is_first() else 0
+            return modes.MODES[config.mode](config, place, precision) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
-            distributed.say("note: the published settings are slow on a CPU; --preset cpu is made for one")
-        return training.train(config, dataset, place)
+            distributed.say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
+        return loop.train(config, dataset, place, precision)
     except torch.OutOfMemoryError:
         raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "
                       "--g_conv_dim and --d_conv_dim") from None
@@ -85,18 +85,18 @@ def run(argv):
 
 
 def describe(config, dataset, place):
-    """What a run with this config would be, on stdout (`--dry_run`)."""
+    """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
     import data_loader
-    from distributed import say
+    from device.distributed import say
     from families import FAMILIES
 
     say(parameter.as_json(config), end="")
-    if not config.fake_dir:                             # which asks for no network
+    if not config.fake_dir:                             # scoring a folder needs no networks
         for name, net in zip("GD", FAMILIES[config.model].build(config), strict=True):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
-    say(f"device: {place.device}" + (f", {place.world} processes" if place.world > 1 else ""))
+    say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The command line read, the presets filled in, the whole checked.
+"""Parse the command line, fill in presets and defaults, check the result.
 
-    typed  = parse(argv)              what the user wrote, nothing else
+    typed  = parse(argv)              only the flags that the user typed
     config = resolve(typed, find)     command line > --config > the run's own saved config > preset > default
 
-A `Config` is read-only from then on. `flags.py` holds the flags.
+A `Config` is read-only from then on. The flags themselves are in flags/.
 """
 
 import argparse
@@ -11,31 +11,38 @@ import difflib
 import json
 import os
 import re
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-from failures import UsageError
-from flags import (
-    BY_NAME,
-    DURING_TRAINING,
-    FIXED,
-    FLAGS,
-    IMSIZES,
-    OF_FOLDERS,
-    PER_CALL,
-    PRESETS,
-    boolean,
-    boolean_or_auto,
-)
+from errors import UsageError
+from flags import common
+from flags.common import METRICS, MODELS, boolean, boolean_or_auto, one_of, written
+
+# {--model: its module in flags/}, the default model first
+FAMILIES = {model: import_module(f"flags.{model}") for model in MODELS}
+FAMILIES = dict(sorted(FAMILIES.items(), key=lambda row: not row[1].IS_DEFAULT))
 
 
-def g_feature_sizes(imsize):
-    """Heights of G's feature maps, in the order that they are computed: 4, 8, ..., imsize / 2."""
-    return [2**power for power in range(2, imsize.bit_length() - 1)]
+def _with_families(flag):
+    """Return the flag with `{families}` in its help replaced by each family's text; --model gets its choices too."""
+    if flag.name == "model":
+        text = " | ".join(f"{model} ({family.HELP['model']})" for model, family in FAMILIES.items())
+        return replace(flag, type=one_of(*FAMILIES), default=next(iter(FAMILIES)), help=text)
+    text = ", ".join(f"{model} {family.HELP[flag.name]}" for model, family in FAMILIES.items()
+                     if flag.name in family.HELP)
+    return replace(flag, help=flag.help.replace("{families}", text))
 
 
-def d_feature_sizes(imsize):
-    """Heights of D's feature maps: imsize / 2, ..., 8, 4."""
-    return g_feature_sizes(imsize)[::-1]
+GROUPS = {}         # {title: flags}, in the order of --help; a family's title is its name
+for _title, _flags in common.FLAGS.items():
+    GROUPS[_title] = tuple(map(_with_families, _flags))
+    if _title == "network":
+        GROUPS |= {model: family.FLAGS for model, family in FAMILIES.items()}
+FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
+# The settings that training depends on: a resumed run reports which of them changed.
+RUN_SETTINGS = tuple(flag.name for title, group in GROUPS.items() for flag in group
+                     if title not in ("records", "evaluation", "from a checkpoint") and not flag.per_call)
 
 
 class Config(argparse.Namespace):
@@ -60,57 +67,46 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """{flag: value} of what `argv` holds and nothing else. Raises UsageError."""
+    """Return {flag: value} of the flags in `argv` only. Raise UsageError."""
     parser = _Parser(
         prog="python main.py", usage="python main.py [--flag VALUE ...]",
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
-        description="Train SAGAN or SLAE-FastGAN and look at what it attends to. The same command again goes on with "
-                    "the run.",
+        description="Train a GAN on your pictures and show what its networks attend to. To resume a run, give the same "
+                    "command again.",
         epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
                "6 run folder in use, 130/143 interrupted after saving",
     )
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(f"--model {title} only" if title in PRESETS else title)
+    for title, flags in GROUPS.items():
+        group = parser.add_argument_group(f"--model {title} only" if title in FAMILIES else title)
         for flag in flags:
-            # a bare `--dry_run` means true, as people type it
-            bare = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
-            shown = f" (default: {defaults(flag)})" if defaults(flag) else ""
+            # a boolean flag without a value, such as a bare `--dry_run`, means true
+            optional_value = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
+            default = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=flag.metavar,
-                               help=(flag.help + shown).replace("%", "%%"), **bare)
+                               help=(flag.help + default).replace("%", "%%"), **optional_value)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), BY_NAME, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FLAGS, n=1, cutoff=0.5)
         hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
         raise UsageError(f"unknown flag {name}: {hint}")
     return vars(namespace)
 
 
 def defaults(flag):
-    """What a flag is when nothing sets it, in words: `64`, or `64; fastgan: 8`; empty where the help says it."""
-    words = [] if flag.default is None else [written(flag.default)]
-    words += [f"{model}: {written(preset['published'][flag.name])}" for model, preset in PRESETS.items()
-              if flag.name in preset["published"]]
-    return "; ".join(words)
-
-
-def written(value):
-    """A setting as the command line writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        nested = value and isinstance(value[0], (tuple, list))
-        return (";" if nested else ",").join(map(written, value)) or "none"
-    return str(value)
+    """Return the flag's default as text: `64`, or `64; fastgan: 8`; empty where its help states it."""
+    texts = [] if flag.default is None else [written(flag.default)]
+    texts += [f"{model}: {written(family.PRESETS['published'][flag.name])}" for model, family in FAMILIES.items()
+              if flag.name in family.PRESETS["published"]]
+    return "; ".join(texts)
 
 
 def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights: False):
-    """The full, checked Config of what the user typed.
+    """Return the full, checked Config of what the user typed. Raise UsageError.
 
-    `find_saved(folder)` returns the config of the run whose checkpoints lie in `folder`, or None; its settings
-    fill what was not typed, so that a run goes on, or is sampled, without repeating its flags.
-    `weights_there(weights)` says whether these `--vgg_weights` can be had without a network.
-    Raises UsageError.
+    `find_saved(folder)` returns the config of the run whose checkpoints are in `folder`, or None. Its settings fill
+    in what was not typed, so that a run can be resumed or sampled without repeating its flags.
+    `weights_there(weights)` returns whether these `--vgg_weights` are available without a download.
     """
     typed = dict(typed)
     if "train" in typed and "mode" not in typed:
@@ -119,20 +115,20 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
         raise UsageError(f"--train {written(typed['train'])} and --mode {typed['mode']} contradict each other")
     given = {**_read_file(typed["config"]), **typed} if typed.get("config") else typed
 
-    values = {flag.name: flag.default for flag in BY_NAME.values()} | given
+    values = {flag.name: flag.default for flag in FLAGS.values()} | given
     version = values["version"] or f"{values['model']}_{values['dataset']}"
     _check_version(version)
-    of_run = not (values["fake_dir"] and values["real_dir"])
-    saved = find_saved(Path(values["model_save_path"]) / version) if of_run else None
-    known = {name: _as_flag(name, value, "the run's saved config") for name, value in (saved or {}).items()
-             if name in BY_NAME and name not in PER_CALL
+    needs_run = not (values["fake_dir"] and values["real_dir"])
+    saved = find_saved(Path(values["model_save_path"]) / version) if needs_run else None
+    known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or {}).items()
+             if name in FLAGS and not FLAGS[name].per_call
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
-    values.update(PRESETS[model][preset] | known)
+    values.update(FAMILIES[model].PRESETS[preset] | known)
     values["version"] = version
     if values["fake_dir"]:
-        values["imsize"] = known.get("imsize")          # None: that of the folder's pictures
-    _keep_to_model(values, typed)
+        values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
+    _clear_other_families(values, typed)
     _fill_in(values, weights_there)
     validate(values)
     if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given} and not values["real_dir"]:
@@ -143,121 +139,103 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
 
 
 def _read_file(path):
-    """The settings in a JSON file, converted as if typed, less those that describe one call."""
+    """Return a JSON file's settings, converted as if typed, without per-call flags and nulls. Raise UsageError."""
     try:
         with open(path, encoding="utf-8") as file:
             settings = json.load(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path}: cannot be read as JSON ({error})") from None
     if not isinstance(settings, dict):
-        raise UsageError(f"--config {path}: holds no JSON object of settings")
-    unknown = [name for name in settings if name not in BY_NAME]
+        raise UsageError(f"--config {path}: is not a JSON object of settings")
+    unknown = [name for name in settings if name not in FLAGS]
     if unknown:
         raise UsageError(f"--config {path}: unknown setting '{unknown[0]}'")
-    return {name: _as_flag(name, value, f"--config {path}") for name, value in settings.items()
-            if name not in PER_CALL and value is not None}
+    return {name: _convert(name, value, f"--config {path}") for name, value in settings.items()
+            if not FLAGS[name].per_call and value is not None}
 
 
-def _as_flag(name, value, source):
-    """A setting read from JSON in the type that its flag has."""
-    flag = BY_NAME[name]
+def _convert(name, value, source):
+    """Convert a setting read from JSON to its flag's type. Raise UsageError."""
+    flag = FLAGS[name]
     if value is None:
         return None
     try:
         return flag.type(written(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
-        raise UsageError(f"{source}: {name} {value!r} is no value for --{name} ({error})") from None
+        raise UsageError(f"{source}: {name} {value!r} is not a value for --{name} ({error})") from None
 
 
-def _keep_to_model(values, typed):
-    """Set what means nothing to this model to None; raise UsageError if it was typed. Changes `values`."""
-    for flag in BY_NAME.values():
-        if flag.model in (None, values["model"]):
-            continue
-        if flag.name in typed:
-            raise UsageError(f"--{flag.name} is for --model {flag.model}, this is {values['model']}; leave it out")
-        values[flag.name] = None
+def _clear_other_families(values, typed):
+    """Set the flags of other families to None; raise UsageError if one was typed."""
+    for model, family in FAMILIES.items():
+        for flag in family.FLAGS if model != values["model"] else ():
+            if flag.name in typed:
+                raise UsageError(f"--{flag.name} is for --model {model}, this is {values['model']}; leave it out")
+            values[flag.name] = None
 
 
 def _fill_in(values, weights_there):
-    """Replace every default that depends on other flags. Changes `values`."""
-    wgan = values["adv_loss"] == "wgan-gp"
+    """Replace the defaults that depend on other flags, in place."""
+    loss = common.LOSSES[values["adv_loss"]]
     if values["d_iters"] is None:
-        values["d_iters"] = 5 if wgan else 1
+        values["d_iters"] = loss["d_iters"]
     if values["sn"] == "auto":
-        values["sn"] = "none" if wgan else "both"
-    if values["vgg_weights"] is None:                   # in the saved config of a SAGAN of before it had the flag
-        values["vgg_weights"] = "imagenet"
-    imsize = values["imsize"] or 64                     # None for folders alone, which ask for no network
-    if values["model"] == "sagan" and values["g_attn"] is None:
-        values["g_attn"] = (imsize // 4, imsize // 2)
-    if values["model"] == "sagan" and values["d_attn"] is None:
-        values["d_attn"] = (max(4, imsize // 16), max(8, imsize // 8))
-    if values["model"] == "fastgan" and values["recon"] is None:
-        # metadata from ImageNet's weights will fetch them, or the run ends there
-        there = values["metadata"] and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
-        values["recon"] = "lpips" if there else "l1"
+        values["sn"] = loss["sn"]
+    if values["vgg_weights"] is None:                   # None in configs saved before the flag existed
+        values["vgg_weights"] = FLAGS["vgg_weights"].default
+    FAMILIES[values["model"]].fill_in(values, weights_there)
     values["train"] = values["mode"] == "train"
 
 
 def validate(values):
     """Raise UsageError for the first setting that cannot work. `values` is a full {flag: value}."""
-    for flag in BY_NAME.values():
-        value = values[flag.name]
-        if isinstance(value, float) and value != value:
-            raise UsageError(f"--{flag.name} nan: give a number")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if flag.low is not None and value < flag.low:
-                raise UsageError(f"--{flag.name} {value}: must be at least {flag.low}")
-            if flag.high is not None and value > flag.high:
-                raise UsageError(f"--{flag.name} {value}: must be at most {flag.high}")
-    for name in ("beta1", "beta2", "ema_decay"):
-        if not 0 <= values[name] < 1:
-            raise UsageError(f"--{name} {values[name]}: must be in [0, 1)")
+    for flag in FLAGS.values():
+        _check_range(flag, values[flag.name])
     _check_evaluation(values)
-    imsize, model = values["imsize"] or 64, values["model"]
-    if imsize not in IMSIZES[model] and not values["fake_dir"]:
-        *others, last = IMSIZES[model]
+    model = values["model"]
+    *others, last = FAMILIES[model].IMSIZES
+    imsize = values["imsize"] or 64
+    if imsize not in (*others, last) and not values["fake_dir"]:
         raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
-    if values["mode"] == "style_mix" and model != "fastgan":
-        raise UsageError(f"--mode style_mix: swaps the maps that drive skip layers, and {model} has none")
-    if values["slae_kernel"] not in (None, 3, 7):
-        raise UsageError(f"--slae_kernel {values['slae_kernel']}: must be 3 or 7")
-    if model == "fastgan" and values["adv_loss"] == "wgan-gp":
-        raise UsageError("--adv_loss wgan-gp: a penalty per sample, and fastgan's D has batch norm; use hinge")
-    for name, there in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
-        wrong = [size for size in values[name] or () if size not in there]
-        if wrong and not values["fake_dir"]:
-            raise UsageError(f"--{name} {written(values[name])}: at --imsize {imsize} the feature sizes are "
-                             f"{written(there)}; there is no {wrong[0]}")
-    world = _processes()
-    if world > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
+    FAMILIES[model].check(values)
+    world_size = _world_size()
+    if world_size > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
         raise UsageError("--metrics cost: is measured on one device; start it without torchrun and --parallel")
-    parts = world * values["accumulate"]
+    parts = world_size * values["accumulate"]
     if values["batch_size"] % parts and values["mode"] == "train":
-        of = " times ".join([f"the {world} processes"] * (world > 1) + [f"--accumulate {values['accumulate']}"] *
-                            (values["accumulate"] > 1))
+        of = " times ".join([f"the {world_size} processes"] * (world_size > 1) +
+                            [f"--accumulate {values['accumulate']}"] * (values["accumulate"] > 1))
         raise UsageError(f"--batch_size {values['batch_size']} must be a multiple of {of}")
     _check_device(values)
 
 
+def _check_range(flag, value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    if value != value:
+        raise UsageError(f"--{flag.name} nan: give a number")
+    if flag.below is not None and not flag.low <= value < flag.below:
+        raise UsageError(f"--{flag.name} {value}: must be in [{flag.low:g}, {flag.below:g})")
+    if flag.low is not None and value < flag.low:
+        raise UsageError(f"--{flag.name} {value}: must be at least {flag.low}")
+    if flag.high is not None and value > flag.high:
+        raise UsageError(f"--{flag.name} {value}: must be at most {flag.high}")
+
+
 def _check_evaluation(values):
-    """Raise UsageError where the metrics do not fit what they shall be taken of."""
+    """Raise UsageError if the metrics cannot be computed in this mode or on these pictures."""
     mode, chosen = values["mode"], values["metrics"]
     for name in ("fake_dir", "real_dir"):
         if values[name] and mode != "evaluate":
             raise UsageError(f"--{name} {values[name]}: is for --mode evaluate")
-    for allowed, applies, where in (
-            (DURING_TRAINING, mode == "train" and values["metric_step"], "cannot be taken during training, only "
-             "by --mode evaluate"),
-            (OF_FOLDERS, values["fake_dir"], "cannot be taken of --fake_dir, only of a run")):
-        wrong = [name for name in chosen if name not in allowed]
+    for applies, allowed, where in (
+            (mode == "train" and values["metric_step"], lambda metric: metric.of_sets,
+             "cannot be computed during training, only by --mode evaluate"),
+            (values["fake_dir"], lambda metric: metric.of_folders,
+             "cannot be computed for --fake_dir, only for a run")):
+        wrong = [name for name in chosen if not allowed(METRICS[name])]
         if applies and wrong:
             raise UsageError(f"--metrics {written(chosen)}: {' and '.join(wrong)} {where}")
-    if values["against"] and "cost" not in chosen:
-        raise UsageError(f"--against {values['against']}: compares what runs cost; add --metrics cost")
-    if values["backtrack_metadata"] and not values["metadata"]:
-        raise UsageError("--backtrack_metadata true: this run has no metadata; leave it out")
     imsize = values["imsize"]
     if values["fake_dir"] and imsize is not None and not 16 <= imsize <= 4096:
         raise UsageError(f"--imsize {imsize}: must be from 16 to 4096 with --fake_dir")
@@ -269,8 +247,8 @@ def _check_version(version):
                          "and not beginning with . or -")
 
 
-def _processes():
-    """How many processes torchrun started; 1 without it."""
+def _world_size():
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -280,30 +258,33 @@ def _check_device(values):
         raise UsageError(f"--device {device}: use auto, cpu, cuda or cuda:N")
     if device in ("auto", "cpu") and not values["parallel"]:
         return
-    import torch  # here alone, so that --help and most mistakes answer at once
+    import torch  # slow to import: only where needed, so that --help and most mistakes answer at once
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.startswith("cuda"):
         number = int(device.partition(":")[2] or 0)
         if number >= count:
-            there = f"CUDA devices here: {count}" if count else "no CUDA device here"
-            raise UsageError(f"--device {device}: {there}; use --device auto or cpu")
-    if values["parallel"] and _processes() == 1 and (count < 2 or device == "cpu"):
+            available = f"CUDA devices here: {count}" if count else "no CUDA device here"
+            raise UsageError(f"--device {device}: {available}; use --device auto or cpu")
+    if values["parallel"] and _world_size() == 1 and (count < 2 or device == "cpu"):
         raise UsageError(f"--parallel true: needs two or more CUDA devices, found {count}; leave it out, or start "
                          "processes yourself with torchrun --nproc_per_node=2 main.py ...")
 
 
 def _check_fixed(values, saved, version):
-    for name in FIXED:
-        if name == "vgg_weights" and not (values["metadata"] and values["mode"] == "train"):
-            continue                                    # here they are for metrics and reconstructions
-        if name == "imsize" and values["fake_dir"]:
-            continue
-        if name in saved and written(values[name]) != written(saved[name]):
+    """Raise UsageError if a setting that a run keeps for good differs from its saved config."""
+    for name, flag in FLAGS.items():
+        if (flag.fixed is not None and flag.fixed(values) and name in saved
+                and written(values[name]) != written(saved[name])):
             raise UsageError(f"--{name} {written(values[name])}: run '{version}' was started with "
                              f"{written(saved[name])}; use that, or another --version")
 
 
 def as_json(config):
-    """The config as text that `--config` reads back."""
+    """Return the config as JSON text that `--config` can read."""
     return json.dumps(vars(config), indent=2, sort_keys=True) + "\n"
+
+
+def dataset_name(config):
+    """Return the data set's name as protocols state it."""
+    return f"folder {Path(config.image_path).name}" if config.dataset == "folder" else config.dataset

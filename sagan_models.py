@@ -1,21 +1,21 @@
 """SAGAN: generator and discriminator with self-attention (Zhang et al. 2019, arXiv 1805.08318).
 
-The unconditional DCGAN-shaped model whose command line this program follows, at any power of two from 32 to 256.
+The unconditional DCGAN-shaped model whose command line this program follows; imsize is 32, 64, 128 or 256.
 At imsize 64 and conv_dim 64 it has 3,832,885 (G) and 3,175,299 (D) parameters. Widths double towards the 4x4
-end and are capped at 16 x conv_dim, so that 256 px does not need 2,048 channels.
+end and are capped at 16 x conv_dim; uncapped, 256 px would need 2,048 channels.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convolutions import FromVector, ToVector
-from parameter import d_feature_sizes, g_feature_sizes
-from spectral import normalizer
+from flags.sagan import d_feature_sizes, g_feature_sizes
+from layers import FromVector, ToVector, capture
+from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16
-# Below this many positions the N x N matrix is small, and on CPUs the plain formula is the faster one; on GPUs it is so
-# where values are wider than this: backward through two layers of 512 was a tenth of a step.
+# Below this many positions the explicit softmax is faster on CPUs; on GPUs too where the values have more channels than
+# this: the fused backward pass through two layers of 512 channels took 10% of a step.
 FUSED_FROM_POSITIONS = 512
 FUSED_TO_WIDTH = 256
 
@@ -23,9 +23,9 @@ FUSED_TO_WIDTH = 256
 class SelfAttention(nn.Module):
     """y = gamma * softmax(q k^T) v + x over all positions (section 3, eqs. 1-3).
 
-    1x1 convolutions with bias, q and k with C/8 channels, v with C; no 1/sqrt(d); gamma starts at 0. With `pool` keys
+    1x1 convolutions with bias, q and k with C/8 channels, v with C; no 1/sqrt(d); gamma starts at 0. With `pool`, keys
     and values are 2x2 max-pooled, as in the authors' own code: a quarter of the work.
-    Input and output (B, C, H, W). Memory in training is O(N), N = H * W, where the fused kernel serves.
+    Input and output are (B, C, H, W). Memory in training is O(N), N = H * W, where `attend` uses the fused kernel.
     """
 
     def __init__(self, channels, pool=False):
@@ -47,16 +47,16 @@ class SelfAttention(nn.Module):
         return self.gamma.to(out.dtype) * out.transpose(1, 2).reshape(B, C, H, W) + x
 
     def _project(self, x):
-        """query(x), key(x), value(x) in one pass over x, which is what these convolutions wait for."""
+        """Return query(x), key(x), value(x), computed as one convolution: reading x is what bounds their speed."""
         layers = self.query, self.key, self.value
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
         return F.conv2d(x, weight, bias).split([layer.out_channels for layer in layers], dim=1)
 
     def maps(self, x, queries):
-        """Explicit softmax of the asked queries only.
+        """Return the attention maps of the given queries, by explicit softmax.
 
-        x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. Returns (B, Q, H, W), with `pool`
-        (B, Q, H / 2, W / 2); each map sums to 1.
+        x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. The result is (B, Q, H, W),
+        with `pool` (B, Q, H / 2, W / 2); each map sums to 1.
         """
         B, _, H, W = x.size()
         size = torch.tensor([H, W], device=x.device)
@@ -76,17 +76,17 @@ def _positions(x):
 def attend(q, k, v):
     """softmax(q k^T) v: q (B, N, D), k (B, M, D), v (B, M, C) -> (B, N, C).
 
-    The fused kernels never hold the N x M matrix. They have no double backward: a gradient penalty runs D under
+    The fused kernels never materialize the N x M matrix. They have no double backward: a gradient penalty runs D under
     `sdpa_kernel(SDPBackend.MATH)`.
     """
     N, M, C = q.size(1), k.size(1), v.size(2)
     if N * M < FUSED_FROM_POSITIONS**2 and not (q.is_cuda and C <= FUSED_TO_WIDTH):
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
-    # the CPU's fused kernel wants one head size for q, k and v, the GPU's in bf16 multiples of 8
-    missing = (-q.size(2) % 8 if q.is_cuda else C - q.size(2))
-    if missing:
-        q, k = (F.pad(t, (0, missing)) for t in (q, k))                 # zeros leave every q.k as it is
-    # CRUCIAL: other strides than contiguous ones silently take the path that holds the N x M matrix
+    # the CPU's fused kernel needs one head size for q, k and v; the GPU's in bf16 a multiple of 8
+    padding = (-q.size(2) % 8 if q.is_cuda else C - q.size(2))
+    if padding:
+        q, k = (F.pad(t, (0, padding)) for t in (q, k))                 # zeros do not change any q.k
+    # CRUCIAL: inputs that are not contiguous silently fall back to materializing the N x M matrix
     q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N or M, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
 
@@ -94,15 +94,15 @@ def attend(q, k, v):
 class Generator(nn.Module):
     """z (B, z_dim) -> [image (B, 3, imsize, imsize) in [-1, 1]].
 
-    4x4 transposed convolutions, batch norm and ReLU after every layer but the last; attention after the layers
-    whose output is `sizes` high; spectral norm on all but the last layer and the attention when `sn`.
+    4x4 transposed convolutions, batch norm and ReLU after every layer but the last; attention after the layers whose
+    output height is in `attention`; with `sn`, spectral norm on every layer but the last and the attention.
     """
 
     def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True, pool=False):
         super().__init__()
         sizes = g_feature_sizes(imsize)                                 # 4, 8, ..., imsize / 2
         widths = [min(imsize // (2 * size), MAX_WIDTH_MULTIPLE) * conv_dim for size in sizes]
-        wrap = normalizer(sn)
+        wrap = maybe_spectral_norm(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
         channels = z_dim
@@ -110,7 +110,7 @@ class Generator(nn.Module):
             self.blocks[f"{size}"] = nn.Sequential(
                 wrap(FromVector(channels, width, 4) if size == 4 else nn.ConvTranspose2d(channels, width, 4, 2, 1)),
                 nn.BatchNorm2d(width),
-                nn.ReLU(inplace=True),                                  # a map less to keep for the backward pass
+                nn.ReLU(inplace=True),                                  # in place: one activation less in memory
             )
             if size in attention:
                 self.attention[f"g{size}"] = SelfAttention(width, pool)
@@ -126,20 +126,20 @@ class Generator(nn.Module):
         return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)
 
     def attention_maps(self, z, queries):
-        """{layer: (B, Q, size, size)} for z (B, z_dim) and queries (Q, 2); see `SelfAttention.maps`."""
-        return _maps_during(self, z, queries)
+        """Return {layer: (B, Q, size, size)} for z (B, z_dim) and queries (Q, 2); see `SelfAttention.maps`."""
+        return _attention_maps(self, z, queries)
 
 
 class Discriminator(nn.Module):
     """image (B, 3, imsize, imsize) in [-1, 1] -> logits (B,).
 
-    4x4 convolutions with stride 2 and LeakyReLU 0.1 down to 4x4, no norm layer (a gradient penalty is per sample);
-    spectral norm on all but the last layer and the attention when `sn`.
+    4x4 convolutions with stride 2 and LeakyReLU 0.1 down to 4x4; no batch norm, since a gradient penalty is per sample;
+    attention as in G; with `sn`, spectral norm on every layer but the last and the attention.
     """
 
     def __init__(self, imsize, conv_dim, attention=(), sn=True, pool=False):
         super().__init__()
-        wrap = normalizer(sn)
+        wrap = maybe_spectral_norm(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
         channels = 3
@@ -162,37 +162,23 @@ class Discriminator(nn.Module):
         return self.to_logit(x).flatten().float()                       # (B, 1, 1, 1) -> (B,)
 
     def attention_maps(self, image, queries):
-        """{layer: (B, Q, size, size)} for images (B, 3, imsize, imsize) and queries (Q, 2)."""
-        return _maps_during(self, image, queries)
+        """Return {layer: (B, Q, size, size)} for images (B, 3, imsize, imsize) and queries (Q, 2)."""
+        return _attention_maps(self, image, queries)
 
 
-@torch.no_grad()
-def _maps_during(net, x, queries):
-    """Run net(x) and take each attention layer's maps from the features that enter it."""
-    maps = {}
-
-    def take(name):
-        def hook(layer, inputs):
-            maps[name] = layer.maps(inputs[0], queries)
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(take(name)) for name, layer in net.attention.items()]
-    try:
-        net(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return maps
+def _attention_maps(net, x, queries):
+    """Run net(x) and compute the maps of each attention layer from its input."""
+    return capture(net, x, net.attention, lambda layer, features, output: layer.maps(features, queries))
 
 
 def gammas(G, D):
-    """{layer: gamma (1,), detached} of every attention layer: near 0 its map has no effect yet."""
+    """Return {layer: gamma (1,), detached}; while gamma is near 0, the layer has no effect."""
     layers = {**G.attention, **D.attention}
     return {name: layer.gamma.detach() for name, layer in layers.items()}
 
 
 def build(config):
-    """(G, D) of the config, freshly initialized, on the CPU."""
+    """Return (G, D) of the config, newly initialized, on the CPU."""
     pool = config.attn_pool
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"), pool)
     D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"), pool)

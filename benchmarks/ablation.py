@@ -29,14 +29,15 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import datasets  # noqa: E402
-import metrics  # noqa: E402
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
-from failures import CheckpointError, DataError, Failure, LockedError, UsageError  # noqa: E402
-from flags import boolean, one_of  # noqa: E402
+from dataset import table  # noqa: E402
+from errors import CheckpointError, DataError, Failure, LockedError, UsageError  # noqa: E402
+from flags.common import boolean, one_of  # noqa: E402
+from metrics import swd  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
-from utils import lock_folder, write_atomically  # noqa: E402
+from storage.folders import lock_folder  # noqa: E402
+from utils import write_atomically  # noqa: E402
 
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
@@ -122,8 +123,8 @@ class Ablation:
         self.out = Path(options.out)
         config = parameter.Config.of({"dataset": "folder", "image_path": options.image_path,
                                       "imsize": options.imsize})
-        self.dataset = datasets.open_folder(config)
-        fingerprint = datasets.fingerprint(self.dataset, config)[:12]
+        self.dataset = table.open_folder(config)
+        fingerprint = table.fingerprint(self.dataset, config)[:12]
         self.runs = [Run(variant, seed) for seed in range(options.seeds) for variant in options.variants]
         self.record = Record(self.out / "ablation.json", {
             "imsize": options.imsize, "flags after --": shlex.join(extra),
@@ -190,11 +191,11 @@ class Ablation:
                 picture = Image.fromarray(self.dataset[index].permute(1, 2, 0).numpy())
                 picture.save(unfinished / f"{index:06d}.png", compress_level=1)
             os.replace(unfinished, folder)
-        self.real = metrics.PictureFiles.below(folder)
+        self.real = swd.PictureFiles.below(folder)
         if len(self.real) < 2:
             raise DataError(f"--image_path {self.options.image_path}: one picture; at least 2 are needed")
         if "floor" not in self.record.data:
-            self.record.put(metrics.floor(self.real), "floor")
+            self.record.put(swd.floor(self.real), "floor")
 
     # ------------------------------------------------------------------------------------------------ one run
 
@@ -238,7 +239,7 @@ class Ablation:
         for scorer in missing:
             self.children.check()
             if scorer == "swd":
-                scores = {"swd": metrics.sliced_wasserstein(self.real, metrics.PictureFiles.below(fake))}
+                scores = {"swd": swd.sliced_wasserstein(self.real, swd.PictureFiles.below(fake))}
             else:
                 words = [word.replace("{real}", str(self.out / "real")).replace("{fake}", str(fake))
                          for word in shlex.split(scorer)]
@@ -251,7 +252,7 @@ class Ablation:
         samples, steps = self.options.samples, self.options.steps
         place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
         folder = place / run.name / f"{steps:07d}_generated_seed0"
-        if len(metrics.PictureFiles.below(folder)) != samples:
+        if len(swd.PictureFiles.below(folder)) != samples:
             self.children.run(run.name, self._main(
                 run.variant, "--version", run.name, "--train", "false", "--pretrained_model", steps, "--seed", 0,
                 "--num_samples", samples, "--sample_path", place, *(("--metadata_sample", draw) if draw else ())),
@@ -388,7 +389,7 @@ def parse(argv):
                     "The same command again goes on.")
     add = parser.add_argument
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
-    add("--imsize", type=at_least(metrics.SMALLEST), default=64, metavar="N",
+    add("--imsize", type=at_least(swd.SMALLEST), default=64, metavar="N",
         help="side of the pictures (default: 64 px)")
     add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data_loader  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
-from cost import alternate, each_ratio, hardware  # noqa: E402
-from failures import Failure  # noqa: E402
-from workers import cores  # noqa: E402
+from dataset.workers import cores  # noqa: E402
+from errors import Failure  # noqa: E402
+from metrics.cost import alternate, each_ratio, hardware  # noqa: E402
 
 DRAWN = 20_000  # pictures
 SIZE = (178, 218)
@@ -52,7 +52,7 @@ def draw(folder, count=DRAWN):
         pool.map(_draw, [(folder, first, min(step, count - first)) for first in range(0, count, step)], chunksize=1)
 
 
-class Side:
+class TimedLoader:
     """One way to load: `open()` gives an endless iterator over batches; `seconds` per batch, a number for each round.
 
     `anew`: it is opened again for every round.
@@ -118,7 +118,7 @@ def filled(options, root, device, place):
     ours_at = ours(options, root, device, place, "--cache", "on")
     dataset = ours_at.samples.dataset
     for part in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
-        dataset.gather(part)
+        dataset.load_batch(part)
     ours_at.close()
     return ours(options, root, device, place, "--cache", "on")
 
@@ -130,14 +130,13 @@ def sides_of(options, root, scratch, device):
 
     workers = f"{options.num_workers} workers"
     here = " on the GPU" if device.type == "cuda" else ""
-    return [
-        Side(f"torchvision ImageFolder, DataLoader, {workers}", lambda: image_folder(options, root, device), options,
-             device),
-        Side(f"no cache, {workers}", lambda: ours(options, root, device, scratch, "--cache", "off"), options, device),
-        Side(f"first epoch, filling the cache, {workers}", fresh, options, device, anew=True),
-        Side(f"later epochs and runs, from the cache{here}", lambda: filled(options, root, device, scratch), options,
-             device),
-    ]
+    ways = {
+        f"torchvision ImageFolder, DataLoader, {workers}": lambda: image_folder(options, root, device),
+        f"no cache, {workers}": lambda: ours(options, root, device, scratch, "--cache", "off"),
+        f"first epoch, filling the cache, {workers}": fresh,
+        f"later epochs and runs, from the cache{here}": lambda: filled(options, root, device, scratch),
+    }
+    return [TimedLoader(name, open, options, device, anew=open is fresh) for name, open in ways.items()]
 
 
 def main(argv):

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import threading
 
-from failures import Failure
+from dataset.workers import cores
+from errors import Failure
 
 TAIL = 12       # lines of a failed command's output that are shown
 
@@ -88,8 +89,3 @@ class Children:
         """A signal to the program: the first lets trainings save, the second does not wait for that."""
         self.stop(kill=self.signal is not None)
         self.signal = self.signal or number
-
-
-def cores():
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

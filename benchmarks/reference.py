@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from convolutions import FromVector, ToVector
-from cost import OneBatch, Side
+from device.precision import Precision
 from diffaug import augment
 from families import FAMILIES
 from fastgan_models import GLU
-from precision import Precision
+from layers import FromVector, ToVector
+from metrics.cost import ConstantBatch, TimedConfig
 from sagan_models import SelfAttention
 
 
@@ -49,7 +49,7 @@ def published(net):
 
 
 class PlainTrainer:
-    """Trains the networks of `config` on `device`; `train_step(real_images)` is one step."""
+    """Trains the networks of `config` on `device`; `train_step(batches)` is one step on the next of them."""
 
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
@@ -66,31 +66,31 @@ class PlainTrainer:
         self.width = config.z_dim + (512 if config.metadata else 0)
         self.precision = Precision(config.precision, device)
 
-    def train_step(self, real_images):
+    def train_step(self, batches):
         """One update of D and one of G."""
         with self.precision.switched():
-            self._train_step(real_images)
+            self._train_step(next(batches).images)
 
-    def _train_step(self, real_images):
-        real = self.seen(next(real_images))
-        fake = self.draw(real.size(0))
+    def _train_step(self, images):
+        real = self.augment(images)
+        fake = self.generate(real.size(0))
         again = self.config.model == "sagan"
-        shown = [self.seen(image if again else image.detach()) for image in fake]
+        shown = [self.augment(image if again else image.detach()) for image in fake]
         loss, _ = self.objective.d_loss(self.D, real, shown)
         self.update(loss, self.d_optimizer)
-        fake = self.draw(real.size(0)) if again else fake
-        loss, _ = self.objective.g_loss(self.D, [self.seen(image) for image in fake])
+        fake = self.generate(real.size(0)) if again else fake
+        loss, _ = self.objective.g_loss(self.D, real, [self.augment(image) for image in fake])
         self.update(loss, self.g_optimizer)
         with torch.no_grad():
             for averaged, weight in zip(self.G_ema.parameters(), self.G.parameters(), strict=True):
                 averaged.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
 
-    def draw(self, count):
+    def generate(self, count):
         """What G makes of fresh z."""
         return self.G(torch.randn(count, self.width, device=self.device))
 
-    def seen(self, images):
-        """Images as D sees them."""
+    def augment(self, images):
+        """Images as D sees them, augmented."""
         return augment(images, self.config.augment)
 
     def update(self, loss, optimizer):
@@ -101,10 +101,10 @@ class PlainTrainer:
         optimizer.step()
 
 
-class PlainSide(Side):
+class PlainConfig(TimedConfig):
     """One configuration, trained the plain way."""
 
     def __init__(self, config, place, bank=None):
         self.config, self.place, self.seconds = config, place, []
-        self.pictures = OneBatch(config, place.device)
+        self.batches = ConstantBatch(config, place.device)
         self.trainer = PlainTrainer(config, place.device)

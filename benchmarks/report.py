@@ -11,10 +11,10 @@ import statistics
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import cost
-from failures import Failure
-from gallery import INK, MARGIN, PAGE, QUIET
-from processes import cores
+from dataset.workers import cores
+from errors import Failure
+from gallery.grid import BACKGROUND, INK, MARGIN, QUIET
+from metrics import cost
 from utils import write_atomically
 
 BASELINE = "baseline"       # label of the row that the others are compared with
@@ -191,7 +191,7 @@ def picture(grids, path):
     images = [image.resize((width, height), Image.Resampling.LANCZOS) for image in images]
     top = MARGIN + 44
     foot = 20 + line * max(len(lines) for _, _, lines in grids)
-    page = Image.new("RGB", (MARGIN + len(grids) * (width + MARGIN), top + height + foot + MARGIN), PAGE)
+    page = Image.new("RGB", (MARGIN + len(grids) * (width + MARGIN), top + height + foot + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(page)
     for i, ((name, _, lines), image) in enumerate(zip(grids, images, strict=True)):
         left = MARGIN + i * (width + MARGIN)
@@ -216,21 +216,21 @@ def read_scores(printed, command):
             if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
-def cost_of(journal, steps):
+def cost_of(log, steps):
     """{"s/step": median, "GPU GiB": peak} from the lines of a metrics.jsonl up to `steps`; {} without one.
 
     The first line holds the warm-up, and is left out where there are others.
     """
-    if not journal.exists():
+    if not log.exists():
         return {}
-    lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["step"] <= steps]
     if not lines:
         return {}
-    cost = {"s/step": statistics.median(line["sec_per_step"] for line in lines[1:] or lines)}
+    found = {"s/step": statistics.median(line["sec_per_step"] for line in lines[1:] or lines)}
     if "gpu_memory_gib" in lines[-1]:
-        cost["GPU GiB"] = max(line["gpu_memory_gib"] for line in lines)
-    return cost
+        found["GPU GiB"] = max(line["gpu_memory_gib"] for line in lines)
+    return found
 
 
 def hardware():

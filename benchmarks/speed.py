@@ -5,7 +5,7 @@
 
 Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
 from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
-with the range of its middle half, peak memory) and puts it into RESULTS.md, or the file that --results names, in place
+with the range of its middle half, peak memory) and puts it into docs/results.md, or what --results names, in place
 of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`;
 `--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be repeated.
 
@@ -32,17 +32,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed  # noqa: E402 - found through the line above
 import loading  # noqa: E402
 import parameter  # noqa: E402
-import workers  # noqa: E402
-from cost import Side, alternate, each_ratio, hardware, peak_memory  # noqa: E402
-from failures import Failure  # noqa: E402
-from precision import Precision  # noqa: E402
-from reference import PlainSide  # noqa: E402
+from dataset import workers  # noqa: E402
+from device import distributed  # noqa: E402 - found through the line above
+from device.precision import Precision  # noqa: E402
+from errors import Failure  # noqa: E402
+from metrics.cost import TimedConfig, alternate, each_ratio, hardware, peak_memory  # noqa: E402
+from reference import PlainConfig  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
 # what the variants add to the flags, by model
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # those that the device has, but that `auto` does not take
@@ -79,10 +79,10 @@ def compare(flags, seconds=None, variants=None):
     """Lines of the table of this program's `variants` (None: the usual ones) and the reference."""
     config = config_of(flags)
     place = distributed.start(config)
-    kinds = {"reference": (PlainSide, config_of(flags, ("--precision", "fp32")))}
+    kinds = {"reference": (PlainConfig, config_of(flags, ("--precision", "fp32")))}
     if place.device.type == "cuda":     # torch's own setting is between the two: tf32 in convolutions alone
-        kinds["reference in tf32"] = PlainSide, config_of(flags, ("--precision", "tf32"))
-    kinds |= {f"this program {more}".strip(): (Side, config_of(flags, more.split()))
+        kinds["reference in tf32"] = PlainConfig, config_of(flags, ("--precision", "tf32"))
+    kinds |= {f"this program {more}".strip(): (TimedConfig, config_of(flags, more.split()))
               for more in variants or VARIANTS[config.model]}
     memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
     sides = {name: kind(its, place) for name, (kind, its) in kinds.items()}
@@ -109,14 +109,14 @@ def load(flags, seconds=None):
         readers = f"by {count} processes" if count else "by the training itself"
         loaded = {f"JPEGs of 178x218, {readers}": loading.ours(config, folder, place.device, folder, "--cache", "off"),
                   "from the cache": loading.filled(config, folder, place.device, folder)}
-        sides = {"none: always the same pictures": Side(config, place)} | {name: Side(config, place) for name in loaded}
-        for name, pictures in loaded.items():
-            sides[name].pictures = pictures
+        sides = {name: TimedConfig(config, place) for name in ("none: always the same pictures", *loaded)}
+        for name, batches in loaded.items():
+            sides[name].batches = batches
         try:
             alternate(list(sides.values()), seconds)
         finally:
-            for pictures in loaded.values():
-                pictures.close()
+            for batches in loaded.values():
+                batches.close()
     first, *_ = sides.values()
     yield "| loading | images/s | time of a step over that without (middle half) |\n|---|---|---|"
     for name, side in sides.items():
@@ -174,7 +174,7 @@ def grow(flags):
     for imsize, batch in cells:
         config = config_of(flags, ("--imsize", str(imsize), "--batch_size", str(batch)))
         memory = peak_memory(config, None, place)
-        side = Side(config, place)
+        side = TimedConfig(config, place)
         with counting() as counter:
             side.run(1)
         steps = max(1, round(TIMED / side.run(2)))

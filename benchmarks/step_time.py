@@ -13,15 +13,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import distributed  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
-from cost import Side, alternate, each_ratio  # noqa: E402
-from failures import Failure, UsageError  # noqa: E402
+from device import distributed  # noqa: E402 - found through the line above
+from errors import Failure, UsageError  # noqa: E402
+from metrics.cost import TimedConfig, alternate, each_ratio  # noqa: E402
 
 
 def _side(argv):
     config = parameter.resolve(parameter.parse(["--dataset", "toy", *argv]))
-    return Side(config, distributed.start(config))
+    return TimedConfig(config, distributed.start(config))
 
 
 def main(argv):

@@ -1,4 +1,4 @@
-"""Shared by all tests: a folder of small pictures, the real command at a tiny size, what it left behind."""
+"""Shared fixtures and helpers: a folder of small pictures, tiny runs of the real command, their output files."""
 
 import io
 import json
@@ -20,11 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
-import inception
 import main
-import precision
-from precision import has_bf16
+from device import distributed, precision
+from device.precision import has_bf16
+from families import FAMILIES
+from metrics.cost import TimedConfig
+from parameter import parse, resolve
+from pretrained import inception
+from storage import checkpoint
 
 MAIN = str(Path(__file__).parent.parent / "main.py")
 
@@ -98,7 +101,7 @@ def small_inception(monkeypatch):
         nets.append(SmallInception())
         return nets[-1]
 
-    monkeypatch.setattr(inception, "load", load)
+    monkeypatch.setattr(inception, "load_inception", load)
     return nets
 
 
@@ -134,15 +137,20 @@ def torchrun(script, *flags):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
 
 
+def environment_of_two():
+    """The environment variables that torchrun sets for both of two processes; their ranks are to be added."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+
+
 def two_processes(script, *flags):
     """What `torchrun` does, by two processes that have imported everything: else it takes each two seconds more.
 
     `each` is what either printed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2",
-                   "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    meeting = environment_of_two()
     with tempfile.TemporaryDirectory() as place:
         written = [[Path(place) / f"{rank}.{stream}" for stream in ("out", "err")] for rank in range(2)]
         running = []
@@ -183,6 +191,55 @@ def _run_script(script, flags, folder, written, environment):
     os.chdir(folder)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
+
+
+def forks(work, count):
+    """[work(0), work(1), ...] of `count` forks of this process, which run concurrently.
+
+    They cannot train: autograd does not survive a fork.
+    """
+    context, answers, running = multiprocessing.get_context("fork"), [], []
+
+    def answer(number, end):
+        end.send(work(number))
+
+    for number in range(count):
+        receiving, sending = context.Pipe(duplex=False)
+        running.append(context.Process(target=answer, args=(number, sending)))
+        running[-1].start()
+        sending.close()                                     # so that a fork that fails raises EOFError here
+        answers.append(receiving)
+    try:
+        assert all(answer.poll(60) for answer in answers), "a fork does not answer"
+        return [answer.recv() for answer in answers]
+    finally:
+        for process in running:
+            process.join(5)
+            process.kill()
+            process.join()
+
+
+# ---- training without a command ----
+
+SMALL = ("--dataset", "toy", "--imsize", "32", "--batch_size", "8", "--g_conv_dim", "8", "--d_conv_dim", "8", "--z_dim",
+         "16", "--device", "cpu", "--preset", "published")
+SMALL_FASTGAN = ("--dataset", "toy", "--model", "fastgan", "--imsize", "64", "--batch_size", "4", "--g_conv_dim", "4",
+                 "--d_conv_dim", "4", "--z_dim", "16", "--device", "cpu", "--metadata", "false", "--recon", "l1")
+
+
+def begun(flags):
+    """A training of these flags, from the seed on: `trainer`, and `batches` of images that need no loading."""
+    config = resolve(parse(flags))
+    training = TimedConfig(config, distributed.start(config))
+    for gamma in FAMILIES[config.model].gammas(training.trainer.G, training.trainer.D).values():
+        gamma.fill_(0.5)                                # gamma starts at 0, where attention has no effect
+    return training
+
+
+def step_losses(training):
+    """(2,): d_loss and g_loss of its next step."""
+    stats = training.trainer.train_step(training.batches)
+    return torch.stack([stats["d_loss"], stats["g_loss"]])
 
 
 # ---- pictures ----
@@ -235,7 +292,7 @@ def fill_lmdb(folder: Path, count: int) -> Path:
 
 def take(batches, count: int) -> torch.Tensor:
     try:
-        return torch.cat([next(batches) for _ in range(count)])
+        return torch.cat([next(batches).images for _ in range(count)])
     finally:
         batches.close()
 

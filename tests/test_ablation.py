@@ -1,9 +1,11 @@
-"""The ablation command: what it does with runs that end, fail or are stopped.
+"""The ablation command: how it handles runs that finish, fail or are interrupted.
 
-Most tests put a stand-in in the place of main.py that writes a run's files in a moment; the last one trains.
+Most tests replace main.py by a stub that only writes a run's files; the last one trains.
 """
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,10 @@ import pytest
 from PIL import Image
 
 import ablation
-import metrics
+import main
 import processes
+import trainer
+from metrics import swd
 
 BENCHMARKS = Path(ablation.__file__).parent
 
@@ -78,8 +83,8 @@ def stand_in(tmp_path, pictures, monkeypatch):
     (tmp_path / "main.py").write_text(STAND_IN)
     monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
     monkeypatch.setattr(ablation, "MODEL", ("--model", "sagan"))        # 32 px
-    quick = functools.partial(metrics.sliced_wasserstein, count=256, directions=8)
-    monkeypatch.setattr(metrics, "sliced_wasserstein", quick)
+    quick = functools.partial(swd.sliced_wasserstein, count=256, directions=8)
+    monkeypatch.setattr(swd, "sliced_wasserstein", quick)
     return tmp_path
 
 
@@ -155,7 +160,7 @@ def test_the_same_command_again_trains_draws_and_scores_nothing(stand_in, monkey
     score = script(stand_in, "open('scored.txt', 'a').write('x')\nprint('{\"fd\": 3}')")
     assert run(*TWO, "--score", score) == 0
     before, report = Path("calls.txt").read_text(), Path("ablation/ablation.md").read_text()
-    monkeypatch.setattr(metrics, "sliced_wasserstein", None)           # calling it would raise
+    monkeypatch.setattr(swd, "sliced_wasserstein", None)           # calling it would raise
     assert run(*TWO, "--score", score) == 0
     assert Path("calls.txt").read_text() == before and Path("scored.txt").read_text() == "xx"
     assert Path("ablation/ablation.md").read_text() == report
@@ -239,9 +244,9 @@ def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
 def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in, monkeypatch, capsys):
     monkeypatch.setenv("HANG", "slae_seed0")
     text = (f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-            "import ablation, metrics; from pathlib import Path; from functools import partial\n"
+            "import ablation; from metrics import swd; from pathlib import Path; from functools import partial\n"
             "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
-            "metrics.sliced_wasserstein = partial(metrics.sliced_wasserstein, count=64, directions=4)\n"
+            "swd.sliced_wasserstein = partial(swd.sliced_wasserstein, count=64, directions=4)\n"
             "sys.exit(ablation.main(sys.argv[1:]))")
     command = [sys.executable, "-c", text, "--image_path", "pictures", "--imsize", "32", "--steps", "4",
                "--seeds", "1", "--samples", "10", "--jobs", "2"]
@@ -292,7 +297,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--seeds", "0"), 2, "--seeds: '0' is no whole number of at least 1"),
     (("--score", "echo {real}"), 2, "must name both folders"),
     (("--score", "no_such_program {real} {fake}"), 2, "there is no program no_such_program"),
-    (("--image_path", "nowhere"), 3, "there is no folder nowhere; let --image_path name"),
+    (("--image_path", "nowhere"), 3, "there is no folder nowhere; set --image_path to"),
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
     (("--", "--imsize=64"), 2, "give --imsize before the --"),
@@ -308,18 +313,81 @@ def test_mistakes_are_named(stand_in, capsys, flags, code, message):
 # -------------------------------------------------------------------------------------------------- the real thing
 
 
-@pytest.mark.slow
+SMALLEST = ("--g_conv_dim", "4", "--d_conv_dim", "4", "--recon", "l1", "--batch_size", "4", "--num_workers", "0",
+            "--device", "cpu")
+
+
+def assert_reported(text, *parts):
+    for part in ("G parameters", "s/step", "settings are equal", "| floor: real against real |", *parts):
+        assert part in text
+    assert "unfinished" not in text
+
+
+class InThisProcess:
+    """Stands in for `processes.Children`: runs the command lines of main.py in this process."""
+
+    signal = None
+
+    def __init__(self, jobs):
+        pass
+
+    def run(self, name, command, log, capture=False):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main.main([str(word) for word in command[2:]]) == 0, name
+        return out.getvalue()
+
+    def check(self):
+        pass
+
+    stop = handle = check
+
+
+class OneByOne:
+    """Stands in for ThreadPoolExecutor: only the main thread can set the signal handlers of a training."""
+
+    def __init__(self, jobs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, work, *arguments):
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_two_variants_of_a_small_model(tmp_path, pictures, monkeypatch):
+    """What main.py prints, saves and calls its files is what the ablation looks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "Children", InThisProcess)
+    monkeypatch.setattr(ablation, "ThreadPoolExecutor", OneByOne)
+    monkeypatch.setattr(trainer, "BN_STATS_IMAGES", 16)
+    monkeypatch.setattr(swd, "sliced_wasserstein", functools.partial(swd.sliced_wasserstein, count=256, directions=8))
+    assert ablation.main(["--image_path", "pictures", "--imsize", "64", "--steps", "1", "--seeds", "1", "--samples",
+                          "8", *TWO, "--", *SMALLEST]) == 0
+    assert_reported(Path("ablation/ablation.md").read_text(), "- +SLAE against baseline: swd",
+                    "12 real pictures, 8 drawn")
+    for name in ("baseline_seed0", "slae_seed0"):
+        assert Path("ablation/models", name, "0000001.pth").exists()
+    assert Image.open("ablation/ablation.png").width > 1000
+
+
+@pytest.mark.soak
 def test_two_variants_of_the_real_model(tmp_path, pictures):
     command = [sys.executable, BENCHMARKS / "ablation.py", "--image_path", "pictures", "--imsize", "64",
                "--steps", "2", "--seeds", "1", "--samples", "32", "--variants", "baseline,both", "--",
-               "--g_conv_dim", "4", "--d_conv_dim", "4", "--vgg_weights", "random", "--recon", "l1",
-               "--batch_size", "4", "--num_workers", "0", "--device", "cpu"]
+               *SMALLEST, "--vgg_weights", "random"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "ablation/ablation.md").read_text()
-    for part in ("- both against baseline: swd", "G parameters", "s/step", "random (untrained",
-                 "settings are equal"):
-        assert part in text
+    assert_reported((tmp_path / "ablation/ablation.md").read_text(), "- both against baseline: swd",
+                    "random (untrained")
     for name in ("baseline_seed0", "both_seed0"):
         assert (tmp_path / "ablation/models" / name / "0000002.pth").exists()
     assert Image.open(tmp_path / "ablation/ablation.png").width > 1000

@@ -1,5 +1,4 @@
-"""What is computed once: kept under its origin, read only if it is whole and of this origin; more in test_metadata.py.
-"""
+"""Cached results: a file per origin, read only if it is whole and of the same origin; more in test_metadata.py."""
 
 import os
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache import Cache
+from storage.cache import Cache
 
 ORIGIN = {"pictures": "abc", "procedure": 1}
 
@@ -51,10 +50,10 @@ class Harm:
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ({"origin": {**ORIGIN, "procedure": 2}, "mean": 1.0}, "is of other pictures, weights or another program"),
-    ({"mean": 1.0}, "is of other pictures, weights or another program"),
-    ({"origin": ORIGIN, "median": 1.0}, "is of other pictures, weights or another program"),
-    ([1, 2], "is of other pictures, weights or another program"),
+    ({"origin": {**ORIGIN, "procedure": 2}, "mean": 1.0}, "is stale (other pictures, weights or program version)"),
+    ({"mean": 1.0}, "is stale (other pictures, weights or program version)"),
+    ({"origin": ORIGIN, "median": 1.0}, "is stale (other pictures, weights or program version)"),
+    ([1, 2], "is stale (other pictures, weights or program version)"),
     ({"origin": ORIGIN, "mean": Harm()}, "is damaged"),
     (b"", "is damaged"),
     (b"<html>quota</html>", "is damaged"),
@@ -68,7 +67,7 @@ def test_a_file_that_is_not_what_was_written_is_said_and_passed_over(content, wo
         torch.save(content, cache.path)
     assert cache.read(fits) is None
     out = capsys.readouterr().out
-    assert out.startswith(f"reference: the cache {cache.path} {words}") and out.endswith("taking it anew\n")
+    assert out.startswith(f"reference: the cache {cache.path} {words}") and out.endswith("recomputing it\n")
     assert not Path("harmed").exists(), "a file of code is not run"
     cache.write({"mean": 3.0})
     assert cache.read(fits)["mean"] == 3.0

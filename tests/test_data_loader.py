@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,10 +20,10 @@ from conftest import WHITE, data_config, fill, fill_lmdb, identities, take
 from PIL import Image
 
 import data_loader
-import workers
-from data_loader import build_dataset, real_batches, resident
-from datasets import Pictures
-from failures import DataError
+from data_loader import Samples, build_dataset, load_to_device, real_batches
+from dataset import workers
+from dataset.images import ImageDataset
+from errors import DataError
 
 # ---- sampling ----
 
@@ -33,17 +34,17 @@ def ten(tmp_path_factory) -> Path:
     return fill(tmp_path_factory.mktemp("ten"), 10)
 
 
-def open_batches(path, first_sample=0, rank=0, world=1, **changes):
+def open_batches(path, first_sample=0, rank=0, world_size=1, **changes):
     config = data_config(path, **changes)
-    return real_batches(config, build_dataset(config), first_sample, "cpu", rank, world)
+    return real_batches(config, build_dataset(config), first_sample, "cpu", rank, world_size)
 
 
 def test_batches_are_the_pictures_in_minus_one_to_one(tmp_path):
     for index, colour in enumerate([(0, 0, 0), WHITE, (51, 51, 51), (204, 204, 204)]):
         Image.new("RGB", (20, 20), colour).save(tmp_path / f"{index}.png")
-    batch = next(open_batches(tmp_path))
-    assert batch.shape == (4, 3, 16, 16) and batch.dtype == torch.float32
-    assert sorted(batch[:, 0, 0, 0].tolist()) == pytest.approx([-1, -0.6, 0.6, 1])
+    images, labels = next(open_batches(tmp_path))
+    assert images.shape == (4, 3, 16, 16) and images.dtype == torch.float32 and labels is None
+    assert sorted(images[:, 0, 0, 0].tolist()) == pytest.approx([-1, -0.6, 0.6, 1])
 
 
 def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own(ten):
@@ -78,7 +79,7 @@ def test_half_of_the_pictures_are_mirrored_and_only_with_hflip(ten):
 def test_ranks_share_the_global_batch(ten, num_workers):
     changes = dict(hflip=True, num_workers=num_workers)
     whole = take(open_batches(ten, **changes), 6).view(6, 4, 3, 16, 16)
-    parts = [take(open_batches(ten, rank=r, world=2, **changes), 6).view(6, 2, 3, 16, 16) for r in (0, 1)]
+    parts = [take(open_batches(ten, rank=r, world_size=2, **changes), 6).view(6, 2, 3, 16, 16) for r in (0, 1)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
@@ -106,7 +107,7 @@ def test_global_random_states_stay_as_they_are(ten, num_workers):
 def test_workers_outlive_signals_and_end_with_close(ten):
     expected = take(open_batches(ten), 9)
     batches = open_batches(ten, num_workers=2)
-    first = [next(batches), next(batches)]  # one from each worker: both have started
+    first = [next(batches).images, next(batches).images]  # one from each worker: both have started
     started = multiprocessing.active_children()
     assert len(started) == 2
     for worker in started:
@@ -119,7 +120,7 @@ def test_workers_outlive_signals_and_end_with_close(ten):
 def test_workers_end_with_the_program(ten):
     program = f"""
 from conftest import data_config
-from data_loader import build_dataset, real_batches, resident
+from data_loader import build_dataset, real_batches
 
 config = data_config({str(ten)!r}, num_workers=2)
 batches = real_batches(config, build_dataset(config), 0, "cpu")
@@ -140,41 +141,45 @@ def read_or_die(index: int, parent: int) -> torch.Tensor:
 
 
 def test_a_killed_worker_is_reported_and_the_other_ends():
-    dataset = Pictures(partial(read_or_die, parent=os.getpid()), 10, "10 pictures", [])
+    dataset = ImageDataset(partial(read_or_die, parent=os.getpid()), 10, "10 pictures", [])
     with pytest.raises(DataError, match="--num_workers 0") as caught:
         take(real_batches(data_config(num_workers=2), dataset, 0, "cpu"), 5)
     assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
 
 
-def test_a_worker_that_dies_during_the_close_does_not_fail_it(ten):
-    batches = open_batches(ten, num_workers=2)
-    next(batches)
-    iterator = batches._from_workers
-    shut_down = iterator._shutdown_workers
+def read_and_end_badly(index: int) -> torch.Tensor:
+    """The second worker dies when it is told to end, while the first, which is waited for, takes its time."""
+    if torch.utils.data.get_worker_info().id:
+        Finalize(None, os.kill, (os.getpid(), signal.SIGKILL), exitpriority=1)
+    else:
+        Finalize(None, time.sleep, (0.3,), exitpriority=1)
+    return torch.zeros(3, 16, 16, dtype=torch.uint8)
 
-    def interrupted():
-        del iterator._shutdown_workers  # once: the destructor calls it too
-        shut_down()
-        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    iterator._shutdown_workers = interrupted
+def test_a_worker_that_dies_during_the_close_does_not_fail_it():
+    """torch then raises in the main thread, in the middle of closing."""
+    dataset = ImageDataset(read_and_end_badly, 10, "10 pictures", [])
+    batches = real_batches(data_config(num_workers=2), dataset, 0, "cpu")
+    next(batches), next(batches)  # one from each worker
+    started = multiprocessing.active_children()
     batches.close()
     assert not multiprocessing.active_children()
+    assert sorted(worker.exitcode for worker in started) == [-signal.SIGKILL, 0]
 
 
 def what_happened(indices) -> list[tuple]:
-    """(index, how many came with it, the process, whether it is deaf) of each; the first are slow."""
+    """(index, size of its chunk, process id, whether signals are ignored) of each; the first chunk is slow."""
     time.sleep(0.2 * (0 in indices))
-    deaf = all(signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT))
-    return [(index, len(indices), os.getpid(), deaf) for index in indices]
+    ignored = all(signal.getsignal(number) == signal.SIG_IGN for number in (signal.SIGTERM, signal.SIGINT))
+    return [(index, len(indices), os.getpid(), ignored) for index in indices]
 
 
 def test_a_task_is_spread_over_all_cores_and_comes_back_in_order(monkeypatch, capsys):
     monkeypatch.setattr(workers, "cores", lambda: 2)
     wanted = [0, *range(18, 9, -1)]
-    found, together, processes, deaf = zip(*workers.spread(what_happened, wanted, 4, "looking"), strict=True)
-    assert list(found) == wanted and list(together) == [4] * 8 + [2] * 2
-    assert len(set(processes)) == 2 and os.getpid() not in processes and all(deaf)
+    found, sizes, processes, ignored = zip(*workers.spread(what_happened, wanted, 4, "looking"), strict=True)
+    assert list(found) == wanted and list(sizes) == [4] * 8 + [2] * 2
+    assert len(set(processes)) == 2 and os.getpid() not in processes and all(ignored)
     assert not multiprocessing.active_children()
     err = capsys.readouterr().err
     assert "looking" in err and "10/10" in err
@@ -231,20 +236,25 @@ def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, cores
 def test_by_default_workers_load(ten, monkeypatch):
     monkeypatch.setattr(workers, "cores", lambda: 2)
     batches = open_batches(ten, num_workers="auto")
-    first = next(batches)
+    first = next(batches).images
     assert len(multiprocessing.active_children()) == 2
-    assert torch.equal(first, next(open_batches(ten)))
+    assert torch.equal(first, next(open_batches(ten)).images)
     batches.close()
 
 
-@pytest.mark.slow
-def test_spawned_workers_do_the_same(tmp_path, monkeypatch):
-    """As on macOS and Windows, and (by forkserver) on Linux from Python 3.14 on."""
+@pytest.fixture
+def spawning():
+    """Processes start as on macOS and Windows, and (by forkserver) on Linux from Python 3.14 on."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_spawned_workers_do_the_same(tmp_path, spawning):
     fill_lmdb(tmp_path / "cats_lmdb", 10)
     config = data_config(tmp_path, dataset="lsun", hflip=True)
     expected = take(real_batches(config, build_dataset(config), 0, "cpu"), 5)
-    spawn = multiprocessing.get_context("spawn")
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
     config.num_workers = 1
     assert torch.equal(take(real_batches(config, build_dataset(config), 0, "cpu"), 5), expected)
 
@@ -252,28 +262,18 @@ def test_spawned_workers_do_the_same(tmp_path, monkeypatch):
 # ---- a set that lives on the device ----
 
 
-def test_a_resident_set_holds_every_picture_in_order(ten):
+def test_a_set_on_the_device_holds_every_picture_in_order(ten):
     dataset = build_dataset(data_config(ten))
-    held = resident(dataset, 16, torch.device("cpu"))
-    assert held.dtype == torch.uint8 and torch.equal(held, dataset.gather(range(10)))
+    held = load_to_device(dataset, 16, torch.device("cpu"))
+    assert held.dtype == torch.uint8 and torch.equal(held, dataset.load_batch(range(10)))
 
 
-def test_batches_from_a_resident_set_are_the_same(ten, monkeypatch):
-    """On the CPU, as far as that goes: there the pictures' memory is the device's."""
-    for place in (dict(), dict(rank=0, world=2), dict(rank=1, world=2)):
-        expected = take(open_batches(ten, hflip=True, **place), 9)
-        batches = open_batches(ten, hflip=True, **place)
-        batches._resident = resident(batches.samples.dataset, 16, torch.device("cpu"))
-        monkeypatch.setattr(batches.samples, "dataset", numbered_only(10))
-        assert torch.equal(take(batches, 9), expected)
-
-
-def numbered_only(length):
-    """A data set that knows its length and must not be read."""
-    def read(index):
-        raise AssertionError("it was read")
-
-    return Pictures(read, length, "numbers", [])
+def test_batches_from_a_set_on_the_device_are_the_same(ten):
+    """On the CPU, as far as that goes: a sample number finds there the picture that would be read."""
+    samples = Samples(build_dataset(data_config(ten)), seed=7)
+    held = load_to_device(samples.dataset, 16, torch.device("cpu"))
+    for numbers in (range(0, 4), range(8, 12), range(34, 36)):
+        assert torch.equal(held[samples.indices(numbers)], samples.fetch(numbers))
 
 
 @pytest.mark.gpu
@@ -285,14 +285,33 @@ def test_batches_arrive_on_the_gpu(ten, num_workers):
     torch.testing.assert_close(batches.cpu(), take(open_batches(ten, hflip=True), 9))       # a GPU rounds once less
 
 
+def unreadable(length):
+    """A data set of which the length may be asked and no picture."""
+    def read(index):
+        raise AssertionError("it was read")
+
+    return ImageDataset(read, length, "pictures", [])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_decoded_set_goes_to_the_gpu_whole_if_it_fits(ten, tmp_path, monkeypatch, share):
-    monkeypatch.setattr(data_loader, "RESIDENT", share)
-    expected = take(open_batches(ten, hflip=True), 12)
+@pytest.mark.parametrize("place", [dict(), dict(rank=0, world_size=2), dict(rank=1, world_size=2)],
+                         ids=["alone", "rank-0", "rank-1"])
+def test_a_decoded_set_goes_to_the_gpu_whole_if_it_fits(ten, tmp_path, monkeypatch, share, place):
+    monkeypatch.setattr(data_loader, "ON_DEVICE", share)
+    expected = take(open_batches(ten, hflip=True, **place), 24)
     config = data_config(ten, hflip=True, num_workers=2, cache="on", cache_dir=tmp_path)
-    batches = real_batches(config, build_dataset(config), 0, "cuda")
-    found = torch.cat([next(batches) for _ in range(12)])           # across epochs, in which it fills
-    torch.testing.assert_close(found.cpu(), expected)
+    dataset = build_dataset(config)
+    batches = real_batches(config, dataset, 0, "cuda", **place)
+    if place:                                                       # the other rank reads the rest
+        dataset.load_batch(range(10))
+    found = [next(batches).images for _ in range(12)]               # across epochs, in which it fills
     assert not multiprocessing.active_children()
-    assert (batches._resident is not None) == bool(share)
+    batches.samples.dataset = unreadable(10)
+    if share:
+        found = torch.cat([*found, take(batches, 12)])
+        torch.testing.assert_close(found.cpu(), expected)
+    else:
+        with pytest.raises(AssertionError, match="it was read"):
+            next(batches)
+        torch.testing.assert_close(torch.cat(found).cpu(), expected[:len(expected) // 2])

@@ -1,4 +1,4 @@
-"""Picture files: odd ones are read, damaged ones refused, folders searched."""
+"""Decoding: unusual picture files are read, damaged ones refused; folders are searched recursively."""
 
 import io
 import os
@@ -10,8 +10,8 @@ from conftest import BLUE, GREEN, RED, WHITE, assert_colour, data_config, encode
 from PIL import Image
 
 from data_loader import build_dataset, describe
-from decode import decode, find_pictures, flaw
-from failures import DataError
+from dataset.decode import decode, find_defect, find_pictures
+from errors import DataError
 
 # ---- one picture ----
 
@@ -124,7 +124,7 @@ def test_folder_is_described(tmp_path):
 
 
 def look(data: bytes) -> str | None:
-    return flaw(io.BytesIO(data), len(data))
+    return find_defect(io.BytesIO(data), len(data))
 
 
 @pytest.mark.parametrize("data", [data for data, _ in KINDS.values()], ids=KINDS)
@@ -157,7 +157,7 @@ def test_bytes_after_the_end_are_no_fault():
 @pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", encode(gradient(), "GIF"),
                                   encode(gradient((500, 500)), "TIFF")], ids=["empty", "page", "gif", "large-tiff"])
 def test_what_is_no_picture_is_found(data):
-    assert look(data) == "it is no JPEG, PNG, WebP or BMP"
+    assert look(data) == "it is not a JPEG, PNG, WebP or BMP"
 
 
 def test_a_fault_without_words_is_a_fault(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_fault_without_words_is_a_fault(monkeypatch):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_sound_ends_are_not_decoded(kind, monkeypatch):
     """A look at 100,000 pictures must take seconds."""
-    monkeypatch.setattr("decode.decode", None)
+    monkeypatch.setattr("dataset.decode.decode", None)
     assert look(noisy(kind)) is None
 
 

@@ -1,4 +1,4 @@
-"""DiffAugment: what each policy does to a picture, and that training can use it."""
+"""DiffAugment: what each policy does to an image, and that gradients pass through it."""
 
 import pytest
 import torch

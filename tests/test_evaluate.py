@@ -1,4 +1,4 @@
-"""`--mode evaluate`: a run's checkpoint and any two folders, what is written, what is refused."""
+"""`--mode evaluate` on a run's checkpoint and on two folders: what it writes, what it refuses."""
 
 import json
 import re
@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import lines, two_processes
 from PIL import Image
+from stand_ins import SmallLpips, small_swd
 
-import checkpoint
-import perceptual
+from metrics import backtrack, inception, swd
+from pretrained import lpips
+from storage import checkpoint
 
 FOLDERS = ("--fake_dir", "fake", "--real_dir", "real")
 INCEPTIONS = ("fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std")
@@ -30,16 +32,16 @@ def folders(tmp_path):
     return tmp_path
 
 
-class SmallLpips(torch.nn.Module):
-    """Stands in for LPIPS: the space of small grey pictures."""
-
-    def embed(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images.mean(1), 8).flatten(1)        # (B, 64)
-
-
 @pytest.fixture
 def small_lpips(monkeypatch):
-    monkeypatch.setattr("vgg.lpips", lambda weights, otherwise: SmallLpips())
+    """Replace LPIPS by a small network, and let each search choose its start among 64 samples."""
+    monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
+    monkeypatch.setattr(backtrack, "STARTS", 64)
+
+
+@pytest.fixture(autouse=True)
+def fast_swd(monkeypatch):
+    monkeypatch.setattr(swd, "sliced_wasserstein", small_swd)
 
 
 def scored(log_path="logs"):
@@ -80,8 +82,6 @@ def test_the_same_seed_gives_the_same_numbers_and_the_folder_of_samples_does_too
 
 
 def test_an_earlier_checkpoint_is_evaluated_and_the_best_is_kept(run, pictures, small_inception, monkeypatch):
-    import inception
-
     fids = iter([5.0, 7.0, 3.0])
     monkeypatch.setattr(inception, "distances", lambda *_: {"fid": next(fids)})
     run("--version", "a", "--total_step", 3, "--model_save_step", 1, "--dataset", "folder", "--image_path", pictures)
@@ -95,8 +95,6 @@ def test_an_earlier_checkpoint_is_evaluated_and_the_best_is_kept(run, pictures, 
 
 
 def test_a_fid_by_another_protocol_does_not_replace_the_best(run, pictures, small_inception, monkeypatch):
-    import inception
-
     fids = iter([5.0, 3.0])
     monkeypatch.setattr(inception, "distances", lambda *_: {"fid": next(fids)})
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
@@ -144,8 +142,7 @@ def test_samples_with_metadata_of_one_picture_and_of_none_are_scored_apart(run, 
     assert {"0000001_nearest_bank.png", "0000001_nearest_gauss.png"} <= written
 
 
-def test_held_out_pictures_are_back_tracked_one_by_one(run, pictures, small_lpips, monkeypatch):
-    monkeypatch.setattr(perceptual, "STARTS", 64)
+def test_held_out_pictures_are_back_tracked_one_by_one(run, pictures, small_lpips):
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
     code, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 3, tiny=False)
     assert code == 0 and "note: this run was trained on all" not in out
@@ -160,15 +157,13 @@ def test_held_out_pictures_are_back_tracked_one_by_one(run, pictures, small_lpip
     assert "0000001_backtrack.png" in shown and '"lpips"' in shown
 
 
-def test_a_run_that_held_nothing_out_is_told_so(run, pictures, small_lpips, monkeypatch):
-    monkeypatch.setattr(perceptual, "STARTS", 64)
+def test_a_run_that_held_nothing_out_is_told_so(run, pictures, small_lpips):
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
     _, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1, tiny=False)
-    assert "trained on all pictures, these 1 too" in out and "TRAINED ON" in lines("a")[-1]["protocol"]
+    assert "trained on all pictures, including these 1" in out and "TRAINED ON" in lines("a")[-1]["protocol"]
 
 
-def test_more_steps_come_closer(run, pictures, small_lpips, monkeypatch):
-    monkeypatch.setattr(perceptual, "STARTS", 64)
+def test_more_steps_come_closer(run, pictures, small_lpips):
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.5")
     for steps in (1, 20):
         run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", steps, tiny=False)
@@ -177,15 +172,14 @@ def test_more_steps_come_closer(run, pictures, small_lpips, monkeypatch):
 
 
 def test_metadata_are_searched_for_if_asked(run, pictures, small_lpips, monkeypatch):
-    monkeypatch.setattr(perceptual, "STARTS", 64)
-    seen = []
-    monkeypatch.setattr(perceptual, "_search", lambda G, lpips, start, target, steps, free, progress: seen.append(
-        free) or (target, torch.zeros(len(target)), torch.zeros(len(target))))
+    moved, found = [], backtrack.backtrack
+    monkeypatch.setattr(backtrack, "backtrack", lambda G, latents, pictures, net, steps, free, *rest: moved.append(
+        free) or found(G, latents, pictures, net, steps, free, *rest))
     run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
         "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
     for flags in ((), ("--backtrack_metadata", "true")):
-        run("--version", "f", "--mode", "evaluate", "--metrics", "lpips", *flags, tiny=False)
-    assert seen == [8, 8 + 512]
+        run("--version", "f", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 2, *flags, tiny=False)
+    assert moved == [8, 8 + 512]
     assert [re.search(r"on (z[a-z ]*),", line["protocol"])[1] for line in lines("f")[-2:]] == ["z", "z and metadata"]
 
 
@@ -223,7 +217,7 @@ def test_real_pictures_of_other_sizes_are_cut_as_in_training_and_counted(run, fo
     (lambda: [Path(f"fake/{i:02d}.png").write_bytes(b"\x89PNG cut") for i in range(3)], (),
      ("3 of 12 pictures cannot be used", "fake/00.png")),
     (lambda: Path("real/05.png").write_bytes(Path("real/05.png").read_bytes()[:90]), (), ("real/05.png",)),
-    (lambda: [Path(f"fake/{i:02d}.png").unlink() for i in range(9)], (), ("3 generated pictures", "4 at the least")),
+    (lambda: [Path(f"fake/{i:02d}.png").unlink() for i in range(9)], (), ("3 generated pictures", "at least 4")),
     (lambda: shutil.rmtree("fake"), (), ("--fake_dir", "there is no folder fake")),
     (lambda: shutil.rmtree("real"), (), ("--real_dir", "there is no folder real")),
     (lambda: None, ("--imsize", "48", "--metrics", "swd"), ("--metrics swd", "--imsize 64")),
@@ -265,24 +259,26 @@ def test_a_run_without_its_pictures_is_told_what_is_missing(run, pictures, small
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips, monkeypatch):
-    """Work is shared out, gathered, and written once."""
+def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips):
+    """The ranks share the work, and rank 0 writes the results once."""
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-import conftest, inception, main, perceptual, test_evaluate, vgg
-inception.load = lambda weights: conftest.SmallInception()
-vgg.lpips = lambda weights, otherwise: test_evaluate.SmallLpips()
-perceptual.STARTS = 64
+import conftest, main, stand_ins
+from metrics import backtrack, swd
+from pretrained import inception, lpips
+inception.load_inception = lambda weights: conftest.SmallInception()
+lpips.load_lpips = lambda weights, hint: stand_ins.SmallLpips()
+backtrack.STARTS = 64
+swd.sliced_wasserstein = stand_ins.small_swd
 sys.exit(main.main(sys.argv[1:]))
 """)
     flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics", "fid,kid,pr,is,swd,nearest,lpips",
              "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
     two = two_processes(script, *flags)
     assert two.returncode == 0, two.stderr
-    monkeypatch.setattr(perceptual, "STARTS", 64)
     assert run(*flags, tiny=False)[0] == 0
     measured = [line for line in lines("a") if "protocol" in line]
     assert len(measured) == 8, "four lines each"

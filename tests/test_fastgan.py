@@ -1,4 +1,4 @@
-"""SLAE-FastGAN's networks and objective: published sizes, every imsize, its layers by the written formula."""
+"""SLAE-FastGAN's networks and objective: published sizes, every imsize, layers against the published formulas."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from torch.nn.utils import parametrize
 
 from fastgan_models import (
     Discriminator,
-    Double,
     Generator,
     Noise,
     SpatialAttention,
+    Upsample2x,
     _to_4x4,
     build,
     downscale,
@@ -63,11 +63,11 @@ def test_every_size_gives_two_images_masks_logits_and_reconstructions(imsize, sl
 def test_a_batch_of_one_trains_every_weight():
     G, D = networks(slae_d=True)
     fake = G(torch.randn(1, 16 + 512))
-    objective = SelfSupervisedHinge(l1, 1.0, 0.2)
-    loss, _ = objective.d_loss(D, torch.rand(1, 3, 64, 64), [image.detach() for image in fake])
+    objective, real = SelfSupervisedHinge(l1, 1.0, 0.2), torch.rand(1, 3, 64, 64)
+    loss, _ = objective.d_loss(D, real, [image.detach() for image in fake])
     loss.backward()
     assert all(weight.grad.abs().sum() > 0 for weight in D.parameters())
-    objective.g_loss(D, fake)[0].backward()
+    objective.g_loss(D, real, fake)[0].backward()
     assert all(weight.grad is not None for weight in G.parameters())
 
 
@@ -267,14 +267,14 @@ def test_maps_that_autocast_began_in_bf16_stay_so(device):
             x = layer(x)
             found[type(layer).__name__] = x.dtype
         found["next"] = G.blocks["16"][0](x).dtype
-    assert set(found) >= {"Double", "Noise", "BatchNorm2d", "GLU"}
-    del found["Double"]                             # the first: its input was fp32
+    assert set(found) >= {"Upsample2x", "Noise", "BatchNorm2d", "GLU"}
+    del found["Upsample2x"]                             # the first: its input was fp32
     assert set(found.values()) == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_what_the_compiler_sees_doubles_to_the_same_maps_and_gradients(layout):
-    double, found = Double(scale_factor=2), []
+    double, found = Upsample2x(scale_factor=2), []
     for layer in (double, torch.compile(double, backend="eager")):
         torch.manual_seed(0)
         x = torch.randn(2, 5, 3, 4).to(memory_format=layout).requires_grad_()

@@ -1,11 +1,11 @@
-"""metrics.jsonl: lines are added, those of a future that is given up are set aside, TensorBoard gets the numbers."""
+"""metrics.jsonl: lines are appended, those after the step that a run resumes from are set aside; TensorBoard events."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from journal import Journal
+from storage.journal import MetricsLog
 
 PATH = Path("logs/metrics.jsonl")
 
@@ -19,34 +19,34 @@ def steps(path=PATH):
     return [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write(*numbers, going_on_from=None):
-    journal = Journal("logs", use_tensorboard=False, going_on_from=going_on_from)
+def write(*numbers, resume_from=None):
+    log = MetricsLog("logs", use_tensorboard=False, resume_from=resume_from)
     for number in numbers:
-        journal.write(number, {"d_loss": number / 2})
-    journal.close()
+        log.write(number, {"d_loss": number / 2})
+    log.close()
 
 
 def test_a_line_holds_its_step_and_values_and_can_be_read_at_once():
-    journal = Journal("logs", use_tensorboard=False)
-    journal.write(7, {"fid": 3.5, "protocol": "größer"})
+    log = MetricsLog("logs", use_tensorboard=False)
+    log.write(7, {"fid": 3.5, "protocol": "größer"})
     assert [json.loads(line) for line in PATH.read_text(encoding="utf-8").splitlines()] == [
         {"step": 7, "fid": 3.5, "protocol": "größer"}]
-    journal.close()
+    log.close()
 
 
 def test_a_run_that_goes_back_sets_later_lines_aside_and_loses_none():
     write(1, 2, 3, 4)
-    write(3, 4, going_on_from=2)
+    write(3, 4, resume_from=2)
     assert steps() == [1, 2, 3, 4] and steps(Path("logs/superseded.jsonl")) == [3, 4]
-    write(going_on_from=3)
+    write(resume_from=3)
     assert steps() == [1, 2, 3] and steps(Path("logs/superseded.jsonl")) == [3, 4, 4]
-    write(5, going_on_from=3)
+    write(5, resume_from=3)
     assert steps() == [1, 2, 3, 5] and steps(Path("logs/superseded.jsonl")) == [3, 4, 4]
 
 
 def test_starting_anew_sets_all_aside():
     write(1, 2)
-    write(1, going_on_from=0)
+    write(1, resume_from=0)
     assert steps() == [1] and steps(Path("logs/superseded.jsonl")) == [1, 2]
 
 
@@ -61,7 +61,7 @@ def test_a_line_that_a_crash_damaged_is_dropped_when_the_run_goes_on(damage):
     write(1)
     with open(PATH, "a") as file:
         file.write(damage)
-    write(2, going_on_from=1)
+    write(2, resume_from=1)
     assert steps() == [1, 2]
 
 
@@ -74,17 +74,17 @@ def test_a_line_that_a_crash_cut_short_swallows_none_that_is_added():
     assert json.loads(whole)["step"] == 1 and cut == '{"step": 2, "d_lo' and json.loads(added)["step"] == 3
 
 
-@pytest.mark.parametrize(("going_on_from", "expected"), [(2, [1, 2, 30]), (None, [1, 2, 3, 30])])
-def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(going_on_from, expected):
+@pytest.mark.parametrize(("resume_from", "expected"), [(2, [1, 2, 30]), (None, [1, 2, 3, 30])])
+def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(resume_from, expected):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    journal = Journal("logs", use_tensorboard=True)
+    log = MetricsLog("logs", use_tensorboard=True)
     for step in (1, 2, 3):
-        journal.write(step, {"fid": step / 2, "protocol": "words"})
-    journal.close()
-    journal = Journal("logs", use_tensorboard=True, going_on_from=going_on_from)
-    journal.write(30, {"fid": 1})
-    journal.close()
+        log.write(step, {"fid": step / 2, "protocol": "words"})
+    log.close()
+    log = MetricsLog("logs", use_tensorboard=True, resume_from=resume_from)
+    log.write(30, {"fid": 1})
+    log.close()
     events = EventAccumulator("logs").Reload()
     assert events.Tags()["scalars"] == ["fid"] and not events.Tags()["tensors"]
     assert [event.step for event in events.Scalars("fid")] == expected

@@ -1,4 +1,4 @@
-"""Objectives against numbers worked out by hand."""
+"""Objectives against manually computed values."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_hinge_by_hand():
     loss, stats = Hinge().d_loss(D, real, [fake])       # D: real 2, 0; fake -2, 0.5
     assert loss.item() == pytest.approx((0 + 1) / 2 + (0 + 1.5) / 2)
     assert stats["d_real"].item() == 1 and stats["d_fake"].item() == -0.75
-    assert Hinge().g_loss(D, [fake])[0].item() == 0.75
+    assert Hinge().g_loss(D, None, [fake])[0].item() == 0.75
 
 
 def test_wgan_gp_is_one_loss():

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import data_loader
-import metrics
-import sampler
-from distributed import Place
-from failures import DataError
-from metrics import sliced_wasserstein
+from dataset import images
+from device.distributed import Place
+from errors import DataError
+from generate import draw, modes
+from metrics import swd
+from metrics.swd import sliced_wasserstein
 from parameter import resolve
+from storage import checkpoint
 
 
 def noise(n, size=64, seed=0):
@@ -70,33 +71,33 @@ def test_one_picture_many_times_is_far_from_the_set_that_it_comes_from():
 
 def test_chunks_do_not_change_descriptors(monkeypatch):
     pictures = noise(20, size=32)
-    found = metrics.descriptors(pictures, 50)
+    found = swd.descriptors(pictures, 50)
     assert [rows.shape for rows in found] == [(50, 3, 49)] * 2
-    monkeypatch.setattr(metrics, "CHUNK", 3 * 32**2)
-    assert all(torch.equal(a, b) for a, b in zip(found, metrics.descriptors(pictures, 50), strict=True))
+    monkeypatch.setattr(swd, "CHUNK", 3 * 32**2)
+    assert all(torch.equal(a, b) for a, b in zip(found, swd.descriptors(pictures, 50), strict=True))
 
 
 def test_descriptors_are_patches_of_the_pictures_own_levels_in_equal_shares():
     flat = torch.arange(4).view(4, 1, 1, 1).expand(4, 3, 32, 32).to(torch.uint8) * 50
-    detail, coarse = metrics.descriptors(flat, 10)
+    detail, coarse = swd.descriptors(flat, 10)
     assert detail.abs().max() < 1e-3
     assert torch.allclose(coarse.mean((1, 2)), torch.tensor([0, 50, 100, 150, 0, 50, 100, 150, 0, 50.0]))
 
 
 def test_the_pyramid_adds_up_to_the_picture_and_a_flat_picture_has_no_detail():
-    levels = metrics.laplacian_pyramid(torch.full((1, 3, 64, 64), 80.0))
+    levels = swd.laplacian_pyramid(torch.full((1, 3, 64, 64), 80.0))
     assert [level.size(-1) for level in levels] == [64, 32, 16]
     assert torch.allclose(levels[0], torch.zeros(1), atol=1e-3) and torch.allclose(levels[2], torch.tensor(80.0))
 
 
 def test_the_floor_is_small_but_not_zero(tmp_path, monkeypatch):
-    monkeypatch.setattr(metrics, "sliced_wasserstein", distance)
+    monkeypatch.setattr(swd, "sliced_wasserstein", distance)
     for number, picture in enumerate(noise(41)):
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
-    real = metrics.PictureFiles.below(tmp_path)
+    real = swd.PictureFiles.below(tmp_path)
     one, other = real.halves(0)
     assert len(one) == len(other) == 20 and not set(one.paths) & set(other.paths)
-    floor = metrics.floor(real)
+    floor = swd.floor(real)
     assert 0 < floor < distance(real, blurred(noise(41, seed=1)))
 
 
@@ -115,19 +116,19 @@ def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, how):
     command = [word for flag, value in again.items() for word in (f"--{flag}", value)]
     code, _, err = run("--mode", "sample", "--num_samples", 70, *command, tiny=False)
     assert code == 0, err
-    written = metrics.PictureFiles.below(Path("samples/a/0000001_generated_seed3"))
+    written = swd.PictureFiles.below(Path("samples/a/0000001_generated_seed3"))
     assert len(written) == 70 and len(torch.unique(written[0:70], dim=0)) == 70
     config = resolve(again, checkpoint.saved_config)
     place = Place(torch.device("cpu"))
-    source = sampler.open_source(config, place)
-    drawn = metrics.Drawn(source.G, source.latents, 70, 3, source.precision, config.imsize)
+    source = modes.load_generator(config, place)
+    drawn = draw.DrawnSamples(source.G, source.latents, 70, 3, source.precision, config.imsize)
     assert len(drawn) == 70 and drawn[0:70].dtype == torch.uint8
     for part in (slice(0, 70), slice(0, 64), slice(64, 70)):
         assert torch.equal(drawn[part], written[part])
     for part in (slice(5, 12), slice(60, 68), slice(69, 80), slice(-3, None)):
         apart = (drawn[part].int() - written[part]).abs()
         assert apart.max() <= 1 and apart.float().mean() < 1e-3, "but for rounding"
-    fewer = metrics.Drawn(source.G, source.latents, 6, 3, source.precision, config.imsize)
+    fewer = draw.DrawnSamples(source.G, source.latents, 6, 3, source.precision, config.imsize)
     assert len(fewer) == 6 and (fewer[0:9].int() - written[0:6]).abs().max() <= 1
 
 
@@ -138,7 +139,7 @@ def decoded(folder):
     config = resolve({"dataset": "folder", "image_path": str(folder), "imsize": 32, "check_data": "off",
                       "cache": "off"})
     dataset = data_loader.open_dataset(config)
-    return metrics.Decoded(dataset), dataset
+    return images.ThreadedReader(dataset), dataset
 
 
 def test_a_slice_of_pictures_is_decoded_in_order(pictures):
@@ -193,4 +194,4 @@ def test_a_picture_that_can_be_read_the_second_time_is_named_all_the_same():
             return torch.zeros(3, 4, 4, dtype=torch.uint8)
 
     with pytest.raises(DataError, match="^cannot read 1.png$"):
-        metrics.Decoded(Shaky())[0:3]
+        images.ThreadedReader(Shaky())[0:3]

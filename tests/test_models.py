@@ -1,13 +1,14 @@
-"""SAGAN's networks: published sizes, every imsize, attention by the written formula."""
+"""SAGAN's networks: published sizes, every imsize, attention against the published formula."""
 
 import copy
 
 import pytest
 import torch
 
-from drawing import settle_batch_statistics
+from device.precision import Precision
+from generate.draw import recompute_bn_stats
+from generate.latents import Inputs
 from parameter import resolve
-from precision import Precision
 from sagan_models import Discriminator, Generator, SelfAttention, attend, build
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -120,17 +121,17 @@ def test_a_map_is_what_the_forward_pass_weighs_with():
         assert torch.allclose(looked_at[:, :, position], expected, atol=1e-5)
 
 
-def test_settled_statistics_are_those_of_the_net_itself():
-    """After settling, eval mode gives what the same net gives in training mode on a large batch."""
+def test_recomputed_batch_norm_statistics_are_those_of_the_net_itself():
+    """Afterwards eval mode gives what the same net gives in training mode on a large batch."""
     torch.manual_seed(0)
     G, z = Generator(32, 8, 8, attention=(8,)), torch.randn(256, 8)
     for _ in range(3):
         G(5 * torch.randn(16, 8))                       # statistics of something else
-    settle_batch_statistics(G.eval(), z, FP32, batch=256)
+    recompute_bn_stats(G.eval(), Inputs(z), FP32, batch=256)
     assert not any(layer.training for layer in G.modules())
     with torch.no_grad():
-        settled, own = G(z)[0], G.train()(z)[0]
-    assert (settled - own).abs().max() < 0.02 * own.abs().max()
+        recomputed, own = G(z)[0], G.train()(z)[0]
+    assert (recomputed - own).abs().max() < 0.02 * own.abs().max()
 
 
 def test_sampling_does_not_depend_on_batch_mates_and_changes_nothing():

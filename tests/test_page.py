@@ -1,4 +1,4 @@
-"""What a reader finds when a run's page is opened: in the data that Python puts into it, and in a real browser."""
+"""The gallery pages: the data embedded in them, and how they behave in a real browser."""
 
 import base64
 import hashlib
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import page
-from utils import RunFolders
+from gallery import page
+from storage.folders import RunFolders
 
 HOSTILE = '"><img src=x onerror=alert(1)>'
 HOSTILE_PROTOCOL = "</script><img src=x onerror=alert(1)>"
-HOSTILE_VERSION = "<script>alert(2)<%script><!-- &amp; '\"%20#?"       # no / in a version
+HOSTILE_VERSION = "<script>alert(2)<%script><!-- &amp; '\"%20#?"       # a version cannot contain /
 
 
 def picture(path, colour=(90, 120, 150), size=(40, 30)):
@@ -31,7 +31,7 @@ def picture(path, colour=(90, 120, 150), size=(40, 30)):
 
 
 def shade(index):
-    """A colour of its own for each recorded step, to be recognized in the browser."""
+    """A different colour for each recorded step, to recognize it in the browser."""
     return (10 + index * 37 % 240, 10 + index * 91 % 240, 60)
 
 
@@ -66,15 +66,21 @@ class Run:
     def data(self):
         return embedded(self.write(), "data")
 
+    def data_of_a_copy(self):
+        """The data of a copy of this run, whose metrics.jsonl is read from the start."""
+        root = self.root.with_name(f"copy of {self.root.name}")
+        shutil.copytree(self.root, root)
+        return Run(root, self.folders.samples.name).data()
+
 
 def embedded(path, name):
-    """What stands in a page's JSON block, read as a browser does: up to the first </script."""
+    """The content of a page's JSON block, parsed as a browser does: up to the first </script."""
     text = path.read_text(encoding="utf-8")
     return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script', text, re.DOTALL)[1])
 
 
 def measure(step, protocol="P", source="G_ema, seed 0", **figures):
-    """A line of measurements."""
+    """A metrics line of a measurement."""
     return {"step": step, **figures, "protocol": protocol, "source": source}
 
 
@@ -118,7 +124,7 @@ def test_attention_elsewhere_is_linked_relatively(tmp_path):
 
 
 def test_nothing_there_yet_is_a_page_all_the_same(run):
-    run.config.lambda_gp = float("inf")                                 # no number of JSON's
+    run.config.lambda_gp = float("inf")                                 # not a JSON number
     data = run.data()
     assert data["config"]["lambda_gp"] == "Infinity" and data["config"]["metadata"] is None
     assert data["steps"] == data["rows"] == data["keys"] == data["others"] == [] and data["real"] is None
@@ -149,7 +155,7 @@ def test_numbers_of_a_step_are_of_the_first_line_that_reaches_it(run):
     run.log({"step": 100, "d_loss": 1.23456}, {"step": 200, "d_loss": 2}, {"step": 210, "d_loss": 3, "entropy/g8": 0.5})
     data = run.data()
     assert data["keys"] == ["d_loss", "entropy/g8"]
-    # 300 has no line yet: the last one stands in, until the right one comes
+    # 300 has no line yet: the last line is shown until its own is written
     assert data["rows"] == [[100, 1.235], [200, 2], [210, 3, 0.5], [210, 3, 0.5]]
     run.log({"step": 300, "d_loss": 4})
     assert run.data()["rows"][3] == [300, 4]
@@ -196,25 +202,23 @@ def test_long_curves_keep_their_peaks_and_few_points(run):
     assert mean[5] == pytest.approx(values[5 * 32:6 * 32].mean(), abs=1e-4) and x[-1] > 4960
 
 
-def test_read_on_or_read_anew_is_the_same(run, tmp_path):
+def test_read_on_or_read_at_once_is_the_same(run):
     for step in range(1, 2000):
         run.log({"step": step, "d_loss": step % 7, "g_loss": -step})
         if step % 250 == 0:
             run.record(step, ("fake",))
             run.write()
-    once = run.data()
-    page._metrics_of.cache_clear()
-    assert run.data() == once
+    assert run.data() == run.data_of_a_copy()
 
 
-def test_measurements_come_in_any_order_and_disturb_no_other_line(run):
+def test_measurements_come_in_any_order_and_disturb_no_other_line(run, tmp_path):
     usual = [{"step": step, "d_loss": step} for step in (100, 200, 300)]
+    plain = Run(tmp_path / "plain")
     for step in (100, 150, 300, 400):
         run.record(step)
-    run.log(*usual)
-    expected = run.data()
-    page._metrics_of.cache_clear()
-    (run.folders.logs / "metrics.jsonl").unlink()
+        plain.record(step)
+    plain.log(*usual)
+    expected = plain.data()
     run.log(measure(100, fid=90), usual[0], measure(100, swd=31.5), usual[1], measure(200, fid=50), usual[2],
             measure(50, fid=120), measure(100, fid=80.5), {"step": 100, "d_loss": 9}, measure(250, fid=45, flag=True),
             measure(350, fid=math.nan, kid="?"))
@@ -248,23 +252,23 @@ def test_deviations_are_bands_and_no_curves(run):
     assert points(data, "kid") == {same: [[100, 0.5, 0.01], [200, 0.4, None], [300, 0.3, None]]}
     assert points(data, "lonely_std") == {same: [[100, 3, None]]}
     assert len(data["measured"]["series"]) == 2
-    assert embedded(run.path, "summary")["figures"] == {"kid": 0.3, "lonely_std": 3}    # no band of an older figure
+    assert embedded(run.path, "summary")["figures"] == {"kid": 0.3, "lonely_std": 3}    # no older deviation
 
 
 def test_measurements_are_read_once_and_anew_where_the_file_was_replaced(run, monkeypatch):
     run.log(measure(100, fid=90), {"step": 100, "d_loss": 1}, measure(200, fid=50))
     run.data()
-    read = []
-    monkeypatch.setattr(page, "_load", lambda line, load=page._load: read.append(line) or load(line))
+    read = []                                                           # lines of metrics.jsonl are bytes
+    monkeypatch.setattr(json, "loads", lambda text, loads=json.loads, **options: read.append(text) or loads(
+        text, **options))
     run.log('{"step": 150, "fid": 60, "proto', end="")
     assert points(run.data(), "fid") == {("P", "G_ema, seed 0"): [[100, 90, None], [200, 50, None]]}
     read.clear()
     run.log('col": "P", "source": "G_ema, seed 0"}')
     data = run.data()
     assert points(data, "fid") == {("P", "G_ema, seed 0"): [[100, 90, None], [150, 60, None], [200, 50, None]]}
-    assert len(read) == 1
-    page._metrics_of.cache_clear()
-    assert run.data() == data                                           # as if it had been read at once
+    assert len([line for line in read if isinstance(line, bytes)]) == 1
+    assert run.data_of_a_copy() == data                                 # the same as reading the file in one go
     (run.folders.logs / "metrics.jsonl").write_text("")
     run.log(measure(100, "another protocol, of more words than before: " + "w" * 500, fid=7))
     assert list(points(run.data(), "fid").values()) == [[[100, 7, None]]]
@@ -291,13 +295,14 @@ def test_long_protocols_leave_a_summary_its_room(run):
     run.log(*(measure(number, f"{number}" + "\U0001f600" * 5000, "<" * 5000, **{f"k{number}": number})
               for number in range(100)))
     data = run.data()
-    assert len(data["measured"]["groups"][0][0]) > 5000                 # whole on the run's own page
+    assert len(data["measured"]["groups"][0][0]) > 5000                 # in full on the run's own page
     measured = embedded(run.path, "summary")["measured"]
     assert 1 <= len(measured) < 100 and measured[0][2] == {"k99": 99}
     assert len(measured[0][0]) == 1000 and measured[0][0].endswith("…") and len(measured[0][1]) == 200
-    assert page._read_summary(run.path) is not None
+    page.write_overview(run.path.parent.parent)
+    assert len(embedded(run.root / "samples" / "index.html", "data")["runs"]) == 1
     run.log({"step": 500, "d_loss": 1})
-    run.write()                                                         # it is still known as ours
+    run.write()                                                         # the page is still recognized as our own
     assert embedded(run.path, "summary")["step"] == 500
 
 
@@ -309,7 +314,7 @@ def test_summaries_without_measurements_or_with_odd_ones_are_listed(run):
     for odd, expected in ((None, []), (3, []), ([good, 3, ["P", "", {"fid": "x"}], ["P", ""], ["P", 1, {}]], [good])):
         summary["measured"] = odd
         if odd is None:
-            del summary["measured"]                                     # as in a page of an older version
+            del summary["measured"]                                     # as in pages of older versions
         block = json.dumps(summary) + "</script>"
         run.path.write_text(re.sub('(id="summary">).*?</script>', lambda match, to=block: match[1] + to, text, count=1))
         page.write_overview(run.path.parent.parent)
@@ -421,7 +426,7 @@ class Browser:
         return self.driver.execute_script(f"return {script}", *arguments)
 
     def wait(self, script, *arguments):
-        """Until the expression is true, five seconds at most."""
+        """Wait until the expression is true, at most 5 seconds."""
         end = time.monotonic() + 5
         while not self.js(script, *arguments):
             assert time.monotonic() < end, f"never true: {script}"
@@ -437,7 +442,7 @@ class Browser:
         self.driver.find_element("css selector", selector).click()
 
     def all_loaded(self):
-        """Waits for all the pictures in sight; a picture that did not load would never do."""
+        """Wait until all visible images are loaded."""
         self.wait("[...document.images].filter(i => i.checkVisibility()).every(i => i.complete && i.naturalWidth > 0)")
 
     def colour(self, panel):
@@ -449,7 +454,7 @@ class Browser:
             return pixels.convert("RGB").getpixel((pixels.width // 2, pixels.height // 2))
 
     def requested(self):
-        """Names of the pictures asked for since the page was opened."""
+        """Names of the PNGs requested since the page was opened."""
         events = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         urls = (event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent")
         return {url.rpartition("/")[2] for url in urls if url.endswith(".png")}
@@ -545,7 +550,7 @@ def test_slider_and_keys_change_the_pictures(chromium, shown):
     assert chromium.colour(0) == shade(4) == chromium.colour(1)
     chromium.keys(Keys.HOME)
     assert chromium.js(SOURCE) == "0000100_fake.png"
-    chromium.keys(Keys.ARROW_LEFT)                                      # there is nothing before the first
+    chromium.keys(Keys.ARROW_LEFT)                                      # the first step has no predecessor
     chromium.keys(Keys.ARROW_RIGHT)
     assert chromium.js(STEP) == "step 200"
     assert "d_loss\n2" in chromium.js("document.querySelector('.values').innerText")
@@ -577,15 +582,19 @@ def test_layers_are_chosen_and_hidden_ones_not_asked_for(chromium, shown):
 
 @pytest.mark.browser
 def test_play_runs_to_the_end_and_space_stops_it(chromium, shown):
+    from selenium.webdriver.common.keys import Keys
+
     chromium.open(shown.path)
     pressed = "document.querySelector('#play').ariaPressed"
     time.sleep(0.7)
-    assert chromium.js(STEP) == "step 600" and chromium.js(pressed) == "false"      # nothing plays by itself
+    assert chromium.js(STEP) == "step 600" and chromium.js(pressed) == "false"      # no autoplay
     chromium.keys(" ")
     assert chromium.js(STEP) == "step 100" and chromium.js(pressed) == "true"
     chromium.wait(f"{STEP} === 'step 200'")
     chromium.keys(" ")
     assert chromium.js(pressed) == "false"
+    chromium.keys(Keys.END, Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    assert chromium.js(STEP) == "step 400"
     chromium.click("#play")
     chromium.wait(f"{STEP} === 'step 600' && {pressed} === 'false'")
 
@@ -597,10 +606,15 @@ def test_reduced_motion_is_kept(chromium, shown):
     assert chromium.js(moves) != "0s"
     chromium.open(shown.path, motion="reduce")
     assert chromium.js(moves) == "0s"
+    chromium.js("""(() => {
+        window.shownAt = {};
+        const step = document.querySelector('#step');
+        new MutationObserver(() => { shownAt[step.textContent] ??= performance.now(); }).observe(
+            step, {childList: true, characterData: true, subtree: true});
+    })()""")
     chromium.keys(" ")
-    time.sleep(0.75)                                                    # at full speed the second step would be there
-    assert chromium.js(STEP) == "step 100"
-    chromium.wait(f"{STEP} === 'step 200'")
+    chromium.wait("'step 200' in shownAt")
+    assert chromium.js("shownAt['step 200'] - shownAt['step 100']") > 900           # 500 ms at full speed
 
 
 @pytest.mark.browser
@@ -618,7 +632,7 @@ def test_a_picture_opens_in_full_size_and_focus_returns(chromium, shown):
         focused = "[...document.querySelectorAll('.stage .picture')].indexOf(document.activeElement)"
         assert chromium.js(focused) == number
     chromium.click(".stage .picture")
-    chromium.keys(Keys.ARROW_LEFT)                                      # the steps can be gone through there too
+    chromium.keys(Keys.ARROW_LEFT)                                      # the keys work there too
     assert chromium.js(f"{full}.src").endswith("0000500_fake.png")
     chromium.click("dialog button")
     assert not chromium.js(is_open)
@@ -684,7 +698,7 @@ def test_each_measurement_is_a_dot_and_only_like_ones_are_joined(chromium, measu
     assert {title: drawn(title, ".band") for title in ("fid", "kid", "inception_score", "lpips")} == {
         "fid": 0, "kid": 1, "inception_score": 1, "lpips": 1}
     band = chromium.js(f"(r => [r.width, r.height])({CHART}.querySelector('.band').getBoundingClientRect())", "lpips")
-    assert band[0] > 5 and band[1] > 50                                 # seen, though it is of one point
+    assert band[0] > 5 and band[1] > 50                                 # visible, though it has a single point
     assert chromium.js("document.querySelector('#deviations').checkVisibility()")
 
 
@@ -707,7 +721,7 @@ def test_a_cost_of_one_step_is_a_number_without_axes(chromium, measured):
     told = chromium.js("[...document.querySelectorAll('#single div')].map("
                        "d => [...d.children].map(c => c.textContent))")
     number = chromium.js("[...document.querySelectorAll('#protocols li')].map(p => p.textContent)").index("timed") + 1
-    assert told == [["g_parameters", "12,340", f"G_ema, seed 0, at step 600, measured as {number}"]]
+    assert told == [["g_parameters", "12,340", f"G_ema, seed 0, at step 600, protocol {number}"]]
 
 
 @pytest.mark.browser
@@ -718,9 +732,9 @@ def test_how_figures_were_measured_is_numbered_below_them(chromium, measured):
     assert len(protocols) == len(set(protocols)), "each once, however many charts share it"
     one, other, third = (protocols.index(protocol) + 1 for protocol in (HOSTILE_PROTOCOL, "P", "VGG"))
     assert one == 1, "in the order of the charts"
-    assert chromium.js(told, "fid") == [f"other, measured as {one}", f"G_ema, seed 0, measured as {other}"]
-    assert chromium.js(told, "kid") == [f"G_ema, seed 0, measured as {other}"]
-    assert chromium.js(told, "lpips") == [f"D, measured as {third}"]
+    assert chromium.js(told, "fid") == [f"other, protocol {one}", f"G_ema, seed 0, protocol {other}"]
+    assert chromium.js(told, "kid") == [f"G_ema, seed 0, protocol {other}"]
+    assert chromium.js(told, "lpips") == [f"D, protocol {third}"]
     assert chromium.js(f"{CHART}.querySelector('.protocol').title", "fid") == HOSTILE_PROTOCOL
     marks = chromium.js(f"[...{CHART}.querySelectorAll('ul')].map(u => "
                         "getComputedStyle(u.querySelector('li'), '::before').backgroundColor)", "fid")
@@ -801,8 +815,8 @@ def test_the_overview_tells_how_figures_were_measured(chromium, measured):
     card, = (card for card in cards if "losses only" not in card)
     plain, = (card for card in cards if "losses only" in card)
     assert ("fid 50 kid 0.01 ± 0.001 precision 0.3 recall 0.2 inception_score 3 ± 0.1 swd 31.25 nearest 0.75 "
-            "lpips 0.31 ± 0.05 how measured") in re.sub(r"\s+", " ", card)
-    assert "how measured" not in plain and "d_loss" in plain
+            "lpips 0.31 ± 0.05 protocols") in re.sub(r"\s+", " ", card)
+    assert "protocols" not in plain and "d_loss" in plain
     words = "[...document.querySelectorAll('.runs details p')].map(p => p.textContent)"
     assert chromium.js(words) == [
         f"fid at step 500: other; {HOSTILE_PROTOCOL}",
@@ -866,12 +880,12 @@ def test_hostile_names_do_nothing(chromium, shown):
     layers = chromium.js("[...document.querySelectorAll('.layers button')].map(b => b.textContent)")
     assert layers == ["g8", "g16", HOSTILE]
     chromium.click(".layers button:nth-child(3)")
-    assert chromium.colour(1) == shade(5)                               # its picture is shown none the less
+    assert chromium.colour(1) == shade(5)                               # its picture is still shown
     assert chromium.js("document.querySelectorAll('img[onerror], img[src=x], script:not([id])').length") == 1
     chromium.open(shown.root / "samples" / "index.html")
     chromium.all_loaded()
     assert HOSTILE_VERSION in chromium.js("[...document.querySelectorAll('h2')].map(h => h.textContent)")
-    assert chromium.errors() == []                                      # an alert would have raised long before
+    assert chromium.errors() == []                                      # an alert would have raised an exception
 
 
 @pytest.mark.browser

@@ -1,18 +1,21 @@
-"""The command line: what is refused, with which code and words, and what is filled in."""
+"""The command line: which values are refused, with which exit code and message, and which defaults apply."""
 
+import argparse
+import importlib
 import json
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 import parameter
-from failures import UsageError
-from flags import FLAGS, PRESETS
-from parameter import resolve
+from errors import UsageError
+from flags.common import LOSSES, METRICS
+from parameter import FAMILIES, FLAGS, GROUPS, resolve
 
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -33,7 +36,7 @@ README = Path(__file__).parent.parent / "README.md"
     ("--model fastgan --recon_weight -1", "--recon_weight -1.0: must be at least 0"),
     ("--g_attn 64", "--g_attn 64: at --imsize 64 the feature sizes are 4,8,16,32"),
     ("--d_attn 8,5", "there is no 5"),
-    ("--g_attn big", "--g_attn: 'big' is no list of sizes"),
+    ("--g_attn big", "--g_attn: 'big' is neither a list of sizes"),
     ("--batch_size 0", "--batch_size 0: must be at least 1"),
     ("--total_step -1", "--total_step -1: must be at least 1"),
     ("--sample_step 0", "--sample_step 0"),
@@ -72,12 +75,12 @@ README = Path(__file__).parent.parent / "README.md"
     ("--pretrained_model 0", "--pretrained_model 0: must be at least 1"),
     ("--fake_dir x", "--fake_dir x: is for --mode evaluate"),
     ("--mode sample --real_dir x", "--real_dir x: is for --mode evaluate"),
-    ("--metric_step 5 --metrics fid,lpips", "--metrics fid,lpips: lpips cannot be taken during training"),
-    ("--metric_step 5 --metrics cost", "--metrics cost: cost cannot be taken during training, only by --mode ev"),
-    ("--metric_step 5 --metrics nearest,swd,cost", "nearest and cost cannot be taken during training"),
-    ("--mode evaluate --fake_dir x --metrics fid,lpips,cost", "lpips and cost cannot be taken of --fake_dir"),
-    ("--mode evaluate --fake_dir x --real_dir y --metrics lpips", "lpips cannot be taken of --fake_dir"),
-    ("--model fastgan --mode evaluate --against baseline", "--against baseline: compares what runs cost; add"),
+    ("--metric_step 5 --metrics fid,lpips", "--metrics fid,lpips: lpips cannot be computed during training"),
+    ("--metric_step 5 --metrics cost", "--metrics cost: cost cannot be computed during training, only by --mode ev"),
+    ("--metric_step 5 --metrics nearest,swd,cost", "nearest and cost cannot be computed during training"),
+    ("--mode evaluate --fake_dir x --metrics fid,lpips,cost", "lpips and cost cannot be computed for --fake_dir"),
+    ("--mode evaluate --fake_dir x --real_dir y --metrics lpips", "lpips cannot be computed for --fake_dir"),
+    ("--model fastgan --mode evaluate --against baseline", "--against baseline: needs --metrics cost"),
     ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
     ("--model fastgan --mode evaluate --metrics cost --against sagan", "--against: 'sagan' is not one of baseline"),
     ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
@@ -135,10 +138,10 @@ def test_fastgan_has_its_published_settings():
 
 def test_what_belongs_to_one_model_is_unset_with_the_other():
     sagan, fastgan = resolve({}), resolve({"model": "fastgan"})
-    for flag in (flag for group in FLAGS.values() for flag in group if flag.model):
-        owner, other = (sagan, fastgan) if flag.model == "sagan" else (fastgan, sagan)
-        assert getattr(other, flag.name) is None, flag.name
-        assert getattr(owner, flag.name) is not None or flag.name in ("attn_queries", "against")
+    for model, owner, other in (("sagan", sagan, fastgan), ("fastgan", fastgan, sagan)):
+        for flag in FAMILIES[model].FLAGS:
+            assert getattr(other, flag.name) is None, flag.name
+            assert getattr(owner, flag.name) is not None or flag.name in ("attn_queries", "against")
     assert resolve({"augment": ("cutout",), "label_noise": 0.1}).label_noise == 0.1, "DiffAugment serves both"
 
 
@@ -182,7 +185,7 @@ def test_attention_moves_with_the_image_size():
 
 
 def test_a_preset_fills_only_what_was_left_unset():
-    preset = PRESETS["sagan"]["cpu"]
+    preset = FAMILIES["sagan"].PRESETS["cpu"]
     config = resolve({"preset": "cpu", "g_lr": 0.5})
     assert config.g_lr == 0.5
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
@@ -236,18 +239,27 @@ def test_every_flag_of_the_command_line_we_follow_is_there():
     assert names <= set(resolve({}).__dict__)
 
 
-def test_readme_and_help_list_the_same_flags_and_defaults(run, capsys):
+def docs_generator():
+    """The globals of docs/write_flags.py, which writes docs/flags.md."""
+    return runpy.run_path(str(DOCS / "write_flags.py"))
+
+
+def test_docs_and_help_list_the_same_flags_and_defaults(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")               # or --help breaks lines at hyphens
     with pytest.raises(SystemExit) as end:
         run("--help", tiny=False)
     assert end.value.code == 0
-    shown = capsys.readouterr().out
-    rows = re.findall(r"^\| `--(\w+)` \| (.*?) \|", README.read_text(encoding="utf-8"), re.M)
-    documented = dict(rows)
-    flags = {flag.name: flag for group in FLAGS.values() for flag in group}
-    assert list(documented) == list(flags)
-    for name, flag in flags.items():
-        assert f"--{name} " in shown
-        assert documented[name].strip("`") == (parameter.defaults(flag) or "–"), name
+    shown = " ".join(capsys.readouterr().out.split())
+    page, generator = (DOCS / "flags.md").read_text(encoding="utf-8"), docs_generator()
+    assert page == generator["markdown"](), "docs/flags.md is out of date: make docs"
+    flags = [flag for group in parameter.GROUPS.values() for flag in group]
+    assert re.findall(r"^\| `--(\w+)` \| .* \| .* \|$", page.partition("## What a run keeps")[0], re.M) == [
+        flag.name for flag in flags]
+    for flag in flags:
+        default = parameter.defaults(flag)
+        words = flag.help + (f" (default: {default})" if default else "")
+        assert any(f"--{flag.name} {value} {words}" in shown for value in (flag.metavar, f"[{flag.metavar}]")), words
+        assert f"| `--{flag.name}` | {f'`{default}`' if default else '–'} | {generator['cell'](flag.help)} |" in page
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -351,3 +363,54 @@ def test_a_folder_against_a_runs_data_set_takes_size_and_data_from_the_run():
     assert resolve(flags).imsize is None
     with pytest.raises(UsageError, match="--image_path DIR"):
         resolve({**flags, "dataset": "folder"})
+
+
+# ---- flags and the tables that they choose from ----
+
+CHOICES = {
+    "model": lambda: importlib.import_module("families").FAMILIES,
+    "recon": lambda: importlib.import_module("families").RECONSTRUCTIONS,
+    "adv_loss": lambda: importlib.import_module("losses").OBJECTIVES,
+    "dataset": lambda: importlib.import_module("dataset.table").DATASETS,
+    "check_data": lambda: ["auto", "off", *importlib.import_module("dataset.check").LEVELS],
+    "metadata_sample": lambda: importlib.import_module("generate.metadata").SAMPLERS,
+    "metadata_layer": lambda: importlib.import_module("pretrained.vgg").LAYERS,
+    "augment": lambda: importlib.import_module("diffaug").POLICIES,
+    "metrics": lambda: METRICS,
+    "mode": lambda: ["train", "evaluate", *importlib.import_module("generate.modes").MODES],
+    "preset": lambda: FAMILIES["sagan"].PRESETS,
+    "against": lambda: FAMILIES["fastgan"].BASELINES,
+}
+
+
+def accepts(flag, word):
+    try:
+        flag.type(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_flag_takes_the_names_of_its_table_and_no_others(name):
+    table, flag = list(CHOICES[name]()), FLAGS[name]
+    assert all(accepts(flag, word) for word in table)
+    with pytest.raises(argparse.ArgumentTypeError) as refused:
+        flag.type("something-else")
+    offered = re.search(r"is not one of ([^;]*)", str(refused.value))[1].split(", ")
+    assert sorted(offered) == sorted(table)
+
+
+def test_every_metric_has_the_file_and_the_functions_that_its_row_says():
+    for name, row in METRICS.items():
+        module = importlib.import_module(f"metrics.{row.file}")
+        assert hasattr(module, "SetMeter" if row.of_sets else "evaluate"), name
+
+
+def test_families_agree_on_presets_and_every_loss_fills_the_same_settings():
+    assert len({tuple(family.PRESETS) for family in FAMILIES.values()}) == 1
+    assert {tuple(row) for row in LOSSES.values()} == {("d_iters", "sn")}
+    for family in FAMILIES.values():
+        assert all(accepts(FLAGS[name], parameter.written(value)) for preset in family.PRESETS.values()
+                   for name, value in preset.items())
+    assert len(FLAGS) == sum(len(group) for group in GROUPS.values()), "no name twice"

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from conftest import two_processes
 
-import perceptual
-import vgg
-from data_loader import normalize
-from distributed import Place
-from metadata import Bank, Latents
-from perceptual import Backtracked, Neighbours, backtrack, nearest
+from data_loader import to_images
+from device.distributed import Place
+from generate.latents import Latents
+from generate.metadata import Bank
+from metrics import backtrack, nearest
+from metrics.backtrack import Backtracked, backtrack
+from metrics.nearest import Neighbours, find_neighbours
+from pretrained import lpips, vgg
 
 CPU = Place(torch.device("cpu"))
 
@@ -35,7 +37,7 @@ class Plain:
 
 @pytest.fixture(scope="module")
 def lpips():
-    return vgg.lpips("random")
+    return lpips.load_lpips("random")
 
 
 def smooth(n, size=16, seed=0):
@@ -52,7 +54,7 @@ def touched(pictures, seed=0):
 
 def table(lpips, a, b):
     """The distances of all pairs (len(a), len(b)) in double precision, straight from the definition."""
-    a, b = (lpips.embed(normalize(pictures)).double() for pictures in (a, b))
+    a, b = (lpips.embed(to_images(pictures)).double() for pictures in (a, b))
     return (a[:, None] - b).square().sum(2)
 
 
@@ -69,7 +71,7 @@ def test_a_copy_is_found_at_distance_zero():
     copies = {0: 66, 63: 64, 64: 0, 69: 63}                             # at both sides of the chunks' borders
     for sample, picture in copies.items():
         fake[sample] = real[picture]
-    found = nearest(Plain(), real, fake, CPU)
+    found = find_neighbours(Plain(), real, fake, CPU)
     usual = found.real.median()
     assert {sample: found.index[sample].item() for sample in copies} == copies
     assert (found.distance >= 0).all() and (found.distance[list(copies)] < 1e-5 * usual).all()
@@ -79,7 +81,7 @@ def test_a_copy_is_found_at_distance_zero():
 @pytest.mark.parametrize(("M", "N"), [(67, 70), (64, 64), (1, 3), (130, 1)])
 def test_everybody_finds_who_is_nearest_of_all(M, N):
     real, fake = smooth(M), smooth(N, seed=1)
-    found = nearest(Plain(), real, fake, CPU)
+    found = find_neighbours(Plain(), real, fake, CPU)
     distances = table(Plain(), fake, real)
     assert found.index.dtype == torch.long and torch.equal(found.index, distances.argmin(1))
     assert torch.allclose(found.distance.double(), distances.min(1).values, rtol=2e-3)
@@ -88,18 +90,18 @@ def test_everybody_finds_who_is_nearest_of_all(M, N):
 
 def test_a_training_picture_is_not_its_own_neighbour_but_its_duplicate_is():
     real = smooth(67)
-    assert (nearest(Plain(), real, smooth(3, seed=1), CPU).real > 0.01).all()
+    assert (find_neighbours(Plain(), real, smooth(3, seed=1), CPU).real > 0.01).all()
     real[65] = real[2]
     alone = torch.ones(67, dtype=torch.bool).index_fill(0, torch.tensor([2, 65]), False)
-    distances = nearest(Plain(), real, smooth(3, seed=1), CPU).real
+    distances = find_neighbours(Plain(), real, smooth(3, seed=1), CPU).real
     assert (distances[alone] > 0.01).all() and (distances[~alone] < 1e-5).all()
 
 
 def test_what_is_compared_is_bounded_and_evenly_spread(monkeypatch):
-    monkeypatch.setattr(perceptual, "SAMPLES", 5)
-    monkeypatch.setattr(perceptual, "REAL", 10)
+    monkeypatch.setattr(nearest, "SAMPLES", 5)
+    monkeypatch.setattr(nearest, "REAL", 10)
     real, fake, lpips = smooth(67), smooth(70, seed=1), Plain()
-    found = nearest(lpips, real, fake, CPU)
+    found = find_neighbours(lpips, real, fake, CPU)
     assert sum(shape[0] for shape in lpips.seen) == 5 + 10 + 67, "nothing goes through the network in vain"
     whole = table(Plain(), fake[:5], real)
     assert torch.equal(found.index, whole.argmin(1)), "among all training pictures"
@@ -110,8 +112,8 @@ def test_what_is_compared_is_bounded_and_evenly_spread(monkeypatch):
 
 def test_what_is_usual_need_not_be_sought_twice():
     real, fake, lpips = smooth(67), smooth(9, seed=1), Plain()
-    first = nearest(Plain(), real, smooth(4, seed=2), CPU)
-    found, whole = nearest(lpips, real, fake, CPU, first.real), nearest(Plain(), real, fake, CPU)
+    first = find_neighbours(Plain(), real, smooth(4, seed=2), CPU)
+    found, whole = find_neighbours(lpips, real, fake, CPU, first.real), find_neighbours(Plain(), real, fake, CPU)
     assert torch.equal(found.index, whole.index) and torch.allclose(found.distance, whole.distance, rtol=1e-3)
     assert torch.equal(found.real, first.real) and found.scores() == pytest.approx(whole.scores(), rel=1e-3)
     assert sum(shape[0] for shape in lpips.seen) <= 9 + 67 + 1
@@ -121,12 +123,12 @@ def test_large_pictures_are_reduced_before_they_are_compared():
     real, lpips = smooth(4, size=96), Plain()
     stripes = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
     stripes[..., ::2] = 200                                             # grey once reduced, whichever way it is shifted
-    nearest(lpips, real, stripes, CPU)
+    find_neighbours(lpips, real, stripes, CPU)
     assert {shape[2:] for shape in lpips.seen} == {(64, 64)}
-    assert (perceptual.reduced(normalize(stripes)) - (200 / 255 - 1))[..., 8:-8].abs().max() < 0.15
+    assert (nearest.reduced(to_images(stripes)) - (200 / 255 - 1))[..., 8:-8].abs().max() < 0.15
     for size in (64, 48):
-        small = normalize(smooth(2, size=size))
-        assert perceptual.reduced(small) is small
+        small = to_images(smooth(2, size=size))
+        assert nearest.reduced(small) is small
 
 
 def test_sets_are_only_ever_sliced():
@@ -143,16 +145,16 @@ def test_sets_are_only_ever_sliced():
             return self.pictures[part]
 
     real, fake = smooth(67), smooth(9, seed=1)
-    expected, found = (nearest(Plain(), wrap(real), wrap(fake), CPU) for wrap in (lambda same: same, Sliced))
+    expected, found = (find_neighbours(Plain(), wrap(real), wrap(fake), CPU) for wrap in (lambda same: same, Sliced))
     assert torch.equal(found.distance, expected.distance) and torch.equal(found.real, expected.real)
-    assert torch.equal(perceptual.pictures_at(Sliced(real), [5, 2, 66]), real[[5, 2, 66]])
-    assert torch.equal(perceptual.pictures_at(Sliced(real), [5, 6, 7]), real[5:8])
+    assert torch.equal(nearest.pictures_at(Sliced(real), [5, 2, 66]), real[[5, 2, 66]])
+    assert torch.equal(nearest.pictures_at(Sliced(real), [5, 6, 7]), real[5:8])
 
 
 def test_scores_tell_copies_from_new_pictures_of_the_same_kind():
     real = smooth(300)
-    new = nearest(Plain(), real, smooth(100, seed=1), CPU).scores()
-    copied = nearest(Plain(), real, touched(real[:100]), CPU).scores()
+    new = find_neighbours(Plain(), real, smooth(100, seed=1), CPU).scores()
+    copied = find_neighbours(Plain(), real, touched(real[:100]), CPU).scores()
     assert new["nearest"] == pytest.approx(1, abs=0.1) and new["nearest_copies"] < 0.1
     assert copied["nearest"] < 0.05 and copied["nearest_copies"] == 1
     assert all(type(number) is float for number in (new | copied).values())
@@ -168,24 +170,24 @@ def test_scores_are_medians_and_the_share_below_the_first_percent():
 def test_copies_are_told_even_where_training_pictures_come_twice():
     real = smooth(100)
     real[97:] = real[:3]                                                # the first percent is at distance 0
-    assert nearest(Plain(), real, real[10:50], CPU).scores()["nearest_copies"] == 1
-    assert nearest(Plain(), real, smooth(40, seed=1), CPU).scores()["nearest_copies"] == 0
+    assert find_neighbours(Plain(), real, real[10:50], CPU).scores()["nearest_copies"] == 1
+    assert find_neighbours(Plain(), real, smooth(40, seed=1), CPU).scores()["nearest_copies"] == 0
 
 
 def test_equal_training_pictures_give_numbers():
     real = smooth(1).expand(5, -1, -1, -1)
-    assert all(np.isfinite(number) for number in nearest(Plain(), real, smooth(3, seed=1), CPU).scores().values())
+    assert all(np.isfinite(number) for number in find_neighbours(Plain(), real, smooth(3, seed=1), CPU).scores().values())
 
 
 def test_with_vgg_distances_are_those_of_lpips(lpips):
     real, fake = smooth(4, size=32), smooth(3, size=32, seed=1)
     fake[1] = real[3]
     with torch.no_grad():
-        distances = torch.stack([lpips(*(normalize(pair) for pair in (real, picture.expand_as(real))))
+        distances = torch.stack([lpips(*(to_images(pair) for pair in (real, picture.expand_as(real))))
                                  for picture in fake])                  # (3, 4)
         assert torch.allclose(table(lpips, fake, real).float(), distances, rtol=1e-3, atol=1e-6)
-        apart = torch.stack([lpips(normalize(real), normalize(picture.expand_as(real))) for picture in real])
-    found = nearest(lpips, real, fake, CPU)
+        apart = torch.stack([lpips(to_images(real), to_images(picture.expand_as(real))) for picture in real])
+    found = find_neighbours(lpips, real, fake, CPU)
     assert found.index[1] == 3 and found.distance[1] < 1e-4 * distances.median()
     assert torch.equal(found.index, distances.argmin(1))
     assert torch.allclose(found.distance, distances.min(1).values, rtol=1e-2, atol=1e-5)
@@ -241,14 +243,14 @@ def test_what_g_can_draw_is_found_in_the_order_of_the_pictures():
     assert found.images.shape == (20, 3, 16, 16) and found.lpips.shape == found.mse.shape == (20,)
     usual = others(table(Plain(), pictures, pictures)).min()
     assert (found.lpips < 1e-3 * usual).all() and (found.mse < 1e-4).all()
-    assert (found.images - normalize(pictures)).abs().max() < 0.02
+    assert (found.images - to_images(pictures)).abs().max() < 0.02
     assert not found.images.requires_grad
 
 
 def test_what_g_cannot_draw_is_drawn_as_well_as_can_be():
     G, pictures = Linear(6), smooth(3)
     found = search(G, plain(), pictures, 300)
-    points = Plain().embed(normalize(pictures)).double()                # (3, 192)
+    points = Plain().embed(to_images(pictures)).double()                # (3, 192)
     directions = Plain().embed(G(torch.eye(6))[0]).double()             # (6, 192)
     best = points - points @ torch.linalg.pinv(directions) @ directions
     assert torch.allclose(found.lpips.double(), best.square().sum(1), rtol=1e-2)
@@ -264,7 +266,7 @@ def test_the_goal_is_lpips_and_a_fifth_of_the_squared_error():
 
     G, pictures = Linear(6), smooth(3)
     search(G, plain(), pictures, 300, MostlyRed())
-    best = rows(normalize(pictures)) @ torch.linalg.pinv(rows(G(torch.eye(6))[0]))
+    best = rows(to_images(pictures)) @ torch.linalg.pinv(rows(G(torch.eye(6))[0]))
     assert torch.allclose(G.searched[-1].double(), best, atol=0.02)
 
 
@@ -275,15 +277,15 @@ def test_the_best_step_counts_and_all_numbers_are_its_own():
     (first, *_), last = G.searched, G.searched[-1]
     assert len(G.searched) == 20 and not torch.equal(first, last)
     assert torch.allclose(found.images, 0.5 * Linear(6)(first)[0], atol=1e-6), "the first step was the best"
-    assert torch.allclose(found.lpips, lpips(found.images, normalize(pictures)), rtol=1e-4)
-    assert torch.allclose(found.mse, (found.images - normalize(pictures)).square().mean((1, 2, 3)), rtol=1e-4)
+    assert torch.allclose(found.lpips, lpips(found.images, to_images(pictures)), rtol=1e-4)
+    assert torch.allclose(found.mse, (found.images - to_images(pictures)).square().mean((1, 2, 3)), rtol=1e-4)
 
 
 def test_each_picture_has_a_best_step_of_its_own():
     G = Linear(6)
     pictures = torch.cat([drawable(G, 6, 2), smooth(2)])
     found = search(G, plain(), pictures, 60)
-    steps = torch.stack([Plain()(Linear(6)(z)[0], normalize(pictures)) for z in G.searched])    # (60, 4)
+    steps = torch.stack([Plain()(Linear(6)(z)[0], to_images(pictures)) for z in G.searched])    # (60, 4)
     assert len(set(steps.argmin(0).tolist())) > 1
     assert torch.allclose(found.lpips, steps.min(0).values, rtol=1e-4)
 
@@ -291,9 +293,9 @@ def test_each_picture_has_a_best_step_of_its_own():
 def test_a_search_begins_at_the_nearest_of_the_samples():
     G, latents, pictures = Linear(6), plain(), smooth(18)
     search(G, latents, pictures, 1, seed=3)
-    chunks = latents.of_seed(3)
+    chunks = latents.seeded_batches(3)
     z = torch.cat([next(chunks) for _ in range(4)])                     # 256
-    distances = (Plain().embed(normalize(pictures))[:, None] - Plain().embed(G(z)[0])).square().sum(2)
+    distances = (Plain().embed(to_images(pictures))[:, None] - Plain().embed(G(z)[0])).square().sum(2)
     assert torch.equal(torch.cat(G.searched), z[distances.argmin(1)])
     assert distances.argmin(1).max() > 192, "of all 256"
 
@@ -351,7 +353,7 @@ def test_large_images_go_in_small_batches_and_are_compared_whole():
     assert [len(z) for z in G.searched] == [4, 4, 1, 1]
     assert {shape[2:] for shape in lpips.seen} == {(64, 64), (128, 128)}
     assert found.images.shape == pictures.shape
-    assert torch.allclose(found.lpips, Plain()(found.images, normalize(pictures)), rtol=1e-3)
+    assert torch.allclose(found.lpips, Plain()(found.images, to_images(pictures)), rtol=1e-3)
 
 
 def test_the_scores_are_means_and_the_spread_over_the_pictures():
@@ -362,13 +364,13 @@ def test_the_scores_are_means_and_the_spread_over_the_pictures():
 
 
 def test_with_vgg_a_search_comes_nearer(lpips, monkeypatch):
-    monkeypatch.setattr(perceptual, "STARTS", 64)
+    monkeypatch.setattr(backtrack, "STARTS", 64)
     G = Linear(6, size=32)
     pictures = drawable(G, 6, 2)
     first, last = (search(G, plain(), pictures, steps, lpips) for steps in (1, 8))
     assert (last.lpips < 0.9 * first.lpips).all()
     with torch.no_grad():
-        assert torch.allclose(last.lpips, lpips(last.images, normalize(pictures)), rtol=1e-3)
+        assert torch.allclose(last.lpips, lpips(last.images, to_images(pictures)), rtol=1e-3)
 
 
 # ---------------------------------------------------------------- several processes
@@ -383,7 +385,7 @@ sys.path.insert(0, {str(vgg.__file__.replace("vgg.py", "tests"))!r})
 import torch, distributed, test_perceptual as t
 from parameter import resolve
 place = distributed.start(resolve({{"device": "cpu"}}))
-assert place.world == 2
+assert place.world_size == 2
 real, fake = t.smooth(67), t.smooth(70, seed=1)
 seen = []
 for M, N in ((67, 70), (3, 1), (1, 3)):
@@ -401,7 +403,7 @@ distributed.stop()
     assert (tmp_path / "0.pth").exists() and (tmp_path / "1.pth").exists(), result.stderr
     one, other = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
     real, fake = smooth(67), smooth(70, seed=1)
-    alone = [nearest(Plain(), real[:M], fake[:N], CPU) for M, N in ((67, 70), (3, 1), (1, 3))]
+    alone = [find_neighbours(Plain(), real[:M], fake[:N], CPU) for M, N in ((67, 70), (3, 1), (1, 3))]
     expected = [[found.distance, found.index, found.real] for found in alone]
     alone = [search(Linear(6), plain(), real[:count], 20) for count in (5, 1)]
     expected += [[found.images, found.lpips, found.mse] for found in alone]

@@ -1,4 +1,4 @@
-"""From numbers to words: tables and verdicts against those worked out by hand."""
+"""The report's tables and verdicts against manually computed ones."""
 
 import json
 
@@ -87,9 +87,9 @@ def test_no_baseline_no_verdict():
 
 
 def test_seconds_per_step_are_the_median_without_the_warm_up(tmp_path):
-    journal = tmp_path / "metrics.jsonl"
-    journal.write_text("".join(
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(
         json.dumps({"step": step, "sec_per_step": seconds, "gpu_memory_gib": 1 + step}) + "\n"
         for step, seconds in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2), (5, 7.0))))
-    assert report.cost_of(journal, 4) == {"s/step": 0.2, "GPU GiB": 5}
+    assert report.cost_of(log, 4) == {"s/step": 0.2, "GPU GiB": 5}
     assert report.cost_of(tmp_path / "none", 4) == {}

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 import data_loader
-import inception
-import scores
-from distributed import Place
-from failures import DataError
+from device.distributed import Place
+from errors import DataError
+from metrics import inception, meter
+from metrics.meter import Meter
+from metrics.table import Score, better_fid, record, same_kind
 from parameter import resolve
-from scores import Meter, Score, better_fid, record, same_kind
 
 CPU = Place(torch.device("cpu"))
 
@@ -57,7 +57,7 @@ def test_scores_are_kept_as_lines_and_shown_as_a_table(home):
     assert {**entry, "taken": ""} == {"name": "faces", "step": 2000, "taken": "", "fid": 41.2134, "precision": 0.61,
                                       "protocol": "A", "source": "G_ema, seed 0"}
     ((head, row),) = read_tables().values()
-    assert head == ["", "step", "fid", "precision", "pictures of", "taken"]
+    assert head == ["", "step", "fid", "precision", "source", "date"]
     assert row == ["faces", "2,000", "41.21", "0.6100", "G_ema, seed 0", entry["taken"]]
 
 
@@ -224,7 +224,7 @@ def samples(count=8, seed=1):
 
 
 def meter_of(config):
-    return Meter(config, scores.of_run(config, data_loader.build_dataset(config)), CPU)
+    return Meter(config, meter.of_run(config, data_loader.build_dataset(config)), CPU)
 
 
 def measured(config, pictures=None, **how):
@@ -266,7 +266,7 @@ def other_weights(real, pictures, monkeypatch):
 
 
 def other_procedure(real, pictures, monkeypatch):
-    monkeypatch.setattr(scores, "PROCEDURE", scores.PROCEDURE + 1)
+    monkeypatch.setattr(meter, "CACHE_VERSION", meter.CACHE_VERSION + 1)
     return real()
 
 
@@ -276,7 +276,7 @@ def fewer_rows(real, pictures, monkeypatch):
 
 
 def other_library(real, pictures, monkeypatch):
-    monkeypatch.setattr(scores, "version", lambda package: "99")
+    monkeypatch.setattr(meter, "version", lambda package: "99")
     return real()
 
 
@@ -333,7 +333,7 @@ def test_a_damaged_or_foreign_cache_is_taken_anew(real, small_inception, capsys,
     (path,) = Path("cache/reference").iterdir()
     damage(path)
     assert measured(real()) == expected
-    assert "taking it anew" in capsys.readouterr().out and small_inception[1].seen == 12 + 8
+    assert "recomputing it" in capsys.readouterr().out and small_inception[1].seen == 12 + 8
     measured(real())
     assert small_inception[2].seen == 8, "it was mended"
 
@@ -372,22 +372,22 @@ def test_a_protocol_says_that_some_of_the_metrics_see_a_part_of_the_reference(re
     monkeypatch.setattr(inception, "MAX_ROWS", 10)
     assert "KID, precision, recall: 10 of the real pictures" in measured(real())[0].protocol
     assert "fewer than" in measured(real())[0].protocol
-    monkeypatch.setattr(scores, "SMALL", 8)
+    monkeypatch.setattr(meter, "SMALL", 8)
     assert "fewer than" not in measured(real())[0].protocol
 
 
 def test_of_a_folder_the_reference_is_what_training_would_see(real, pictures):
-    reference = scores.of_folder(pictures, 32, "--real_dir")
+    reference = meter.of_folder(pictures, 32, "--real_dir")
     assert len(reference) == 12 and reference.words == "all 12 pictures of folder pictures"
     assert torch.equal(reference.dataset[5], data_loader.open_dataset(real())[5])
-    assert reference.fingerprint == scores.of_run(real(), data_loader.build_dataset(real())).fingerprint
+    assert reference.fingerprint == meter.of_run(real(), data_loader.build_dataset(real())).fingerprint
     with pytest.raises(DataError, match="^--real_dir: .*nowhere.*; name a folder of pictures"):
-        scores.of_folder("nowhere", 32, "--real_dir")
+        meter.of_folder("nowhere", 32, "--real_dir")
 
 
 @pytest.mark.parametrize(("chosen", "count", "words"), [
-    (("fid", "pr"), 3, "3 generated pictures: --metrics fid,pr need 4"),
-    (("fid", "kid"), 1, "1 generated picture: --metrics fid,kid need 2"),
+    (("fid", "pr"), 3, "3 generated pictures: --metrics fid,pr need at least 4"),
+    (("fid", "kid"), 1, "1 generated picture: --metrics fid,kid need at least 2"),
 ])
 def test_too_few_samples_are_refused(real, chosen, count, words):
     with pytest.raises(DataError, match=words) as refused:
@@ -399,7 +399,7 @@ def test_too_few_samples_are_refused(real, chosen, count, words):
 def test_too_few_real_pictures_are_refused_before_anything_is_loaded(real, pictures, small_inception):
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
-    with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need 4"):
+    with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need at least 4"):
         meter_of(real(batch_size=1))
     assert not small_inception
     assert measured(real(batch_size=1, metrics=("fid", "kid")))

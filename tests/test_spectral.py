@@ -92,3 +92,34 @@ def test_the_average_copies_u_and_v():
         ema_update(G_ema, G, 0.5)
     assert torch.equal(G_ema.parametrizations.weight[0].v, G.parametrizations.weight[0].v)
     assert not torch.equal(G_ema.parametrizations.weight.original, G.parametrizations.weight.original)
+
+
+@pytest.mark.parametrize("layer", [lambda: nn.Conv2d(5, 9, 3), lambda: nn.ConvTranspose2d(5, 9, 4, 2, 1),
+                                   lambda: nn.Conv2d(6, 4, 1), lambda: nn.Linear(6, 11)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_normalized_weight_and_its_gradient_equal_autograds(layer, layout):
+    torch.manual_seed(0)
+    layer = spectral_norm(layer()).to(memory_format=layout)
+    chain = layer.parametrizations.weight
+    norm, weight = chain[0], chain.original
+    power_iterate(layer)
+    matrix = weight.movedim(norm.out_dim, 0).flatten(1)
+    v = nn.functional.normalize(matrix.T @ nn.functional.normalize(matrix @ norm.v, dim=0), dim=0)
+    expected = weight / torch.dot(norm.u, matrix @ norm.v)
+    target = torch.randn_like(weight)
+    torch.testing.assert_close(layer.weight, expected)
+    assert v.shape == norm.v.shape and torch.dot(v, norm.v) > 0.5, "v keeps its order in every layout"
+    for seen in (target, target.contiguous(memory_format=torch.contiguous_format)):
+        torch.testing.assert_close(torch.autograd.grad((layer.weight * seen).sum(), weight),
+                                   torch.autograd.grad((expected * seen).sum(), weight, retain_graph=True))
+
+
+def test_u_and_v_are_the_same_in_every_layout():
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        net = nn.Sequential(spectral_norm(nn.Conv2d(5, 9, 3)), spectral_norm(
+            nn.ConvTranspose2d(9, 4, 4))).to(memory_format=layout)
+        power_iterate(net)
+        found.append(torch.cat([buffer for buffer in net.buffers()]))
+    torch.testing.assert_close(*found)

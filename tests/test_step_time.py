@@ -2,8 +2,8 @@
 
 import re
 
-import cost
 import step_time
+from metrics import cost
 
 TINY = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")
 

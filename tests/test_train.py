@@ -1,4 +1,4 @@
-"""The real command at a tiny size: what it writes, that it goes on exactly, how it ends."""
+"""The real command at a tiny size: its output files, exact resume, and exit codes."""
 
 import functools
 import itertools
@@ -17,11 +17,10 @@ import torch
 from conftest import MAIN, TINY, SmallInception, assert_same_state, lines, state, torchrun, two_processes
 from PIL import Image
 
-import checkpoint
-import inception
-import metrics
+import loop
 import trainer
-import training
+from metrics import inception, swd
+from storage import checkpoint
 
 
 def test_a_run_writes_what_the_readme_promises(run):
@@ -69,7 +68,7 @@ def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
     run("--version", "straight", "--total_step", 6, *flags)
     run("--version", "resumed", "--total_step", 3, *flags)
     code, out, _ = run("--version", "resumed", "--total_step", 6, *flags)
-    assert code == 0 and "going on with 'resumed' from step 3" in out
+    assert code == 0 and "resuming 'resumed' from step 3" in out
     assert_same_state(state("straight", 6), state("resumed", 6))
 
 
@@ -80,7 +79,7 @@ def test_cache_and_workers_change_no_bit_nor_does_changing_them_on_the_way(run, 
     run("--version", "straight", "--total_step", 8, "--cache", "off", "--num_workers", 0, *flags)
     run("--version", "resumed", "--total_step", 4, *first, *flags)         # in the middle of an epoch of three steps
     code, out, _ = run("--version", "resumed", "--total_step", 8, *then, *flags)
-    assert code == 0 and "going on with 'resumed' from step 4" in out
+    assert code == 0 and "resuming 'resumed' from step 4" in out
     assert_same_state(state("straight", 8), state("resumed", 8))
 
 
@@ -402,7 +401,8 @@ def test_two_processes_train_one_run(tmp_path, monkeypatch):
 def test_processes_start_equal_and_average_gradients(tmp_path):
     script = tmp_path / "two.py"
     script.write_text("""
-import torch, distributed
+import torch
+from device import distributed
 from parameter import resolve
 place = distributed.start(resolve({"device": "cpu"}))
 torch.manual_seed(place.rank)
@@ -439,8 +439,8 @@ def scored(version):
 
 @pytest.fixture(autouse=True)
 def a_quick_swd(monkeypatch):
-    quick = functools.partial(metrics.sliced_wasserstein, count=2048, directions=64)
-    monkeypatch.setattr(metrics, "sliced_wasserstein", quick)
+    quick = functools.partial(swd.sliced_wasserstein, count=2048, directions=64)
+    monkeypatch.setattr(swd, "sliced_wasserstein", quick)
 
 
 @pytest.fixture
@@ -458,7 +458,7 @@ def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_i
         pages.append(max(scored(config.version)))
 
     pages = []
-    monkeypatch.setattr(training.page, "write_pages", write_pages)
+    monkeypatch.setattr(loop.page, "write_pages", write_pages)
     code, out, _ = run(*measuring(pictures), "--version", "a", "--total_step", 5, "--use_tensorboard", "true",
                        "--metrics", "fid,kid,pr,is,swd")
     assert code == 0
@@ -540,7 +540,7 @@ def test_a_run_goes_on_from_its_best(run, pictures, fids):
     run(*measuring(pictures), "--version", "a", "--total_step", 6, "--model_save_step", 2)
     fids(3.5)
     code, out, _ = run("--version", "a", "--total_step", 5, "--pretrained_model", "best", tiny=False)
-    assert code == 0 and "going on with 'a' from step 4" in out
+    assert code == 0 and "resuming 'a' from step 4" in out
     assert "(0000006.pth) moved to models/a/superseded" in out
     assert checkpoint.steps_in("models/a") == [2, 4, 5] and checkpoint.steps_in("models/a/superseded") == [6]
     assert scored("a") == {2: 5, 4: 3, 5: 3.5}
@@ -559,7 +559,7 @@ def test_a_run_of_which_only_the_best_is_left_is_still_this_run(run, pictures, f
         assert code == 0 and Path("samples/a/0000004_generated_seed0/000001.png").exists()
         shutil.rmtree("samples/a/0000004_generated_seed0")
     code, out, _ = run("--version", "a", "--total_step", 5, tiny=False)
-    assert code == 0 and "going on with 'a' from step 4" in out
+    assert code == 0 and "resuming 'a' from step 4" in out
     assert state("a", 5)["samples_seen"] == best["samples_seen"] + 4
 
 
@@ -627,11 +627,13 @@ def test_missing_weights_without_a_network_end_it_before_the_first_step(run, pic
 def test_too_few_pictures_for_a_metric_end_it_before_the_first_step(run, pictures, small_inception):
     flags = (*measuring(pictures), "--version", "a", "--total_step", 9, "--model_save_step", 1, "--batch_size", 1)
     code, _, err = run(*flags, "--metrics", "pr", "--num_eval", 3)
-    assert code == 3 and "3 generated pictures: --metrics pr need 4" in err and checkpoint.steps_in("models/a") == []
+    assert code == 3 and "3 generated pictures: --metrics pr need at least 4" in err
+    assert checkpoint.steps_in("models/a") == []
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
     code, _, err = run(*flags, "--metrics", "pr")
-    assert code == 3 and "3 real pictures: --metrics pr need 4" in err and checkpoint.steps_in("models/a") == []
+    assert code == 3 and "3 real pictures: --metrics pr need at least 4" in err
+    assert checkpoint.steps_in("models/a") == []
     assert not small_inception
 
 

@@ -1,24 +1,24 @@
-"""VGG-16: where its weights come from, what happens where they do not, its layers, LPIPS."""
+"""VGG-16: its layers, where its weights are found, and the errors when they are missing."""
 
 import hashlib
 import http.client
 import socket
-import sys
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import MAIN
 from torch import nn
 
-import vgg
-from failures import DataError, UsageError
+from errors import DataError, UsageError
+from pretrained import vgg
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """An empty working folder and an empty torch hub, and no way to the network."""
+    """An empty working folder and torch hub, without network access."""
     def no_network(url, *args, **kwargs):
         raise urllib.error.URLError(socket.gaierror(-2, "Name or service not known"))
 
@@ -30,14 +30,14 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def state():
-    """A state dict in torchvision's naming, with a piece of its classifier."""
-    features = {f"features.{name}": tensor for name, tensor in vgg.load("random", "").state_dict().items()}
+    """A state dict with torchvision's names, including one tensor of the classifier."""
+    features = {f"features.{name}": tensor for name, tensor in vgg.load_vgg("random", "").state_dict().items()}
     return features | {"classifier.6.bias": torch.zeros(1000)}
 
 
 @pytest.fixture
 def published(state, tmp_path, monkeypatch):
-    """Bytes that this test takes for torchvision's file, in the format that it has: torch.save's of before 1.6."""
+    """The content of a stand-in for torchvision's file, in the same format: that of torch.save before 1.6."""
     path = tmp_path / "original.pth"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     content = path.read_bytes()
@@ -57,9 +57,9 @@ def same(net, state):
     return all(torch.equal(tensor, state[f"features.{name}"]) for name, tensor in net.state_dict().items())
 
 
-def refused(kind, weights, otherwise="--metadata false"):
+def refused(kind, weights, hint="--metadata false"):
     with pytest.raises(kind) as caught:
-        vgg.load(weights, otherwise)
+        vgg.load_vgg(weights, hint)
     lines = str(caught.value).splitlines()
     assert len(lines) <= 2 and f"--vgg_weights {weights}" in lines[0]
     return str(caught.value)
@@ -71,17 +71,17 @@ def refused(kind, weights, otherwise="--metadata false"):
 def test_it_is_torchvisions_network():
     from torchvision.models import vgg16
 
-    with torch.random.fork_rng():
+    with torch.device("meta"):                          # skips the initialization of 138 million weights
         theirs = vgg16().features.eval()
-    ours = vgg.load("random", "")
-    theirs.load_state_dict(ours.state_dict())
+    ours = vgg.load_vgg("random", "")
+    theirs.load_state_dict(ours.state_dict(), assign=True)
     assert [type(module) for module in ours] == [type(module) for module in theirs]
     images = torch.randn(2, 3, 48, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ours(images), theirs(images))
 
 
 def test_it_is_frozen_and_on_the_cpu():
-    net = vgg.load("random", "")
+    net = vgg.load_vgg("random", "")
     assert not net.training
     assert not any(parameter.requires_grad for parameter in net.parameters())
     assert {(p.device.type, p.dtype) for p in net.parameters()} == {("cpu", torch.float32)}
@@ -90,15 +90,15 @@ def test_it_is_frozen_and_on_the_cpu():
 @pytest.mark.parametrize(("layer", "reduction", "pools", "convolutions"),
                          [("relu5_3", 16, 4, 13), ("relu4_3", 8, 3, 10)])
 def test_layers_are_what_they_are_called(layer, reduction, pools, convolutions):
-    part = vgg.load("random", "")[: vgg.LAYERS[layer]]
-    assert isinstance(part[-1], nn.ReLU)                # the third after the convolutions of block 5, of block 4
+    part = vgg.load_vgg("random", "")[: vgg.LAYERS[layer]]
+    assert isinstance(part[-1], nn.ReLU)                # the third ReLU of block 5, of block 4
     assert sum(isinstance(module, nn.MaxPool2d) for module in part) == pools
     assert sum(isinstance(module, nn.Conv2d) for module in part) == convolutions
     assert part(torch.zeros(1, 3, 64, 32)).shape == (1, vgg.WIDTH, 64 // reduction, 32 // reduction)
 
 
 def test_random_weights_are_always_the_same_and_keep_the_scale():
-    first, second = vgg.load("random", ""), vgg.load("random", "")
+    first, second = vgg.load_vgg("random", ""), vgg.load_vgg("random", "")
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert 0.2 < first[:30](images).pow(2).mean().sqrt() < 5
@@ -106,7 +106,7 @@ def test_random_weights_are_always_the_same_and_keep_the_scale():
 
 def test_random_weights_say_so_at_every_use(capsys):
     for _ in range(2):
-        vgg.load("random", "")
+        vgg.load_vgg("random", "")
         (line,) = capsys.readouterr().out.splitlines()
         assert "--vgg_weights random" in line and "for tests" in line
 
@@ -116,15 +116,14 @@ def test_normalize_is_imagenets():
 
     images = torch.rand(2, 3, 5, 4)
     expected = normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert torch.allclose(vgg.normalize(images * 2 - 1), expected, atol=1e-6)
+    assert torch.allclose(vgg.imagenet_normalize(images * 2 - 1), expected, atol=1e-6)
 
 
 def test_global_random_state_stays(state, tmp_path):
     torch.save(state, tmp_path / "w.pth")
     before = torch.get_rng_state()
-    vgg.load("random", "")
-    vgg.load(str(tmp_path / "w.pth"), "")
-    vgg.lpips("random")
+    vgg.load_vgg("random", "")
+    vgg.load_vgg(str(tmp_path / "w.pth"), "")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -133,12 +132,12 @@ def test_global_random_state_stays(state, tmp_path):
 
 @pytest.mark.parametrize("place", ["data/VGG16", "torch/hub/checkpoints"])
 def test_imagenet_is_found_in_both_places(home, published, state, place):
-    assert not vgg.FILE.is_there("imagenet")
+    assert not vgg.FILE.is_available("imagenet")
     path = write(home / place / "vgg16-397923af.pth", published)
-    assert vgg.FILE.is_there("imagenet")
-    assert same(vgg.load("imagenet", ""), state)
-    path.write_bytes(published[:-1])                    # half a download
-    assert not vgg.FILE.is_there("imagenet")
+    assert vgg.FILE.is_available("imagenet")
+    assert same(vgg.load_vgg("imagenet", ""), state)
+    path.write_bytes(published[:-1])                    # a truncated download
+    assert not vgg.FILE.is_available("imagenet")
 
 
 def test_the_shipped_hash_and_address_are_torchvisions():
@@ -146,7 +145,7 @@ def test_the_shipped_hash_and_address_are_torchvisions():
 
     assert VGG16_Weights.IMAGENET1K_V1.url == vgg.FILE.url
     assert vgg.FILE.sha256.startswith(vgg.FILE.name[len("vgg16-"):-len(".pth")]) and len(vgg.FILE.sha256) == 64
-    script = (Path(vgg.__file__).parent / "download.sh").read_text()
+    script = Path(MAIN).with_name("download.sh").read_text()
     row = next(line for line in script.splitlines() if line.startswith("VGG16|")).split("|")
     assert Path("data", row[2], row[3]) == vgg.FILE.places()[0]
     assert (int(row[4]), row[6], row[8]) == (vgg.FILE.bytes, f"sha256:{vgg.FILE.sha256}", vgg.FILE.url)
@@ -167,15 +166,15 @@ def test_a_wrong_hash_is_named_and_nothing_of_the_file_is_used(home, published):
     http.client.IncompleteRead(b""),
     RuntimeError('invalid hash value (expected "397923af", got "00")'),
 ], ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("otherwise", ["--metadata false", "--recon l1"])
-def test_without_file_and_network_the_two_ways_on_are_named(monkeypatch, capsys, error, otherwise):
+@pytest.mark.parametrize("hint", ["--metadata false", "--recon l1"])
+def test_without_file_and_network_the_two_ways_on_are_named(monkeypatch, capsys, error, hint):
     def fail(*args, **kwargs):
-        assert socket.getdefaulttimeout()               # or a silent network holds the program for good
+        assert socket.getdefaulttimeout()               # else a stalled connection blocks forever
         raise error
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    text = refused(DataError, "imagenet", otherwise)
-    assert "bash download.sh VGG16" in text and otherwise in text and "data/VGG16" in text
+    text = refused(DataError, "imagenet", hint)
+    assert "bash download.sh VGG16" in text and hint in text and "data/VGG16" in text
     assert "fetching" in capsys.readouterr().out
     assert socket.getdefaulttimeout() is None
 
@@ -193,10 +192,10 @@ def test_it_is_downloaded_once_into_torchs_folder(home, published, state, monkey
         Path(path).write_bytes(published)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", serve)
-    assert same(vgg.load("imagenet", ""), state)
+    assert same(vgg.load_vgg("imagenet", ""), state)
     place = home / "torch/hub/checkpoints"
     assert str(place) in capsys.readouterr().out and (place / "vgg16-397923af.pth").exists()
-    vgg.load("imagenet", "")
+    vgg.load_vgg("imagenet", "")
     assert asked == [("https://download.pytorch.org/models/vgg16-397923af.pth", vgg.FILE.sha256)]
 
 
@@ -205,7 +204,7 @@ def test_a_download_that_is_not_the_file_is_refused(published, monkeypatch):
     assert "Delete it" in refused(DataError, "imagenet")
 
 
-# ---- a file of the user's ----
+# ---- a user's file ----
 
 
 def bare(state):
@@ -215,12 +214,12 @@ def bare(state):
 @pytest.mark.parametrize("change", [dict, bare])
 def test_a_state_dict_with_or_without_prefix_is_read(tmp_path, state, change):
     torch.save(change(state), tmp_path / "w.pth")
-    assert same(vgg.load(str(tmp_path / "w.pth"), ""), state)
+    assert same(vgg.load_vgg(str(tmp_path / "w.pth"), ""), state)
 
 
 def test_half_precision_becomes_float32(tmp_path, state):
     torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "w.pth")
-    assert all(p.dtype == torch.float32 for p in vgg.load(str(tmp_path / "w.pth"), "").parameters())
+    assert all(p.dtype == torch.float32 for p in vgg.load_vgg(str(tmp_path / "w.pth"), "").parameters())
 
 
 def without_one(state):
@@ -254,84 +253,14 @@ def test_a_missing_file_is_a_wrong_flag(tmp_path):
         assert "cannot be read" in refused(UsageError, str(path))
         with pytest.raises(UsageError, match="--vgg_weights"):
             vgg.FILE.identity(str(path))
-        assert not vgg.FILE.is_there(str(path))
+        assert not vgg.FILE.is_available(str(path))
 
 
 def test_identities_tell_weights_apart(tmp_path):
     path = write(tmp_path / "w.pth", b"one")
-    assert vgg.FILE.is_there(str(path)) and not vgg.FILE.is_there("random")
+    assert vgg.FILE.is_available(str(path)) and not vgg.FILE.is_available("random")
     first = vgg.FILE.identity(str(path))
     assert first == hashlib.sha256(b"one").hexdigest()
     write(path, b"two")
     assert len({first, vgg.FILE.identity(str(path)), vgg.FILE.identity("random"), vgg.FILE.identity("imagenet")}) == 4
-    assert vgg.FILE.identity("imagenet") == vgg.FILE.sha256       # where there is no such file
-
-
-# ---- LPIPS ----
-
-
-@pytest.fixture(scope="module")
-def net():
-    return vgg.lpips("random")
-
-
-def images(seed, count=3, size=32):
-    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def by_the_formula(a, b, heads):
-    """Zhang et al. 2018: over five layers, the mean over positions of the weighted squared difference of features
-    of length 1; the images are shifted and scaled per channel before.
-    """
-    features = vgg.load("random", "")
-    shift, scale = (torch.tensor(v).view(3, 1, 1) for v in ((-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)))
-    a, b = (a - shift) / scale, (b - shift) / scale
-    total = 0
-    for number, module in enumerate(features):
-        a, b = module(a), module(b)
-        if number in (3, 8, 15, 22, 29):                # relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
-            apart = nn.functional.normalize(a) - nn.functional.normalize(b)
-            total = total + nn.functional.conv2d(apart**2, heads[number]).mean((1, 2, 3))
-    return total
-
-
-def test_lpips_is_the_formula_on_our_weights(net):
-    import torchmetrics.functional.image.lpips as theirs
-
-    shipped = Path(theirs.__file__).parent / "lpips_models" / "vgg.pth"
-    file = torch.load(shipped, map_location="cpu", weights_only=True)
-    heads = {number: file[f"lin{k}.model.1.weight"] for k, number in enumerate((3, 8, 15, 22, 29))}
-    a, b = images(0), images(1)
-    distances = net(a, b)
-    assert distances.shape == (3,) and (distances > 0).all()
-    assert torch.allclose(distances, by_the_formula(a, b, heads), rtol=1e-4)
-    assert torch.equal(net(a, a), torch.zeros(3))
-
-
-def test_lpips_is_frozen_and_its_inputs_get_gradients(net):
-    a, b = images(0).requires_grad_(), images(1).requires_grad_()
-    net(a, b).sum().backward()
-    assert a.grad.abs().sum() > 0 and b.grad.abs().sum() > 0
-    assert all(not p.requires_grad for p in net.parameters())
-
-
-def test_lpips_has_no_dropout_whatever_mode_is_asked(net):
-    a, b = images(0), images(1)
-    expected = net(a, b)
-    outer = nn.ModuleList([net]).train()
-    assert torch.equal(outer[0](a, b), expected) and torch.equal(net(a, b), expected)
-
-
-def test_lpips_of_one_image(net):
-    assert net(images(0, 1, 16), images(1, 1, 16)).shape == (1,)
-
-
-def test_lpips_without_torchmetrics(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image.lpips", None)
-    with pytest.raises(UsageError, match="pip install torchmetrics.*--recon l1"):
-        vgg.lpips("random")
-
-
-def test_lpips_without_weights():
-    with pytest.raises(DataError, match="--recon l1"):
-        vgg.lpips("imagenet")
+    assert vgg.FILE.identity("imagenet") == vgg.FILE.sha256       # known without the file

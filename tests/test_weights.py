@@ -1,4 +1,4 @@
-"""Files of published weights that go by several names, and files that hold code; more in test_vgg.py."""
+"""Files of published weights: several file names, and files that contain code; more in test_vgg.py."""
 
 import hashlib
 import os
@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import inception
-import weights
-from failures import DataError
+from errors import DataError
+from pretrained import inception, weights
 
 NAME, ALIAS = "weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"
 PLACES = ("data/Inception", "torch/hub/checkpoints")
@@ -48,12 +47,12 @@ def published(tmp_path):
 @pytest.mark.parametrize("name", [NAME, ALIAS])
 def test_the_file_is_found_in_both_places_under_either_name(published, place, name):
     file, content = published
-    assert not file.is_there("standard")
+    assert not file.is_available("standard")
     path = write(Path(place, name), content)
-    assert file.is_there("standard")
+    assert file.is_available("standard")
     assert torch.equal(file.load("standard", "")["weight"], torch.arange(3.0))
     path.write_bytes(content[:-1])                      # half a download
-    assert not file.is_there("standard")
+    assert not file.is_available("standard")
     with pytest.raises(DataError, match=f"{path} is damaged or another file"):
         file.load("standard", "")
 

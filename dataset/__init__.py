@@ -1,0 +1,1 @@
+"""Data sets of training pictures: finding, decoding, checking and caching them."""

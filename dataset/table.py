@@ -1,0 +1,141 @@
+"""The table of data sets: `--dataset` selects a row of `DATASETS`, a function `config -> ImageDataset`.
+
+To add a data set, write a function and a row here, and add the name to the choices of `--dataset` in flags/common.py.
+Opening a data set reads file names and sizes but decodes no picture; `data_loader` checks and caches it.
+"""
+
+import hashlib
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dataset import toy
+from dataset.decode import to_chw, to_tensor
+from dataset.images import Files, ImageDataset, Lmdb, environment, stat_file
+from errors import DataError
+
+CELEBA_CROP = 160  # pixels: side of the center crop of an aligned 178x218 CelebA picture, as published
+TOY_LENGTH = 4096  # pictures
+
+
+def open_folder(config) -> ImageDataset:
+    """All pictures below the folder `--image_path`. Raises DataError."""
+    try:
+        return Files(Path(config.image_path), config.imsize)
+    except DataError as error:
+        raise DataError(f"--dataset folder: {error}; set --image_path to a folder of pictures") from None
+
+
+def _missing(config, problem: object, name: str) -> DataError:
+    return DataError(
+        f"--dataset {config.dataset} --image_path {config.image_path}: {problem}\n"
+        f"get the data with `bash download.sh {name}`, or train on drawn faces with `--dataset toy`"
+    )
+
+
+def open_celeb(config) -> ImageDataset:
+    """CelebA's aligned pictures below `{image_path}/CelebA`, center-cropped to 160 px. Raises DataError."""
+    try:
+        return Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
+    except DataError as error:
+        raise _missing(config, error, "CelebA") from None
+
+
+def _lsun_folder(config) -> Path:
+    """Return the folder of the LMDB: `--image_path` itself, a *_lmdb folder in it, or one in its folder LSUN.
+
+    Validation sets (*_val_lmdb) are used only if there is no other. Raises DataError.
+    """
+    root = Path(config.image_path)
+    if (root / "data.mdb").is_file():
+        return root
+    folders = [file.parent for parent in (root, root / "LSUN") for file in sorted(parent.glob("*_lmdb/data.mdb"))]
+    training = [folder for folder in folders if not folder.name.endswith("_val_lmdb")] or folders
+    if not training:
+        expected = " or ".join(str(parent / "church_outdoor_train_lmdb") for parent in (root, root / "LSUN"))
+        raise _missing(config, f"no data.mdb in {expected}", "LSUN")
+    if len(training) > 1:
+        names = ", ".join(folder.name for folder in training)
+        raise DataError(f"--image_path {root} holds several data sets ({names}): choose one of them, such as "
+                        f"--image_path {training[0]}")
+    return training[0]
+
+
+def open_lsun(config) -> ImageDataset:
+    """An LMDB in LSUN's layout: every value of `data.mdb` is an encoded picture. Raises DataError."""
+    lmdb_folder = _lsun_folder(config)
+    try:
+        import lmdb
+    except ImportError:
+        raise DataError("--dataset lsun needs the lmdb package: pip install lmdb") from None
+    file, folder = lmdb_folder / "data.mdb", os.path.realpath(lmdb_folder)
+    try:
+        opened = environment(folder)
+        if file.stat().st_size < (opened.info()["last_pgno"] + 1) * opened.stat()["psize"]:
+            raise _missing(config, f"{file} is truncated", "LSUN")  # reading past its end would be a bus error
+        with opened.begin() as transaction:
+            keys = list(transaction.cursor().iternext(values=False))
+    except (lmdb.Error, OSError) as error:
+        raise _missing(config, f"cannot read {file} ({error})", "LSUN") from error
+    if not keys:
+        raise _missing(config, f"{file} holds no pictures", "LSUN")
+    return Lmdb(folder, keys, config.imsize, f"{len(keys)} pictures in {lmdb_folder}", str(file))
+
+
+def open_cifar10(config) -> ImageDataset:
+    """The 50,000 training pictures of CIFAR-10, read by torchvision. Raises DataError."""
+    root, name = Path(config.image_path), "cifar-10-batches-py"
+    if not (root / name).is_dir():
+        root = root / "CIFAR10"
+    if not (root / name).is_dir():
+        raise _missing(config, f"there is no folder {root / name}", "CIFAR10")
+    from torchvision.datasets import CIFAR10  # here, because the import takes a second
+
+    try:
+        pictures = CIFAR10(root, train=True, download=False).data  # (N, 32, 32, 3) uint8
+    except RuntimeError:  # torchvision raises it on a wrong checksum
+        raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
+    read = partial(_read_array, pictures, imsize=config.imsize)
+    sources = [str(root / name / file) for file, _ in CIFAR10.train_list]
+    return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {root}", sources)
+
+
+def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
+    return to_tensor(Image.fromarray(pictures[index]), imsize)
+
+
+def open_toy(config) -> ImageDataset:
+    """Faces drawn by code (dataset/toy.py): nothing to download."""
+    read = partial(_draw, imsize=config.imsize)
+    return ImageDataset(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px", [toy.__file__])
+
+
+def _draw(index: int, imsize: int) -> torch.Tensor:
+    return to_chw(toy.draw_face(index, imsize))
+
+
+DATASETS = {  # --dataset: the function that opens it
+    "celeb": open_celeb,
+    "lsun": open_lsun,
+    "cifar10": open_cifar10,
+    "folder": open_folder,
+    "toy": open_toy,
+}
+
+
+def fingerprint(dataset: ImageDataset, config) -> str:
+    """Hex SHA-256 of everything that determines picture i: the files, their order, the crop and the size.
+
+    Files are identified by absolute path, size and modification time; their content is not read (stat alone takes
+    seconds for 200,000 files). So a changed file of the same size whose modification time was reset is not noticed,
+    and a moved or copied folder counts as a different data set. Raises DataError if a file is missing.
+    """
+    digest = hashlib.sha256(repr((config.dataset, config.imsize, CELEBA_CROP, len(dataset))).encode())
+    for path in dataset.sources:
+        file = stat_file(path)
+        digest.update(repr((os.path.abspath(path), file.st_size, file.st_mtime_ns)).encode())
+    return digest.hexdigest()

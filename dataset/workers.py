@@ -1,0 +1,119 @@
+"""Worker processes of DataLoaders: their number, start and termination; a function mapped over all cores."""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from device.distributed import on_this_machine, progress
+from errors import DataError
+
+MOST = 8        # workers per process with --num_workers auto, at most
+BATCHES = 3     # that a worker holds in shared memory, at most: two prefetched, one in transit
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # exists on Linux only
+        return os.cpu_count() or 1
+
+
+def shared_memory() -> int:
+    """Return the free bytes of shared memory. A container may have 64 MB; writing beyond that is a bus error."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else sys.maxsize
+
+
+def readers(config) -> int:
+    """Return the number of DataLoader workers per rank.
+
+    `--num_workers auto`: one per core, at least 1, at most MOST, and no more than fit into half of the shared memory.
+    """
+    if config.num_workers != "auto":
+        return config.num_workers
+    processes = on_this_machine()
+    batch = config.batch_size // processes * 3 * config.imsize**2       # bytes
+    fitting = shared_memory() // 2 // processes // (BATCHES * batch)
+    return max(1, min(MOST, cores() // processes, fitting))
+
+
+def start(worker: int):
+    """`worker_init_fn` of our DataLoaders: ignore SIGTERM and SIGINT, use one thread."""
+    # The process group's signals are for the main process, which needs its workers to finish the current step.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def as_it_is(batch):
+    """`collate_fn` that returns the data set's batch unchanged."""
+    return batch
+
+
+def death(error: RuntimeError) -> DataError | None:
+    """Return a DataError if `error` says that a DataLoader worker died, else None.
+
+    PyTorch raises that error in the main thread from a signal handler, so it can occur anywhere in the program.
+    """
+    if str(error).startswith("DataLoader worker"):
+        return DataError(f"--num_workers: {error}\nuse fewer workers, or --num_workers 0")
+    return None
+
+
+def stop(batches):
+    """Stop the workers of a DataLoader's iterator.
+
+    Its destructor does so too, but a traceback may keep the iterator alive; and since workers ignore SIGTERM, they
+    would keep a failed program from ending.
+    """
+    try:
+        batches._shutdown_workers()
+    except RuntimeError as error:
+        if death(error) is None:
+            raise
+        for process in batches._workers:  # a worker died during the shutdown: PyTorch did not stop the others
+            process.join(10)
+            process.kill()
+            process.join()
+
+
+class _Task(Dataset):
+    def __init__(self, work: Callable[[Sequence[int]], list]):
+        self.work = work
+
+    def __getitems__(self, indices: Sequence[int]) -> list:
+        return self.work(indices)
+
+
+def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk: int, what: str) -> Iterator:
+    """Map `work` over chunks of `indices` with one process per core; yield the results one by one, in order.
+
+    `work(indices of a chunk)` returns a list with one result per index, and must be picklable. `chunk` is the number of
+    indices per call, `what` the label of the progress bar. A single chunk is computed in this process. Raises what
+    `work` raises, and DataError if a worker dies.
+    """
+    chunks = [indices[start:start + chunk] for start in range(0, len(indices), chunk)]
+    if len(chunks) <= 1:
+        for part in chunks:
+            yield from work(part)
+        return
+    loader = DataLoader(
+        _Task(work), batch_sampler=chunks, num_workers=min(cores(), len(chunks)), collate_fn=as_it_is,
+        worker_init_fn=start, prefetch_factor=4,
+        generator=torch.Generator(),  # else the DataLoader draws from the global one, and the check would alter the run
+    )
+    batches = iter(loader)
+    with progress(len(indices), "picture", what) as done:
+        try:
+            for results in batches:
+                yield from results
+                done.update(len(results))
+        except RuntimeError as error:
+            raise death(error) or error from None
+        finally:
+            stop(batches)

@@ -1,0 +1,174 @@
+"""Several processes in one run: start under torchrun, gradient averaging, collectives, output on rank 0.
+
+Gradients are averaged by one explicit all-reduce per update, of all gradients flattened, instead of by DDP's wrapper:
+that does not support the double backward of a gradient penalty.
+"""
+
+import datetime
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Place:
+    """The device and rank of this process, among `world_size` processes."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    def share(self, count, chunk=1):
+        """Return this rank's share of range(count): the first number of each of its chunks of `chunk` numbers."""
+        return range(self.rank * chunk, count, self.world_size * chunk)
+
+
+def start(config):
+    """Join the process group if torchrun started this process. Return its Place."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    if world_size == 1:
+        name = ("cuda" if on_cuda else "cpu") if config.device == "auto" else config.device
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)               # CUDA graphs are captured on the current device
+        return Place(device)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_cuda else "gloo")
+    return Place(device, dist.get_rank(), world_size)
+
+
+def launched():
+    """Return whether torchrun started this process, with any world size."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def stop():
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def relaunch(script, argv):
+    """Replace this process by torchrun with one process per visible GPU (`--parallel true`)."""
+    count = torch.cuda.device_count()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, script, *argv])
+
+
+def broadcast(*modules):
+    """Broadcast the parameters and buffers of the modules from rank 0 to all ranks."""
+    if dist.is_initialized():
+        for module in modules:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+@torch.no_grad()
+def average_gradients(parameters):
+    """Replace each gradient by its mean over the ranks, with one all-reduce of all gradients, flattened."""
+    if not dist.is_initialized():
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    flat.div_(dist.get_world_size())
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def mean_over_processes(values):
+    """Return the mean of a tensor over the ranks, on every rank; the tensor itself without a process group."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values.div_(dist.get_world_size())
+    return values
+
+
+def any_process(flag, device):
+    """Return on every rank whether `flag` is true on any rank. Synchronizes with the device."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(float(flag), device=device)
+    dist.all_reduce(votes)
+    return votes.item() > 0
+
+
+def gather(value):
+    """Return [value of rank 0, value of rank 1, ...] on every rank. Values are pickled."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_in_order(by_number):
+    """Return [value, ...] in the order of the numbers, from the {number: value} of all ranks, on every rank."""
+    values = {number: value for share in gather(by_number) for number, value in share.items()}
+    return [values[number] for number in sorted(values)]
+
+
+def is_alone():
+    """Return whether there is no process group."""
+    return not dist.is_initialized()
+
+
+def barrier():
+    """Wait for the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def after_first(first, others):
+    """Run `first()` on rank 0 while the other ranks wait, however long it takes, then `others()` on them.
+
+    The other ranks continue even if `first()` raises.
+    """
+    if not dist.is_initialized():
+        return first()
+    # a separate group: in the default one the other ranks time out after ten minutes
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=7))
+    try:
+        result = first() if is_first() else None
+    finally:
+        dist.barrier(group)
+        dist.destroy_process_group(group)
+    return result if is_first() else others()
+
+
+def on_first(compute):
+    """Run compute() on rank 0 and return its result on every rank."""
+    return gather(after_first(compute, lambda: None))[0]
+
+
+def on_this_machine():
+    """Return the number of the run's processes on this machine (torchrun sets it); 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def is_first():
+    """Return whether this is rank 0 or the only process: the one that prints and writes files."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def progress(total, unit, what=None, **more):
+    """Return a tqdm progress bar, shown on rank 0; if stderr is no terminal, it is updated every ten seconds."""
+    return tqdm(total=total, unit=unit, desc=what, dynamic_ncols=True, disable=not is_first(),
+                mininterval=0.5 if sys.stderr.isatty() else 10, **more)
+
+
+def say(*words, end="\n"):
+    """Print on rank 0, flushed, without breaking a progress bar."""
+    if is_first():
+        tqdm.write(" ".join(map(str, words)), end=end)
+        sys.stdout.flush()

@@ -1,0 +1,78 @@
+"""The precision of convolutions and matrix products (`--precision`).
+
+fp32, tf32 (10 bits of mantissa, on GPUs), or bf16 by autocast. Weights, optimizers, batch statistics, spectral norms,
+gradient penalties and losses are fp32 at any setting. Without hardware support the precision falls back to fp32.
+"""
+
+import contextlib
+import os
+
+import torch
+
+from device.distributed import say
+
+
+class Precision:
+    """The precision used on one device; `name` is "fp32", "tf32" or "bf16"."""
+
+    def __init__(self, wanted, device):
+        self.device, self.wanted = device, wanted
+        if wanted == "auto":
+            wanted = "bf16" if has_bf16(device) else "fp32"
+        usable = {"fp32": True, "tf32": has_tensor_cores(device), "bf16": has_bf16(device)}[wanted]
+        self.name = wanted if usable else "fp32"
+
+    def announce(self):
+        """Report a fallback to fp32."""
+        if self.wanted not in ("auto", self.name):
+            say(f"note: this device has no {self.wanted} units; using --precision fp32, which is faster here")
+
+    def autocast(self):
+        """Return the autocast context for forward passes and losses."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name == "bf16")
+
+    @contextlib.contextmanager
+    def arithmetic(self):
+        """Context for inference: `switched` and `autocast`."""
+        with self.switched(), self.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def switched(self):
+        """Context for all computation, backward passes too, that sets the process-wide tf32 switches."""
+        if self.device.type != "cuda":
+            yield
+            return
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = self.name != "fp32"
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def has_tensor_cores(device):
+    """Return whether the device is a GPU with tf32 and bf16 units (Ampere, 2020, or later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_bf16(device):
+    """Return whether the device has bf16 units: without them bf16 is many times slower than fp32."""
+    if device.type == "cuda":
+        return has_tensor_cores(device)
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # older torch has none
+    return bool(get_capabilities().get("amx_bf16"))
+
+
+def exact(device):
+    """Return a context that disables autocast, for what must be computed in fp32."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def choose_algorithms(deterministic):
+    """On CUDA, choose the fastest algorithms, or (`--deterministic true`) bitwise reproducible ones."""
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

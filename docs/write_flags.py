@@ -1,0 +1,117 @@
+"""Write docs/flags.md: all flags, presets and exit codes, from the tables that the program itself reads.
+
+    python docs/write_flags.py        the same as `make docs`; a test fails while the page is out of date
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))           # before this folder
+
+import errors  # noqa: E402 - found through the line above
+import parameter  # noqa: E402
+from flags.common import always, written  # noqa: E402
+
+PAGE = ROOT / "docs" / "flags.md"
+INTRO = """\
+# Flags
+
+Written by `make docs` from the tables in [flags/](../flags); do not edit. `python main.py --help` shows the same.
+
+- A flag that you leave out is taken from `--config FILE`, else from the run's saved config, else from `--preset`, else
+  from the default below.
+- Booleans take true, false, 1, 0, yes, no; a bare `--dry_run` means true.
+- A default such as `64; fastgan: 256` differs for that model. – means none, or that the text gives it.
+"""
+PRESETS = """\
+## Presets
+
+`published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores. Flags that are not
+listed are the same with every preset; – follows from other flags.
+"""
+
+
+def markdown():
+    """The whole page."""
+    parts = [INTRO]
+    for title, flags in parameter.GROUPS.items():
+        heading = f"Only `--model {title}`" if title in parameter.FAMILIES else title.capitalize()
+        rows = [(f"`--{flag.name}`", _code(parameter.defaults(flag)), cell(flag.help)) for flag in flags]
+        parts.append(f"## {heading}\n\n" + "\n".join(table(("flag", "default", "meaning"), rows)) + "\n")
+    parts += [_kept(), _presets(), _exit_codes()]
+    return "\n".join(parts)
+
+
+def cell(text):
+    """Help text as a cell of a table, where | would end it."""
+    return text.replace(" | ", ", ")
+
+
+def table(head, rows, padded=False):
+    """Lines of a Markdown table; `padded` aligns its source, too."""
+    widths = [max(len(row[i]) for row in [head, *rows]) if padded else 0 for i in range(len(head))]
+    lines = [head, ["-" * max(3, width) for width in widths], *rows]
+    return ["| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
+            for line in lines]
+
+
+def _code(text):
+    return f"`{text}`" if text else "–"
+
+
+def _names(flags):
+    return ", ".join(f"`--{flag.name}`" for flag in flags)
+
+
+def _kept():
+    """Which flags a run keeps for good, and which it never takes from a file."""
+    flags = list(parameter.FLAGS.values())
+    fixed = [flag for flag in flags if flag.fixed is always]
+    some = [flag for flag in flags if flag.fixed not in (None, always)]
+    per_call = [flag for flag in flags if flag.per_call]
+    return "\n\n".join(["## What a run keeps", *(textwrap.fill(text, 120, break_on_hyphens=False) for text in (
+        f"Checkpoints depend on these flags, so a resumed run refuses other values: {_names(fixed)}; and, where the "
+        f"checkpoints depend on them, {_names(some)}. All others may change when a run is resumed; it lists what "
+        "changed.",
+        "These belong to one call, and are never taken from a saved config or from `--config`: "
+        f"{_names(per_call)}."))]) + "\n"
+
+
+def _presets():
+    """All presets of all families side by side: what each flag is with them."""
+    columns = [(model, name) for model, family in parameter.FAMILIES.items() for name in family.PRESETS]
+    of_others = {model: {flag.name for other, family in parameter.FAMILIES.items() if other != model
+                         for flag in family.FLAGS} for model in parameter.FAMILIES}
+    rows = []
+    for flag in parameter.FLAGS.values():
+        if not any(flag.name in parameter.FAMILIES[model].PRESETS[name] for model, name in columns):
+            continue
+        cells = []
+        for model, name in columns:
+            value = parameter.FAMILIES[model].PRESETS[name].get(flag.name, flag.default)
+            cells.append("" if flag.name in of_others[model] else "–" if value is None else written(value))
+        rows.append((f"`--{flag.name}`", *cells))
+    lines = table(("flag", *(f"{model}, {name}" for model, name in columns)), rows, padded=True)
+    return PRESETS + "\n" + "\n".join(lines) + "\n"
+
+
+def _exit_codes():
+    """What `main.py` returns; the docstrings of errors.py say why."""
+    codes = {failure.code: failure.__doc__.splitlines()[0] for failure in vars(errors).values()
+             if isinstance(failure, type) and issubclass(failure, errors.Failure) and failure is not errors.Failure}
+    rows = [("0", "Done."), (str(errors.Failure.code), "Anything unexpected, and out of memory."),
+            *((str(code), codes[code]) for code in sorted(codes)),
+            ("130, 143", "Interrupted by SIGINT (Ctrl-C) or SIGTERM, after the step was finished and saved.")]
+    lines = table(("code", "meaning"), rows, padded=True)
+    return "\n".join(["## Exit codes", "", *lines, "", "torchrun itself returns 1 whatever its processes return.", ""])
+
+
+def main():
+    PAGE.write_text(markdown(), encoding="utf-8")
+    print(f"written: {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

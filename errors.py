@@ -1,0 +1,45 @@
+"""Exceptions that end the program with a short message instead of a traceback, and their exit codes."""
+
+
+class Failure(Exception):
+    """Ends the program with exit code `code` and a message of one or two lines, without a traceback."""
+
+    code = 1
+
+
+class UsageError(Failure):
+    """A flag that is invalid or contradicts another."""
+
+    code = 2
+
+
+class DataError(Failure):
+    """Training pictures or published weights that are missing, unreadable or unfit, or too few pictures."""
+
+    code = 3
+
+
+class NonFiniteError(Failure):
+    """A loss or a weight became NaN or infinite."""
+
+    code = 4
+
+
+class CheckpointError(Failure):
+    """A checkpoint that cannot be read, or a disk that cannot be written."""
+
+    code = 5
+
+
+class LockedError(Failure):
+    """Another process is training in this run's folder."""
+
+    code = 6
+
+
+def first_line(error):
+    """Return the first line of an exception's message, joined with the second if it ends in a colon, at most 200
+    characters; the name of the exception's type if the message is empty.
+    """
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0]}" if first.endswith(":") and rest else first)[:200]

@@ -1,0 +1,301 @@
+"""The flags that all families share; `Flag`: converter, default, range, help.
+
+Every other file in this folder holds the flags, presets, image sizes and checks of one family. `parameter.py` parses
+the command line by these tables. Nothing here imports torch, so that --help and most mistakes answer at once.
+"""
+
+import argparse
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The names of the families: one file of this folder each.
+MODELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "common"))
+
+# --adv_loss, each with its defaults of --d_iters and --sn.
+LOSSES = {
+    "hinge":   {"d_iters": 1, "sn": "both"},
+    "wgan-gp": {"d_iters": 5, "sn": "none"},
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric: its `file` in metrics/; its description `words` for --help; `of_sets`: it compares two sets of
+    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir.
+    """
+
+    file: str
+    words: str = ""
+    of_sets: bool = False
+    of_folders: bool = False
+
+
+METRICS = {     # --metrics, in the order in which --mode evaluate computes them
+    "fid":     Metric("inception", of_sets=True, of_folders=True),
+    "kid":     Metric("inception", of_sets=True, of_folders=True),
+    "pr":      Metric("inception", "precision and recall", of_sets=True, of_folders=True),
+    "is":      Metric("inception", "Inception Score", of_sets=True, of_folders=True),
+    "swd":     Metric("swd", "sliced Wasserstein distance: needs no weights", of_sets=True, of_folders=True),
+    "nearest": Metric("nearest", "are samples copies?", of_folders=True),
+    "lpips":   Metric("backtrack", "back-tracking of held-out pictures"),
+    "cost":    Metric("cost", "time, memory"),
+}
+
+# ---------------------------------------------------------------------------------------------------- converters
+
+
+def boolean(text):
+    """Convert true/false/1/0/yes/no, in any case, to bool; raise ArgumentTypeError for anything else."""
+    word = str(text).lower()
+    if word in ("true", "1", "yes"):
+        return True
+    if word in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+
+
+def boolean_or_auto(text):
+    """'auto' -> "auto"; else as `boolean`."""
+    return "auto" if str(text).lower() == "auto" else boolean(text)
+
+
+def number_or(word, kind):
+    """Return a converter that accepts `word` and whole numbers; `kind` names the numbers in its error message."""
+
+    def convert(text):
+        if text == word:
+            return text
+        try:
+            return int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is neither a {kind} nor {word}") from None
+
+    return convert
+
+
+def sizes(text):
+    """'16,32' -> (16, 32), sorted, each once; 'none' -> ()."""
+    if str(text).lower() == "none":
+        return ()
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a list of sizes such as 16,32 nor none") from None
+
+
+def points(text):
+    """'0.45,0.36;0.2,0.5' -> ((0.45, 0.36), (0.2, 0.5)): one to eight (y, x) as fractions of the image."""
+    try:
+        pairs = tuple(tuple(float(part) for part in point.split(",")) for point in text.split(";"))
+    except ValueError:
+        pairs = ()
+    if not 1 <= len(pairs) <= 8 or not all(len(point) == 2 and all(0 <= x <= 1 for x in point) for point in pairs):
+        raise argparse.ArgumentTypeError(f"'{text}' is not one to eight points y,x;y,x in fractions of the image, "
+                                         "such as '0.45,0.36;0.2,0.5'")
+    return pairs
+
+
+def policies(text):
+    """'color,translation' -> ("color", "translation"); 'none' -> ()."""
+    if str(text).lower() == "none":
+        return ()
+    return tuple(_AUGMENTATION(part) for part in text.split(","))
+
+
+def metrics(text):
+    """'fid,kid' -> ("fid", "kid"), each once."""
+    return tuple(dict.fromkeys(_METRIC(part) for part in text.split(",")))
+
+
+def one_of(*names):
+    """Return a converter that accepts these names only; its error message suggests the nearest one."""
+
+    def convert(text):
+        if text in names:
+            return text
+        nearest = difflib.get_close_matches(text, names, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(names)}{hint}")
+
+    return convert
+
+
+whole_or_auto, step_or_best = number_or("auto", "whole number"), number_or("best", "step")
+_AUGMENTATION = one_of("color", "translation", "cutout")
+_METRIC = one_of(*METRICS)
+
+
+def written(value):
+    """Return a setting's value as text in command-line syntax."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        nested = value and isinstance(value[0], (tuple, list))
+        return (";" if nested else ",").join(map(written, value)) or "none"
+    return str(value)
+
+
+# --------------------------------------------------------------------------------------------------------- flags
+
+
+def always(values):
+    """For `Flag.fixed`: this setting can never change within a run."""
+    return True
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: its converter, default and help; for a number the closed range [low, high], or [low, below).
+
+    `fixed(values)` returns whether this setting cannot change within a run, as its checkpoints depend on it.
+    `per_call`: the flag describes one call, not the run, and is never read from a saved config. In `help`, `{families}`
+    is replaced by the text of each family's `HELP`.
+    """
+
+    name: str
+    type: Callable
+    default: Any
+    help: str
+    low: float | None = None
+    high: float | None = None
+    below: float | None = None
+    fixed: Callable | None = None
+    per_call: bool = False
+
+    @property
+    def metavar(self):
+        """The placeholder of its value in --help."""
+        kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
+                 sizes: "SIZES", policies: "NAMES", metrics: "NAMES", points: "POINTS", step_or_best: "STEP"}
+        return kinds.get(self.type, "NAME")
+
+
+def _by_loss(setting):
+    return ", ".join(f"{row[setting]} for {loss}" for loss, row in LOSSES.items())
+
+
+def _list_metrics(of_sets):
+    return ", ".join(name + (f" ({row.words})" if row.words else "") for name, row in METRICS.items()
+                     if row.of_sets == of_sets)
+
+
+DERIVED = None      # the default of a flag whose value depends on other flags: see `fill_in`
+
+FLAGS = {
+    "run": (
+        Flag("model", one_of(*MODELS), DERIVED, "{families}", fixed=always),
+        Flag("preset", one_of("published", "cpu"), "published",
+             "values of the flags left unset: published settings, or those that learn fastest on two CPU cores",
+             fixed=always),
+        Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
+             per_call=True),
+        Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "evaluate"), "train",
+             "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
+             "skip layers) | evaluate (--metrics)", per_call=True),
+        Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
+        Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
+        Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
+             "divided among them", per_call=True),
+        Flag("seed", int, 0, "random seed of weights, batch order, z and flips", 0, 2**31 - 1),
+        Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of convolutions and matrix products, in "
+             "training and in sampling: fp32 | tf32 | bf16 (mixed precision); auto: bf16 where the hardware has units "
+             "for it (GPUs since 2020, CPUs with AMX), else fp32"),
+        Flag("compile", boolean_or_auto, "auto", "compile the networks for training (torch.compile), which takes a "
+             "minute or two; auto: {families}"),
+        Flag("cuda_graph", boolean_or_auto, "auto", "capture the training step as a CUDA graph and replay it; "
+             "auto: on a GPU"),
+        Flag("deterministic", boolean, False, "use deterministic algorithms: bitwise reproducible on CUDA too, but "
+             "slower"),
+        Flag("dry_run", boolean, False, "print the resolved config, parameter counts, data and device, then exit",
+             per_call=True),
+    ),
+    "data": (
+        Flag("dataset", one_of("celeb", "lsun", "cifar10", "folder", "toy"), "celeb",
+             "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
+        Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures"),
+        Flag("imsize", int, 64, "side of the pictures in pixels, a power of two: {families}",
+             fixed=lambda values: not values["fake_dir"]),
+        Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
+        Flag("num_workers", whole_or_auto, "auto", "loader processes, until all pictures are in the cache; 0 loads in "
+             "the training process; auto: one per core, at most 8", 0, 256),
+        Flag("hflip", boolean, False, "flip pictures horizontally, each with probability 1/2"),
+        Flag("holdout", float, 0.0, "fraction of the pictures that is never trained on, for --metrics lpips; 0.1 is "
+             "usual", 0.0, 0.5, fixed=always),
+        Flag("check_data", one_of("auto", "full", "header", "off"), "auto", "before training, find the pictures "
+             "that cannot be used, on all cores: full (decode each) | header (read start and end of each file) | off; "
+             "auto: full up to 10,000 pictures, else header"),
+        Flag("cache", one_of("auto", "on", "off"), "auto", "cache decoded pictures in a file, for all runs: auto (if "
+             "it takes at most a quarter of the free disk space and the run has more than one epoch) | on | off"),
+        Flag("cache_dir", str, None, "folder of that file (default: .decoded in the data's folder or, where that "
+             "cannot be written, cache_path)", per_call=True),
+        Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: the check of the pictures, a "
+             "data set's metadata, its statistics for --metrics", per_call=True),
+    ),
+    "network": (
+        Flag("z_dim", int, 128, "length of the noise vector", 1, fixed=always),
+        Flag("g_conv_dim", int, 64, "width of G in channels: {families}", 1, fixed=always),
+        Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, fixed=always),
+        Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
+             "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
+    ),
+    "optimization": (
+        Flag("adv_loss", one_of(*LOSSES), "hinge", f"adversarial loss: {' | '.join(LOSSES)}", fixed=always),
+        Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
+             0.0, 1.0),
+        Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0),
+        Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "
+             "color,translation,cutout, or none"),
+        Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
+        Flag("d_iters", int, DERIVED, f"updates of D per step (default: {_by_loss('d_iters')})", 1),
+        Flag("accumulate", int, 1, "gradient accumulation: compute a batch in this many parts, which takes less "
+             "memory; the same updates, except that batch norm's statistics are those of a part", 1),
+        Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
+        Flag("d_lr", float, 4e-4, "learning rate of D (Adam); TTUR: larger than G's", 1e-12, 1.0),
+        Flag("lr_decay", float, 1.0, "factor on both learning rates after each epoch", 1e-6, 1.0),
+        Flag("beta1", float, 0.0, "Adam's decay of the first moment, in [0, 1)", low=0.0, below=1.0),
+        Flag("beta2", float, 0.9, "Adam's decay of the second moment, in [0, 1)", low=0.0, below=1.0),
+        Flag("ema_decay", float, 0.999, "decay of G_ema, the averaged generator that draws all samples, in [0, 1)",
+             low=0.0, below=1.0),
+    ),
+    "records": (
+        Flag("log_step", int, 10, "steps between lines in metrics.jsonl", 1),
+        Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
+        Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
+        Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
+        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),
+        Flag("log_path", str, "./logs", "folder of the logs", per_call=True),
+        Flag("model_save_path", str, "./models", "folder of the checkpoints", per_call=True),
+        Flag("sample_path", str, "./samples", "folder of the pictures", per_call=True),
+        Flag("attn_raw", boolean, False, "also write the attention maps as arrays, one .npz per record"),
+        Flag("attn_path", str, None, "folder of the attention maps (default: beside the samples)", per_call=True),
+    ),
+    "evaluation": (
+        Flag("metrics", metrics, ("fid", "kid", "pr", "is"),
+             f"any of {_list_metrics(True)}; in --mode evaluate also {_list_metrics(False)}"),
+        Flag("metric_step", int, 0, "steps between computations of the metrics in training; the checkpoint of the best "
+             "fid is kept as best.pth; 0: never", 0),
+        Flag("num_eval", int, 5000, "samples that metrics are computed on", 2),
+        Flag("inception_weights", str, "standard", "weights of the Inception of fid, kid, pr and is: standard "
+             "(TensorFlow's of 2015-12-05) | random (for tests) | PATH"),
+        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for nearest and lpips, metadata and reconstructions: "
+             "imagenet (torchvision's file) | random (for tests) | PATH",
+             fixed=lambda values: values["metadata"] and values["mode"] == "train"),
+        Flag("fake_dir", str, None, "score the pictures in this folder, from any generator, instead of a run's samples",
+             per_call=True),
+        Flag("real_dir", str, None, "score against the pictures in this folder instead of the data set", per_call=True),
+        Flag("backtrack_steps", int, 300, "lpips: steps of Adam on the latent of each held-out picture", 1,
+             per_call=True),
+    ),
+    "from a checkpoint": (
+        Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
+             "best: that of the best fid", 1, per_call=True),
+        Flag("num_samples", int, 64, "pictures that --mode sample writes", 1, per_call=True),
+        Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
+        Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "
+             "imageio-ffmpeg)", per_call=True),
+    ),
+}

@@ -1,0 +1,67 @@
+"""SLAE-FastGAN's flags, presets, sizes and checks (`--model fastgan`)."""
+
+from errors import UsageError
+from flags.common import DERIVED, Flag, always, boolean, one_of
+
+IS_DEFAULT = False      # of --model
+
+HELP = {
+    "model": "SLAE-FastGAN, for small sets of pictures",
+    "imsize": "64 to 1024",
+    "g_conv_dim": "at 128 px",
+    "d_conv_dim": "at 64 px",
+    "compile": "never, as its gain was not measured",
+}
+
+FLAGS = (
+    Flag("slae", boolean, True, "spatial attention in G's skip-layer excitations; false: plain FastGAN",
+         fixed=always),
+    Flag("slae_kernel", int, 7, "kernel size of the spatial attention: 7 or 3", fixed=always),
+    Flag("slae_d", boolean, False, "spatial attention in D's skip-layer excitations too", fixed=always),
+    Flag("metadata", boolean, True, "feed G VGG-16 features of the training pictures beside the noise", fixed=always),
+    Flag("metadata_layer", one_of("relu5_3", "relu4_3"), "relu5_3", "layer of VGG-16 for the metadata: "
+         "relu5_3 | relu4_3 (shallower, for small pictures)", fixed=always),
+    Flag("metadata_sample", one_of("mix", "bank", "gauss"), "mix", "metadata of a sample: mix (of 2 or 3 "
+         "pictures) | bank (of one picture) | gauss (normal, with the same covariance)"),
+    Flag("recon", one_of("lpips", "l1"), DERIVED, "reconstruction loss of D's decoders: "
+         "lpips | l1 (default: lpips if VGG-16's weights are available, else l1)"),
+    Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss", 0.0),
+    Flag("backtrack_metadata", boolean, False, "with --metrics lpips: optimize the metadata too, not z alone",
+         per_call=True),
+    Flag("against", one_of("baseline"), None, "with --metrics cost: compare with baseline (FastGAN without SLAE "
+         "and metadata), measured in alternation", per_call=True),
+)
+
+_PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
+              "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
+PRESETS = {     # {preset: {flag: value}}, for flags left unset
+    "published": _PUBLISHED,
+    "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
+            "num_workers": 0},
+}
+
+IMSIZES = (64, 128, 256, 512, 1024)
+
+# {--against: (its name in tables, the settings in which it differs from the run)}
+BASELINES = {"baseline": ("baseline: FastGAN without SLAE and metadata", {"slae": False, "metadata": False})}
+
+
+def fill_in(values, weights_there):
+    """Replace the defaults that depend on other flags, in place."""
+    if values["recon"] is None:
+        # metadata with the ImageNet weights downloads them first, or ends the run
+        available = values["metadata"] and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
+        values["recon"] = "lpips" if available else "l1"
+
+
+def check(values):
+    """Raise UsageError for the first setting that this family does not support."""
+    if values["slae_kernel"] not in (3, 7):
+        raise UsageError(f"--slae_kernel {values['slae_kernel']}: must be 3 or 7")
+    if values["adv_loss"] != "hinge":
+        raise UsageError(f"--adv_loss {values['adv_loss']}: fastgan's objective is built on hinge, and batch norm in "
+                         "its D rules out a per-sample gradient penalty; use hinge")
+    if values["against"] and "cost" not in values["metrics"]:
+        raise UsageError(f"--against {values['against']}: needs --metrics cost")
+    if values["backtrack_metadata"] and not values["metadata"]:
+        raise UsageError("--backtrack_metadata true: this run has no metadata; leave it out")

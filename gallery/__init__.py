@@ -1,0 +1,1 @@
+"""The gallery: sample grids, attention sheets, and the HTML page of a run."""

@@ -1,0 +1,76 @@
+"""Sample grids, and what all pictures of the gallery share: colours, conversion to uint8, atomic PNG writes.
+
+The functions take plain tensors and are independent of networks, runs and flags. Images are (B, 3, H, W) in [-1, 1].
+Images of a diverged run are useful too: non-finite values are drawn (NaN as mid grey) and never raise. Disk errors are
+raised as OSError.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import write_atomically
+
+BACKGROUND, INK, QUIET, WARN = (22, 23, 27), (236, 236, 238), (154, 157, 166), (255, 190, 92)
+EDGE = (84, 87, 96)  # frames whose colour has no meaning
+GAP, MARGIN, FRAME, RAMP = 2, 24, 3, 120  # px; RAMP is the length of the colour scale in the legend
+SCREEN = 1920  # px: maximal width of eight columns
+
+
+def grid_side(imsize):
+    """Return the images per row and column of a square sample grid that fits on a screen.
+
+    8 up to 64 px, 6 up to 128, 4 up to 256, 3 up to 512, 2 above.
+    """
+    for limit, side in ((64, 8), (128, 6), (256, 4), (512, 3)):
+        if imsize <= limit:
+            return side
+    return 2
+
+
+def to_uint8(images):
+    """Float (B, 3, H, W) in [-1, 1] on any device -> uint8 (B, H, W, 3) numpy array.
+
+    Values outside are clamped, NaN becomes mid grey, and values are rounded: truncation would darken every picture by
+    half a level, and a uint8 picture converted to float and back would change.
+    """
+    x = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=-1.0).clamp(-1, 1)
+    # Convert before the copy to the CPU: uint8 is a quarter of the bytes.
+    return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def save_grid(images, path, columns=None):
+    """Write images (B, 3, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
+
+    columns defaults to ceil(sqrt(B)). Images less than 64 px high are enlarged by an integer factor (nearest
+    neighbour) to be visible on a screen; larger ones keep their size. The write is atomic; missing folders are created.
+    Raises ValueError for no image or fewer than one column, OSError if the file cannot be written.
+    """
+    cells = to_uint8(images)
+    if not len(cells):
+        raise ValueError("save_grid: no images")
+    columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
+    if columns < 1:
+        raise ValueError("save_grid: columns must be at least 1")
+    zoom = math.ceil(64 / cells.shape[1])
+    cells = cells.repeat(zoom, 1).repeat(zoom, 2)
+    B, H, W, _ = cells.shape
+    rows = math.ceil(B / columns)
+    canvas = np.empty((rows * (H + GAP) + GAP, columns * (W + GAP) + GAP, 3), np.uint8)
+    canvas[:] = BACKGROUND
+    for i, cell in enumerate(cells):
+        top, left = GAP + i // columns * (H + GAP), GAP + i % columns * (W + GAP)
+        canvas[top : top + H, left : left + W] = cell
+    save_png(Image.fromarray(canvas), path)
+
+
+def save_png(image, path):
+    """Write a Pillow image as PNG atomically; create missing folders. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Pillow's default level 6 takes up to 2.6 times as long. RLE suits sheets: smaller and faster than level 2 without.
+    write_atomically(path, lambda temporary: image.save(
+        temporary, format="PNG", compress_level=2, compress_type=Image.core.RLE))

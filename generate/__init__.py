@@ -1,0 +1,1 @@
+"""Generating images: latents, metadata, sampling, and the modes that load a checkpoint."""

@@ -1,0 +1,94 @@
+"""G's inputs: noise z, metadata appended to it if there is a bank, and optional class labels."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pretrained import vgg
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """G's inputs for N images: `z` (N, z_dim), or (N, z_dim + 512) with metadata; `labels` (N,) for a conditional G.
+
+    Slicing, `split` and `to` apply to both. Call G as `G(**inputs.as_arguments())`.
+    """
+
+    z: torch.Tensor
+    labels: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.z)
+
+    def __getitem__(self, part):
+        return self._each(lambda tensor: tensor[part])
+
+    def to(self, device):
+        """Copy the inputs to `device`."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def split(self, size):
+        """Split into [Inputs, ...] of at most `size` each, in order."""
+        return [self[start:start + size] for start in range(0, len(self), size)]
+
+    def as_arguments(self):
+        """Return {name: tensor}, the keyword arguments of G."""
+        return {"z": self.z} if self.labels is None else {"z": self.z, "labels": self.labels}
+
+    def _each(self, function):
+        return Inputs(function(self.z), None if self.labels is None else function(self.labels))
+
+    @classmethod
+    def cat(cls, parts):
+        """Concatenate several Inputs."""
+        labels = [part.labels for part in parts]
+        return cls(torch.cat([part.z for part in parts]), None if labels[0] is None else torch.cat(labels))
+
+
+class Latents:
+    """Draws G's inputs: z ~ N(0, 1), concatenated with 512 dimensions of metadata if there is a `bank`.
+
+    In training each z gets the metadata of one training picture. For samples, `metadata_sample`, a key of
+    `metadata.SAMPLERS`, says how metadata are drawn.
+    """
+
+    def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu"):
+        self.z_dim, self.metadata_sample, self.device = z_dim, metadata_sample, device
+        if bank is not None and bank.weights == "random":
+            vgg.FILE.warn_of_random()
+        self.bank = None if bank is None else bank.to(device)
+        self._bank_on_cpu = None if bank is None else bank.to("cpu")
+
+    @property
+    def width(self):
+        """Dimension of z, metadata included."""
+        return self.z_dim + (0 if self.bank is None else self.bank.rows.shape[1])
+
+    def state(self):
+        """Return the bank's state for a checkpoint; None without a bank."""
+        return None if self.bank is None else self.bank.state()
+
+    def source(self, seed):
+        """Describe the samples of this seed: the `source` of their scores."""
+        return f"G_ema, seed {seed}" + ("" if self.bank is None else f", metadata {self.metadata_sample}")
+
+    def training(self, count):
+        """Draw the `Inputs` of a training batch on the device, with its global random state. Does not synchronize."""
+        z = torch.randn(count, self.z_dim, device=self.device)                          # (count, z_dim)
+        return Inputs(z if self.bank is None else torch.cat([z, self.bank.sample(count, "bank")], 1))
+
+    def sampling(self, count, generator):
+        """Draw the `Inputs` of samples on the CPU, with a CPU `generator`."""
+        z = torch.randn(count, self.z_dim, generator=generator)
+        if self.bank is None:
+            return Inputs(z)
+        return Inputs(torch.cat([z, self._bank_on_cpu.sample(count, self.metadata_sample, generator)], 1))
+
+    def seeded_batches(self, seed):
+        """Yield the Inputs of samples 0, 1, 2, ... of this seed, on the CPU, 64 at a time, endlessly.
+
+        Sample i has the same inputs however many are drawn.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.sampling(64, generator)

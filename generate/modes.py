@@ -1,0 +1,189 @@
+"""The modes that load a checkpoint: samples, a video of an interpolation in latent space, a grid of mixed styles.
+
+They need neither the data set nor, for metadata, VGG-16: the output depends on the seed and the checkpoint alone.
+"""
+
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from device.distributed import progress, say
+from device.precision import Precision
+from errors import CheckpointError, UsageError
+from families import FAMILIES, build_networks
+from gallery import grid, page
+from generate.draw import BN_STATS_IMAGES, batch_for, draw, recompute_bn_stats
+from generate.latents import Inputs, Latents
+from generate.metadata import Bank
+from storage import checkpoint
+from storage.folders import RunFolders, step_name
+from utils import forked_random_state, write_atomically
+
+FRAMES_PER_SECOND = 20
+FRAMES_PER_LEG = 30             # from one latent to the next, about
+STYLES = 5                      # styles and contents in a style grid
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A checkpoint's G_ema in eval mode, its latents, precision, batch size and step, and the folders of its run."""
+
+    G: torch.nn.Module
+    latents: Latents
+    precision: Precision
+    batch: int
+    step: int
+    folders: RunFolders
+
+    def draw(self, inputs):
+        """Generate images (N, 3, imsize, imsize) in [-1, 1] on the CPU."""
+        return draw(self.G, inputs, self.precision, self.batch)
+
+    def path(self, name, config):
+        """Path of an output of this step and seed, without suffix."""
+        return self.folders.samples / step_name(self.step, f"_{name}_seed{config.seed}")
+
+    def finish(self, config, message):
+        """Update the run's page and print `message`."""
+        page.write_pages(self.folders, config)
+        say(message)
+
+
+def load_generator(config, place, precision):
+    """Return the TrainedGenerator of `--version` and `--pretrained_model`. Raises CheckpointError."""
+    folders = RunFolders.of(config)
+    state = checkpoint.load_step(folders.models, config.pretrained_model)
+    if state is None:
+        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models}.\n"
+                              "Train it first, or name a run with --version (and --model_save_path).")
+    G, _ = build_networks(config, place.device)
+    G.load_state_dict(state["G_ema"])
+    G.eval()
+    batch = batch_for(config.imsize)
+    latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device)
+    if config.metadata_sample != state["config"].get("metadata_sample"):
+        # the checkpoint's batch-norm statistics were computed with the other metadata distribution
+        with forked_random_state(place.device):
+            generator = torch.Generator().manual_seed(config.seed)
+            inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
+            recompute_bn_stats(G, inputs, precision, batch)
+    folders.samples.mkdir(parents=True, exist_ok=True)
+    return TrainedGenerator(G, latents, precision, batch, state["step"], folders)
+
+
+def sample(config, place, precision):
+    """Write `--num_samples` pictures and a grid of the first ones. Return exit code 0.
+
+    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
+    """
+    trained = load_generator(config, place, precision)
+    folder = trained.path("generated", config)
+    folder.mkdir(exist_ok=True)
+    batches = trained.latents.seeded_batches(config.seed)
+    shown = []
+    with progress(config.num_samples, "picture") as done:
+        while done.n < config.num_samples:
+            images = trained.draw(next(batches)[:config.num_samples - done.n])
+            for number, picture in enumerate(grid.to_uint8(images), start=done.n):
+                Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
+            shown.append(images[:grid.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
+            done.update(len(images))
+    grid.save_grid(torch.cat(shown), f"{folder}.png")
+    trained.finish(config, f"{config.num_samples} pictures of step {trained.step} in {folder}{os.sep}, "
+                   f"a grid of them in {folder}.png")
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------- interpolate
+
+
+def walk(latents, frames):
+    """latents (K, C) ~ N(0, 1) -> (frames, C): interpolate through all of them in a closed loop.
+
+    From a to b along cos(t) a + sin(t) b, t from 0 to pi/2, which keeps the variance at 1. Linear interpolation would
+    pass through points of smaller variance, on which G was not trained.
+    """
+    position = torch.arange(frames) * len(latents) / frames             # in legs
+    leg, t = position.long(), ((position % 1) * math.pi / 2)[:, None]
+    return torch.cos(t) * latents[leg] + torch.sin(t) * latents[(leg + 1) % len(latents)]
+
+
+@torch.no_grad()
+def interpolate(config, place, precision):
+    """Write a looping video of an interpolation between random latents: G_ema's image and its attention maps.
+
+    Return exit code 0. Raises CheckpointError, UsageError.
+    """
+    if config.film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
+    trained = load_generator(config, place, precision)
+    generator = torch.Generator().manual_seed(config.seed)
+    count = max(2, round(config.num_frames / FRAMES_PER_LEG))
+    inputs = Inputs(walk(trained.latents.sampling(count, generator).z, config.num_frames))
+    frames = []
+    for part in tqdm(inputs.split(1), unit="frame", dynamic_ncols=True):
+        part = part.to(place.device)
+        with precision.arithmetic():
+            image = trained.G(**part.as_arguments())[0]                 # (1, 3, imsize, imsize)
+        sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step)
+        frames.append(sheet or Image.fromarray(grid.to_uint8(image)[0]))
+    path = Path(f"{trained.path('interpolation', config)}.{config.film}")
+    write_atomically(path, lambda temporary: _save_video(frames, temporary, config.film))
+    trained.finish(config, f"a video of {len(frames)} frames of step {trained.step} in {path}")
+    return 0
+
+
+def _save_video(frames, path, kind):
+    """Write Pillow images as a video in format `kind`; all are cropped or padded to the size of the first."""
+    frames = [frame if frame.size == frames[0].size else frame.crop((0, 0, *frames[0].size)) for frame in frames]
+    if kind == "mp4":
+        import imageio_ffmpeg
+
+        width, height = (side + side % 2 for side in frames[0].size)    # H.264 needs even sides
+        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1,
+                                             output_params=["-f", "mp4"])
+        writer.send(None)
+        for frame in frames:
+            writer.send(np.ascontiguousarray(np.asarray(frame.crop((0, 0, width, height)))))
+        writer.close()
+    else:
+        options = {"quality": 80, "method": 4} if kind == "webp" else {}
+        frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0,
+                       **options)
+
+
+# --------------------------------------------------------------------------------------------------------- style_mix
+
+
+@torch.no_grad()
+def style_mix(config, place, precision):
+    """Write a style-mixing grid (FastGAN section 4): the content of the first column, the style of the first row.
+
+    The skip layers get the low-resolution maps of the style's latent, all other layers the content's latent. Return
+    exit code 0. Raises CheckpointError.
+    """
+    trained = load_generator(config, place, precision)
+    generator = torch.Generator().manual_seed(config.seed)
+    contents, styles = trained.latents.sampling(2 * STYLES, generator).to(place.device).split(STYLES)
+    first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, 3, imsize, imsize)
+    blank = torch.full_like(first_row[:1], 2 * grid.BACKGROUND[0] / 255 - 1)
+    rows = [torch.cat([blank, first_row])]
+    for content in tqdm(contents.split(1), unit="row", dynamic_ncols=True):
+        with precision.arithmetic():
+            mixed = trained.G(content.z.expand(STYLES, -1), style=styles.z)[0]
+            rows.append(torch.cat([trained.G(**content.as_arguments())[0], mixed]).cpu())
+    path = f"{trained.path('style_mix', config)}.png"
+    grid.save_grid(torch.cat(rows), path, columns=STYLES + 1)
+    trained.finish(config, f"a grid of mixed styles of step {trained.step} in {path}: "
+                   "the first row gives the styles, the first column the contents")
+    return 0
+
+
+MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix}      # --mode

@@ -1,0 +1,1 @@
+"""Sample quality (FID and other metrics, their protocols and tables) and training cost."""

@@ -1,0 +1,164 @@
+"""`lpips`: can G reconstruct held-out pictures? LPIPS back-tracking (FastGAN section 4; SLAE-FastGAN table 5).
+
+Adam optimizes a latent for each held-out picture, starting from the nearest of STARTS samples. Distances are computed
+in the embedding space where LPIPS is a squared Euclidean distance, so each target passes through VGG-16 only once.
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+import data_loader
+from data_loader import to_images
+from dataset.images import Subset, ThreadedReader, split
+from device import distributed
+from device.distributed import is_first, say
+from gallery.sheets import save_reconstructions
+from generate.latents import Inputs
+from metrics.nearest import CHUNK, FALLBACK_HINT, PER_ROW, SCALE, pictures_at, reduced, weights_in_words
+from metrics.table import Score
+from parameter import dataset_name
+from pretrained import lpips
+from storage.folders import step_name
+from utils import spread_indices, write_atomically
+
+HELD_OUT = 0.1          # share of the pictures that is back-tracked if the run held none out
+BACKTRACKED = 100       # pictures that are back-tracked, at most
+STARTS = 256            # samples; each search starts at the one nearest to its target
+RATE, MSE_WEIGHT = 0.1, 0.2
+
+
+def evaluate(evaluation):
+    """Yield [Score]: how well G reconstructs held-out pictures. Write a sheet of some, and a JSON file of all."""
+    config, place, trained = evaluation.config, evaluation.place, evaluation.trained
+    _, held_out = split(data_loader.open_dataset(config), config.holdout or HELD_OUT)
+    if not config.holdout:
+        say(f"note: this run was trained on all pictures, including these {len(held_out)}, so the result is a training "
+            "error; train with --holdout 0.1 to hold some out")
+    if len(held_out) > BACKTRACKED:
+        held_out = Subset(held_out, spread_indices(BACKTRACKED, len(held_out)), "")
+    pictures = ThreadedReader(held_out)
+    net = lpips.load_on_every_rank(config.vgg_weights, place.device, FALLBACK_HINT)
+    free = config.z_dim if not config.backtrack_metadata else trained.latents.width
+    result = backtrack(trained.G, trained.latents, pictures, net, config.backtrack_steps, free, config.seed, place)
+    if is_first():
+        _write_json(trained, held_out, result)
+        _save_sheet(evaluation, pictures, result)
+    seen_in_training = "never trained on" if config.holdout else "TRAINED ON"
+    yield [Score(result.scores(), (
+        f"{weights_in_words(config.vgg_weights)} at {config.imsize} px between {len(held_out):,} pictures of "
+        f"{dataset_name(config)} ({seen_in_training}) and what G draws "
+        f"after {config.backtrack_steps} steps of Adam ({RATE}) on "
+        f"{'z and metadata' if config.backtrack_metadata else 'z'}, on LPIPS + {MSE_WEIGHT} MSE, from the "
+        f"nearest of {STARTS} samples; mean ± standard deviation over the pictures"),
+        trained.latents.source(config.seed))]
+
+
+def _write_json(trained, held_out, result):
+    """Write logs/<version>/<step>_lpips.json: LPIPS and MSE of every picture."""
+    names = held_out.sources if len(held_out.sources) == len(held_out) else range(len(held_out))
+    entries = [{"picture": name, "lpips": distance, "mse": error} for name, distance, error in zip(
+        names, result.lpips.tolist(), result.mse.tolist(), strict=True)]
+    path = trained.folders.logs / step_name(trained.step, "_lpips.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(entries, indent=1) + "\n",
+                                                                  encoding="utf-8"))
+    say(f"LPIPS of each picture: {path}")
+
+
+def _save_sheet(evaluation, pictures, result):
+    """Write a sheet of held-out pictures above their reconstructions, evenly spread from the best to the worst."""
+    order = result.lpips.argsort()
+    shown = order[torch.linspace(0, len(order) - 1, min(PER_ROW, len(order))).round().long()].tolist()
+    label = "closest images of G, from best to worst"
+    save_reconstructions(
+        {"held-out pictures": to_images(pictures_at(pictures, shown)), label: result.images[shown]},
+        evaluation.picture_path("backtrack"), "back-tracking", evaluation.step,
+        {label: [f"LPIPS {result.lpips[i].item():.3f}" for i in shown]})
+
+
+# --------------------------------------------------------------------------------------------------------- the search
+
+
+@dataclass
+class Backtracked:
+    """G's best reconstruction of each of N pictures: `images` (N, 3, S, S) in [-1, 1], their `lpips` (N,) and mean
+    squared error `mse` (N,), on the scale of [-1, 1]. On the CPU.
+    """
+
+    images: torch.Tensor
+    lpips: torch.Tensor
+    mse: torch.Tensor
+
+    def scores(self):
+        """Return {name: float}. lpips_std is the standard deviation over the pictures, 0 for a single one."""
+        return {"lpips": self.lpips.mean().item(), "lpips_std": self.lpips.std(correction=0).item(),
+                "lpips_mse": self.mse.mean().item()}
+
+
+def backtrack(G, latents, pictures, net, steps, free, seed, place):
+    """Optimize a latent for each of a set of uint8 pictures with Adam on LPIPS + 0.2 MSE (FastGAN section 4).
+
+    Return a `Backtracked`. G is frozen, in eval mode; `net` is an Lpips. Adam changes the first `free` dimensions of
+    the latents (z_dim: not the metadata). Each search starts at the nearest of the first STARTS samples of `seed`; the
+    step of lowest LPIPS is returned. The pictures are split among the ranks; all ranks must call this.
+    """
+    batches = latents.seeded_batches(seed)
+    starts = Inputs.cat([next(batches) for _ in range(STARTS // 64)]).to(place.device)
+    mine = list(place.share(len(pictures)))
+    S = pictures[0:1].shape[-1]
+    batch = max(1, min(16, 16 * 64**2 // S**2))
+    groups = [mine[start:start + batch] for start in range(0, len(mine), batch)]
+    embeddings = _embed_samples(net, G, starts, batch) if groups else None
+    results = {}
+    with distributed.progress(len(groups) * steps, "step", "back-tracking") as progress:
+        for group in groups:
+            target = to_images(pictures_at(pictures, group).to(place.device))
+            nearest = starts[_nearest_samples(net, embeddings, target)]
+            best = _search(G, net, nearest, target, steps, free, progress)
+            for number, *each in zip(group, *best, strict=True):
+                results[number] = [tensor.clone() for tensor in each]   # gathering a view would send its whole batch
+    return Backtracked(*map(torch.stack, zip(*distributed.gather_in_order(results), strict=True)))
+
+
+@torch.no_grad()
+def _embed_samples(net, G, inputs, batch):
+    """Return embeddings float16 (STARTS, D) of G's images for `inputs`, on the CPU."""
+    return torch.cat([(SCALE * net.embed(reduced(G(**part.as_arguments())[0]))).half().cpu()
+                      for part in inputs.split(batch)])
+
+
+@torch.no_grad()
+def _nearest_samples(net, samples, target):
+    """Return the index of the nearest sample for each target image, (B,) on the CPU; `samples` are embeddings."""
+    queries = (SCALE * net.embed(reduced(target))).half().float().cpu()
+    distances = [queries.square().sum(1)[:, None] + part.float().square().sum(1) - 2 * queries @ part.float().T
+                 for part in samples.split(CHUNK)]
+    return torch.cat(distances, 1).argmin(1)
+
+
+def _search(G, net, start, target, steps, free, progress):
+    """Return (images, LPIPS, MSE) of the step of lowest LPIPS for each target image, on the CPU."""
+    with torch.no_grad():
+        target_embedding = net.embed(target)                            # (B, D)
+    optimized, fixed = start.z[:, :free].clone().requires_grad_(True), start.z[:, free:]
+    optimizer = torch.optim.Adam([optimized], RATE)
+    best = torch.full((len(target),), torch.inf, device=target.device)
+    images, errors = torch.zeros_like(target), torch.zeros_like(best)
+    for _ in range(steps):
+        latent = Inputs(torch.cat([optimized, fixed], 1), start.labels)
+        fake = G(**latent.as_arguments())[0]                            # (B, 3, S, S)
+        distance = (net.embed(fake) - target_embedding).square().sum(1)     # (B,): LPIPS
+        error = (fake - target).square().mean((1, 2, 3))                # (B,): MSE
+        with torch.no_grad():
+            better = distance < best
+            best = torch.where(better, distance, best)
+            errors = torch.where(better, error, errors)
+            images = torch.where(better[:, None, None, None], fake, images)
+        # sum, not mean: a picture's gradient does not depend on the batch size
+        (gradient,) = torch.autograd.grad((distance + MSE_WEIGHT * error).sum(), optimized)
+        optimized.grad = gradient
+        optimizer.step()
+        progress.update()
+    return images.cpu(), best.cpu(), errors.cpu()

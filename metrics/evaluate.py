@@ -1,0 +1,215 @@
+"""`--mode evaluate`: score a checkpoint's samples, or any folder of pictures, against real pictures.
+
+Scores go to metrics.jsonl and the page of the run, and to scores.md, the table of all scores. Each is written as soon
+as it is computed, so that interrupting the program loses only the unfinished one.
+
+`METRICS` in flags/common.py names the file of this folder that computes a metric. `Meter` computes the metrics that
+compare two sets of pictures; each other file has `evaluate(evaluation)`, a generator of lists of Scores.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import data_loader
+from dataset.decode import find_pictures, picture_size
+from dataset.images import ThreadedReader
+from device import distributed
+from device.distributed import Place, say
+from errors import DataError, first_line
+from flags.common import METRICS
+from gallery import page
+from generate.draw import DrawnSamples
+from generate.modes import TrainedGenerator, load_generator
+from metrics import table
+from metrics.meter import Meter, Reference, of_folder, of_run
+from parameter import Config
+from storage import checkpoint
+from storage.folders import step_name
+from storage.journal import MetricsLog
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The inputs and output paths of the metrics in one evaluation.
+
+    `reference`: the real pictures, None if no metric needs them. `sample_sets()` is an iterable of (suffix of file
+    names, set of uint8 pictures, source). `picture_path(name)` is the Path of an output picture. `trained` and `step`
+    are None if a folder (--fake_dir) is evaluated.
+    """
+
+    config: Config
+    place: Place
+    reference: Reference | None
+    sample_sets: Callable
+    picture_path: Callable
+    trained: TrainedGenerator | None = None
+    step: int | None = None
+
+
+def evaluate(config, place, precision):
+    """Compute and record `--metrics`. Return exit code 0. Raises CheckpointError, DataError, UsageError."""
+    code = _evaluate_folder(config, place) if config.fake_dir else _evaluate_run(config, place, precision)
+    distributed.barrier()           # a rank that exits while another still receives from it can abort the other
+    return code
+
+
+def _evaluate(evaluation, samples, source, report, keep_best=lambda scores: None):
+    """Compute those of `--metrics` that compare two sets on `samples`, then the others; report each."""
+    config = evaluation.config
+    if any(METRICS[name].of_sets for name in config.metrics):
+        scores = Meter(config, evaluation.reference, evaluation.place).measure(samples, source)
+        report.add(scores)
+        keep_best(scores)
+    others = dict.fromkeys(row.file for name, row in METRICS.items() if name in config.metrics and not row.of_sets)
+    for file in others:
+        for scores in import_module(f"metrics.{file}").evaluate(evaluation):
+            report.add(scores)
+    report.end()
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- a run
+
+
+def _evaluate_run(config, place, precision):
+    trained = load_generator(config, place, precision)
+    trained.G.requires_grad_(False)
+    needs_pictures = any(METRICS[name].of_folders for name in config.metrics)
+    reference = _reference(config, config.imsize) if needs_pictures else None
+    say(f"evaluating '{config.version}' at step {trained.step}")
+
+    def samples_of(generator):
+        return DrawnSamples(generator.G, generator.latents, config.num_eval, config.seed, precision, config.imsize)
+
+    def sample_sets():
+        # separately for each sampler: samples with the metadata of one training picture are more likely to be copies
+        for sampler in ("bank", "gauss") if config.metadata else (None,):
+            changed = Config.of({**vars(config), "metadata_sample": sampler})
+            generator = load_generator(changed, place, precision) if sampler else trained
+            yield f"_{sampler}" if sampler else "", samples_of(generator), generator.latents.source(config.seed)
+
+    def picture_path(name):
+        return trained.folders.samples / step_name(trained.step, f"_{name}.png")
+
+    def keep_best(scores):
+        if not config.real_dir and distributed.is_first():
+            _keep_best(config, trained, scores)
+
+    evaluation = Evaluation(config, place, reference, sample_sets, picture_path, trained, trained.step)
+    report = _Report(config, config.version, trained)
+    return _evaluate(evaluation, samples_of(trained), trained.latents.source(config.seed), report, keep_best)
+
+
+def _keep_best(config, trained, scores):
+    """Copy the evaluated checkpoint to best.pth if its FID is the lowest so far under this protocol."""
+    best = checkpoint.best_score(trained.folders.models)
+    better = table.better_fid(scores, best)
+    comparable = best is None or any(table.same_kind(score, best) for score in scores)
+    path = checkpoint.path_of(trained.folders.models, trained.step)
+    if better and comparable and config.pretrained_model != "best" and path.is_file():  # training may have deleted it
+        state = checkpoint.load(path)
+        checkpoint.save_best({**state, "best": better}, trained.folders.models)
+        say(f"step {trained.step} has the best fid so far, {better['fid']:.2f}: saved as "
+            f"{checkpoint.best_path(trained.folders.models)}")
+
+
+class _Report:
+    """Records scores. Only rank 0 writes."""
+
+    def __init__(self, config, name, trained=None):
+        self.config, self.name, self.trained = config, name, trained
+        self.step = trained.step if trained else None
+
+    def add(self, scores):
+        """Record and print these scores."""
+        if not distributed.is_first():
+            return
+        lines = table.record(self.config.log_path, self.name, self.step, scores)
+        if self.trained:
+            log = MetricsLog(self.trained.folders.logs, self.config.use_tensorboard)
+            for score in scores:
+                log.write(self.step, score.line())
+            log.close()
+            page.write_pages(self.trained.folders, self.config)
+        say("\n" + "\n".join(lines))
+
+    def end(self):
+        """Print the paths of the outputs."""
+        if self.trained:
+            say(f"curves and pictures: open {self.trained.folders.samples / page.NAME} in a browser")
+        say(f"all scores so far: {Path(self.config.log_path, 'scores.md')}")
+
+
+# -------------------------------------------------------------------------------------------------------- a folder
+
+
+def _evaluate_folder(config, place):
+    imsize = config.imsize or _common_size(config)
+    reference = _reference(config, imsize)
+    samples = ThreadedReader(of_folder(config.fake_dir, imsize, "--fake_dir").dataset)
+    _note_resized(config.fake_dir, "--fake_dir", imsize)
+
+    def picture_path(name):
+        path = Path(config.log_path, f"{Path(config.fake_dir).resolve().name}_{name}.png")
+        say(f"closest pairs: {path}")
+        return path
+
+    evaluation = Evaluation(config, place, reference, lambda: [("", samples, "the folder")], picture_path)
+    return _evaluate(evaluation, samples, "the folder", _Report(config, config.fake_dir))
+
+
+def _reference(config, imsize):
+    """Return the Reference: the pictures of --real_dir, or the run's training pictures. Raises DataError."""
+    if config.real_dir:
+        reference = of_folder(config.real_dir, imsize, "--real_dir")
+        _note_resized(config.real_dir, "--real_dir", imsize)
+        return reference
+    sized = Config.of({**vars(config), "imsize": imsize})
+    try:
+        return of_run(sized, data_loader.build_dataset(sized))
+    except DataError as error:
+        if not config.fake_dir:
+            raise
+        problem = first_line(error)
+        raise DataError(f"{problem}\nname the real pictures with --real_dir DIR, or a run that has them with "
+                        "--version") from None
+
+
+def _sizes(folder):
+    """Count the readable pictures of a folder by size: {(width, height): number}, the most frequent size first."""
+    with ThreadPoolExecutor() as pool:
+        sizes = Counter(pool.map(picture_size, find_pictures(Path(folder))))
+    sizes.pop(None, None)
+    return dict(sizes.most_common())
+
+
+def _describe(sizes):
+    parts = [f"{count:,} of {width}x{height}" for (width, height), count in list(sizes.items())[:3]]
+    return ", ".join(parts) + (f", and {len(sizes) - 3} more sizes" if len(sizes) > 3 else "")
+
+
+def _common_size(config):
+    """Return the side of the pictures in --fake_dir. Raise DataError if they are not squares of one size."""
+    try:
+        sizes = _sizes(config.fake_dir)
+    except DataError as error:
+        raise DataError(f"--fake_dir: {error}; name a folder of pictures") from None
+    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
+        problem = (f"the pictures are not squares of one size ({_describe(sizes)})" if sizes
+                   else "no picture can be read")
+        raise DataError(f"--fake_dir {config.fake_dir}: {problem};\nadd --imsize N to center-crop each to a square and "
+                        "resize it to N px")
+    return next(iter(sizes))[0]
+
+
+def _note_resized(folder, flag, imsize):
+    """Print how many pictures of a folder will be cropped and resized."""
+    sizes = _sizes(folder)
+    count = sum(n for size, n in sizes.items() if size != (imsize, imsize))
+    if count:
+        say(f"note: {flag}: {count:,} of {sum(sizes.values()):,} pictures are not {imsize}x{imsize}: they are "
+            "center-cropped to a square and resized, as in training")

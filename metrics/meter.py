@@ -1,0 +1,80 @@
+"""The metrics of `--metrics` that compare two sets of pictures, one of which is a fixed reference.
+
+The table `METRICS` in flags/common.py lists the metrics and the file of this folder that computes each. Such a file has
+a class `SetMeter(config, reference, place)`, whose constructor raises DataError if the metric cannot be computed.
+`prepare(stopped)` precomputes what the metric needs of the reference, `measure(pictures, source, stopped)` returns a
+Score.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from dataset.images import Files, ImageDataset
+from dataset.table import fingerprint
+from errors import DataError
+from flags.common import METRICS
+from parameter import Config, dataset_name
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real pictures: a data set of uint8 (3, imsize, imsize), its description in protocols, its fingerprint."""
+
+    dataset: ImageDataset
+    words: str
+    fingerprint: str
+    imsize: int
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def against(self, pictures):
+        """Describe for a protocol what is compared."""
+        S = pictures[0:1].shape[-1]
+        return f"{len(pictures):,} samples at {S} px as 8-bit PNGs hold them, against {self.words}, unflipped"
+
+
+def of_run(config, dataset):
+    """The default reference of a run: its training set `dataset`. Raises DataError if a file is missing."""
+    held_out = f", less the {config.holdout:g} held out" if config.holdout else ""
+    return Reference(dataset, f"all {len(dataset):,} pictures of {dataset_name(config)}{held_out}",
+                     fingerprint(dataset, config), config.imsize)
+
+
+def of_folder(path, imsize, flag):
+    """The pictures of the folder given by `flag`, cropped and resized as in training. Raises DataError."""
+    config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
+    try:
+        dataset = Files(Path(path), imsize)
+    except DataError as error:
+        raise DataError(f"{flag}: {error}; name a folder of pictures") from None
+    return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",
+                     fingerprint(dataset, config), imsize)
+
+
+class Meter:
+    """Scores sets of pictures against one `reference` with those of `config.metrics` that compare two sets.
+
+    The constructor computes the features of the reference. All ranks must construct it and call `measure`. If
+    `stopped()` becomes true in the constructor, `measure` must not be called. Raises DataError, UsageError.
+    """
+
+    def __init__(self, config, reference, place, stopped=lambda: False):
+        files = dict.fromkeys(METRICS[name].file for name in config.metrics if METRICS[name].of_sets)
+        self.meters = [import_module(f"metrics.{file}").SetMeter(config, reference, place) for file in files]
+        for meter in self.meters:
+            meter.prepare(stopped)
+
+    def measure(self, pictures, source, stopped=lambda: False):
+        """Return [Score, ...] of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.
+
+        Raises DataError.
+        """
+        scores = []
+        for meter in self.meters:
+            score = meter.measure(pictures, source, stopped)
+            if score is None:
+                return None
+            scores.append(score)
+        return scores

@@ -1,0 +1,169 @@
+"""Checkpoints: atomic writes, verified loads, pruning, finding the newest.
+
+A checkpoint is one dict of tensors, str, int, float, list, dict, and loads with `weights_only=True`. Files are named
+by step, `0001000.pth`, beside `config.json`.
+"""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from errors import CheckpointError, first_line
+from storage.folders import step_name
+from utils import write_atomically
+
+# What torch.load and zipfile raise on damaged files (truncated, overwritten, an HTML page, ...).
+_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError)
+
+
+def path_of(folder, step):
+    """Return the path of the checkpoint of `step`."""
+    return Path(folder) / step_name(step, ".pth")
+
+
+def steps_in(folder):
+    """Return the steps of the checkpoints in `folder`, ascending; [] if the folder does not exist."""
+    folder = Path(folder)
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{7,}\.pth", name))
+
+
+def save(state, folder):
+    """Write `state`, named by its "step", and return the path. Raise CheckpointError if the write fails."""
+    path = path_of(folder, state["step"])
+    _write(state, path)
+    return path
+
+
+def _write(state, path):
+    try:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
+    except (OSError, RuntimeError) as error:     # torch.save raises RuntimeError when the disk is full
+        raise CheckpointError(
+            f"cannot write {path} ({first_line(error)}); earlier checkpoints are untouched.\n"
+            "Free some space (or lower --keep_checkpoints), then run the same command again."
+        ) from None
+
+
+def save_best(state, folder):
+    """Write `state`, with its score in "best", as best.pth, which is never pruned. Raise CheckpointError."""
+    _write(state, best_path(folder))
+
+
+def best_path(folder):
+    """Return the path of the checkpoint of the best fid."""
+    return Path(folder) / "best.pth"
+
+
+def best_score(folder):
+    """Return {"fid": float, "protocol": str, "source": str} of best.pth; None if it is missing or damaged."""
+    try:
+        return load(best_path(folder)).get("best")
+    except CheckpointError:
+        return None
+
+
+def load(path):
+    """Return the state in `path`, on the CPU. Raise CheckpointError if the file is missing or damaged.
+
+    torch.load verifies no checksums and would miss a flipped bit: the CRCs of the zip archive are checked first.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no checkpoint {path}") from None
+    except _DAMAGE_ERRORS as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)})") from None
+
+
+def load_newest(folder, warn=print):
+    """Return the newest undamaged state in `folder`, or None if there is no checkpoint.
+
+    Damaged ones are skipped with a warning to `warn`. Raise CheckpointError if all are damaged.
+    """
+    paths = [path_of(folder, step) for step in reversed(steps_in(folder))]
+    if best_path(folder).is_file():                     # last: it may be the only one left
+        paths.append(best_path(folder))
+    for path in paths:
+        try:
+            return load(path)
+        except CheckpointError as error:
+            warn(f"warning: {error}; trying the one before")
+    if paths:
+        raise CheckpointError(f"every checkpoint in {folder} is damaged.\n"
+                              "Move that folder away to start from scratch, or use another --version.")
+    return None
+
+
+def require_step(folder, step):
+    """Raise CheckpointError, listing the existing ones, unless `folder` has a checkpoint of `step` (int or "best")."""
+    if step == "best":
+        if not best_path(folder).is_file():
+            raise CheckpointError(f"--pretrained_model best: there is no {best_path(folder)}; training with "
+                                  "--metric_step N, or --mode evaluate, writes it")
+        return
+    steps = steps_in(folder)
+    if step not in steps:
+        existing = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
+        raise CheckpointError(f"--pretrained_model {step}: no such checkpoint in {folder}; {existing}")
+
+
+def load_step(folder, step, warn=print):
+    """Return the state of `step` (int or "best"); if `step` is None, as `load_newest`.
+
+    Raise CheckpointError if that step is missing or damaged, instead of loading another.
+    """
+    if step is None:
+        return load_newest(folder, warn)
+    require_step(folder, step)
+    return load(best_path(folder) if step == "best" else path_of(folder, step))
+
+
+def saved_config(folder):
+    """Return the saved config of the run in `folder`, or None if it has no checkpoint."""
+    if not steps_in(folder) and not best_path(folder).is_file():
+        return None
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = load_newest(folder)["config"]
+    return config
+
+
+def prune(folder, keep):
+    """Delete all but the newest `keep` checkpoints; `keep` 0 deletes none."""
+    if keep:
+        for step in steps_in(folder)[:-keep]:
+            path_of(folder, step).unlink(missing_ok=True)
+
+
+def supersede_after(folder, step):
+    """Move checkpoints later than `step` to `superseded/`, because the run resumes from `step`. Return their names.
+
+    A file of the same name in there, from an earlier call, is replaced.
+    """
+    paths = [path_of(folder, later) for later in steps_in(folder) if later > step]
+    if _step_of_best(folder) > step:
+        paths.append(best_path(folder))
+    superseded = Path(folder) / "superseded"
+    for path in paths:
+        superseded.mkdir(exist_ok=True)
+        os.replace(path, superseded / path.name)
+    return [path.name for path in paths]
+
+
+def _step_of_best(folder):
+    """Return the step of best.pth; -1 if it is missing or damaged."""
+    try:
+        return load(best_path(folder))["step"] if best_path(folder).is_file() else -1
+    except CheckpointError:
+        return -1

@@ -1,0 +1,481 @@
+"""Unusable and duplicate pictures are found before training, then listed, left out or refused; results are cached."""
+
+import contextlib
+import errno
+import io
+import os
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import data_config, encode, environment_of_two, fill, fill_lmdb, forks, gradient, take
+from PIL import Image
+
+from data_loader import build_dataset, describe, open_dataset, real_batches
+from dataset import check, decode, images
+from dataset.check import Findings, examine
+from device import distributed
+from errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "CHUNK", {"header": 1000, "full": 1000})    # in this process, so that tests can count
+    return tmp_path
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """A list of the pictures that were opened to be looked at; decoding opens them by another way."""
+    names, open_one = [], images.Files.open
+
+    def counted(self, index):
+        names.append(os.path.basename(self.sources[index]))
+        return open_one(self, index)
+
+    monkeypatch.setattr(images.Files, "open", counted)
+    return names
+
+
+def noisy(seed=0, kind="PNG", size=60, **options) -> bytes:
+    return encode(Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)), kind,
+                  **options)
+
+
+def damaged() -> bytes:
+    """A PNG with a sound head and end."""
+    data = bytearray(noisy())
+    data[len(data) // 2] ^= 255
+    return bytes(data)
+
+
+def opened(folder, **changes):
+    return open_dataset(data_config(folder, **{"check_data": "auto", **changes}))
+
+
+def found(folder, level="full", **changes) -> Findings:
+    dataset = images.Files(Path(folder), 16)
+    return examine(dataset, dataset, data_config(folder, check_data=level, **changes))
+
+
+def shown(dataset) -> list[str]:
+    return [os.path.basename(path) for path in dataset.sources]
+
+
+# ---- bad pictures ----
+
+BAD = {"half.jpg": noisy(1, "JPEG")[:-300], "page.jpg": b"<html>quota exceeded</html>", "empty.png": b"",
+       "half.png": noisy(2)[:-300], "movie.png": encode(gradient(), "GIF")}
+
+
+def spoil(folder, *names) -> Path:
+    for name in names or BAD:
+        (folder / name).write_bytes(BAD[name])
+    return folder
+
+
+@pytest.mark.parametrize("level", ["header", "full", "auto"])
+@pytest.mark.parametrize("name", BAD)
+def test_a_few_bad_pictures_are_left_out_listed_and_said(home, capsys, level, name):
+    folder = spoil(fill(home / "pictures", 120), name)
+    config = data_config(folder, check_data=level)
+    dataset = open_dataset(config)
+    assert len(dataset) == 120 and name not in shown(dataset)
+    good = images.Files(fill(home / "good", 120), 16)
+    assert torch.equal(dataset.load_batch(range(120)), good.load_batch(range(120)))
+    assert describe(dataset, config) == f"folder: 120 usable of 121 pictures in {folder}"
+    (line,) = Path("logs/test/bad_images.txt").read_text().splitlines()
+    path, reason = line.split("\t")
+    assert path == str(folder / name) and reason and "delete or replace" not in reason
+    out = capsys.readouterr().out
+    assert "1 of 121 cannot be used" in out and f"{path}: {reason}" in out and "logs/test/bad_images.txt" in out
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_many_bad_pictures_end_the_program_with_the_first_ten(home, level):
+    folder = fill(home / "pictures", 20)
+    for number in range(12):
+        (folder / f"bad{number:02}.jpg").write_bytes(BAD["page.jpg"])
+    with pytest.raises(DataError) as caught:
+        opened(folder, check_data=level)
+    text = str(caught.value)
+    assert caught.value.code == 3 and text.startswith(f"12 of the 32 pictures in {folder} cannot be used")
+    assert text.count("not a JPEG, PNG, WebP or BMP") == 10 and "bad09.jpg" in text and "bad10.jpg" not in text
+    assert "and 2 more" in text and "Delete or replace them" in text
+    assert Path("logs/test/bad_images.txt").read_text().count("\n") == 12
+    (folder / "bad00.jpg").unlink(), (folder / "bad11.jpg").unlink()
+    with pytest.raises(DataError, match="10 of the 30 pictures") as caught:
+        opened(folder, check_data=level)
+    assert "bad10.jpg" in str(caught.value) and "more" not in str(caught.value)
+
+
+def test_the_list_holds_names_of_any_bytes(home):
+    """So that `xargs rm` finds them."""
+    name = os.fsencode(fill(home / "pictures", 4)) + b"/caf\xe9.jpg"
+    with open(name, "wb") as file:
+        file.write(BAD["page.jpg"])
+    with pytest.raises(DataError):
+        opened("pictures")
+    assert Path("logs/test/bad_images.txt").read_bytes().split(b"\t")[0] == b"pictures/caf\xe9.jpg"
+
+
+@pytest.mark.parametrize(("good", "bad", "accepted"), [(99, 1, True), (98, 1, False), (198, 2, True), (197, 2, False)])
+def test_one_percent_is_the_limit(home, good, bad, accepted):
+    folder = fill(home / "pictures", good)
+    for number in range(bad):
+        (folder / f"bad{number}.png").write_bytes(b"")
+    if accepted:
+        assert len(opened(folder)) == good
+    else:
+        with pytest.raises(DataError, match="up to 1% of the pictures would be skipped"):
+            opened(folder)
+
+
+def test_full_finds_what_header_cannot(home):
+    folder = fill(home / "pictures", 100)
+    (folder / "damaged.png").write_bytes(damaged())
+    assert not found(folder, "header").bad
+    assert list(found(folder, "full").bad) == [100]
+    assert found(folder, "header").bad, "what is known is not forgotten"
+
+
+def test_auto_decodes_small_sets_and_looks_at_the_ends_of_large_ones(home, monkeypatch):
+    folder = fill(home / "pictures", 100)
+    (folder / "damaged.png").write_bytes(damaged())
+    monkeypatch.setattr(check, "FULL", 100)
+    assert not found(folder, "auto").bad
+    monkeypatch.setattr(check, "FULL", 101)
+    assert found(folder, "auto").bad
+
+
+def test_off_looks_at_nothing(home, looked):
+    folder = spoil(fill(home / "pictures", 3))
+    assert len(opened(folder, check_data="off")) == 8 and not looked and not Path("cache").exists()
+
+
+def test_the_list_goes_when_the_pictures_are_mended(home):
+    folder = fill(home / "pictures", 120)
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    spoil(folder, "page.jpg")
+    opened(folder)
+    assert sorted(os.listdir("logs/test")) == ["bad_images.txt", "duplicates.txt"]
+    (folder / "page.jpg").unlink()
+    (folder / "copy.png").unlink()
+    assert len(opened(folder)) == 120 and not os.listdir("logs/test")
+
+
+@pytest.mark.parametrize("changes", [dict(dry_run=True), dict(mode="evaluate")])
+def test_a_dry_run_and_an_evaluation_say_it_and_list_nothing(home, capsys, changes):
+    folder = fill(home / "pictures", 120)
+    shutil.copy(folder / "000.png", folder / "copy.png")
+    assert len(opened(spoil(folder, "half.jpg"), **changes)) == 121
+    out = capsys.readouterr().out
+    assert "1 of 122 cannot be used" in out and "half.jpg" in out
+    assert f"1 is a copy of others (byte-identical), such as {folder / 'copy.png'} of {folder / '000.png'};" in out
+    assert not Path("logs").exists() and Path("cache").exists() == ("dry_run" not in changes)
+
+
+def test_a_picture_in_an_lmdb_is_named_by_its_key(home):
+    import lmdb
+
+    folder = fill_lmdb(home / "cats_lmdb", 200)
+    with lmdb.open(str(folder)) as database, database.begin(write=True) as transaction:
+        transaction.put(b"00000007", BAD["half.jpg"])
+        transaction.put(b"caf\xe9", BAD["page.jpg"])
+    for level in ("header", "full"):
+        dataset = opened(home, dataset="lsun", check_data=level)
+        assert len(dataset) == 199
+        assert torch.equal(dataset[7], decode.decode(encode(gradient(seed=8), "PNG"), "", 16))
+        first, second = Path("logs/test/bad_images.txt").read_text().splitlines()
+        assert first.startswith(f"00000007 in {folder}\t") and second.startswith(f"caf\ufffd in {folder}\t")
+
+
+def test_what_cannot_be_damaged_needs_no_look(home, looked):
+    dataset = opened(home, dataset="toy")
+    assert len(dataset) == 4096 and not looked and not Path("cache").exists()
+
+
+def test_bad_pictures_are_left_out_before_any_are_held_out(home):
+    folder = spoil(fill(home / "pictures", 120), "page.jpg")
+    dataset = build_dataset(data_config(folder, check_data="auto", holdout=0.1))
+    assert len(dataset) == 108 and dataset.summary == f"108 trained on of 120 usable of 121 pictures in {folder}"
+
+
+# ---- what is remembered ----
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
+    folder = fill(home / "pictures", 20)
+    assert not found(folder, level).bad and len(looked) == 20
+    del looked[:]
+    assert not found(folder, level).bad and not looked
+    gradient(seed=99).save(folder / "a new one.png")
+    (folder / "003.png").write_bytes(b"")
+    assert list(found(folder, level).bad) == [3]
+    assert sorted(looked) == ["003.png", "a new one.png"]
+    del looked[:]
+    assert list(found(folder, level).bad) == [3] and not looked, "bad ones are remembered, too"
+    gradient(seed=3).save(folder / "003.png")
+    assert not found(folder, level).bad and looked == ["003.png"]
+    del looked[:]
+    (folder / "000.png").unlink()
+    assert not found(folder, level).bad and not looked
+    for name in ("010.png", "001.png"):
+        (folder / name).write_bytes(b"")
+        bad = [shown(images.Files(folder, 16))[picture] for picture in found(folder, level).bad]
+    assert bad == ["001.png", "010.png"], "new ones in their places among those that are known"
+
+
+def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
+    folder = spoil(fill(home / "pictures", 5), "half.jpg", "page.jpg")
+    bad = found(folder, "header").bad
+    assert list(bad) == [5, 6] and bad[5] != bad[6]
+    for level, count in (("header", 7), ("full", 12), ("header", 12), ("full", 12)):
+        assert found(folder, level).bad == bad
+        assert len(looked) == count, "what is bad needs no second look"
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+def changed(**values):
+    """An index as another program might write it; without what is None."""
+    def change(path):
+        kept = {**torch.load(path, weights_only=True), **values}
+        torch.save({name: value for name, value in kept.items() if value is not None}, path)
+
+    return change
+
+
+@pytest.mark.parametrize("damage", [
+    cut, changed(whole=None), changed(reasons=None), changed(level=torch.zeros(4)), changed(edges=[False] * 5),
+    changed(stamps=torch.zeros(5, 1)),
+], ids=["cut", "no-column", "no-reasons", "short-column", "no-tensor", "table"])
+def test_a_damaged_index_costs_another_look_only(home, looked, capsys, damage):
+    folder = fill(home / "pictures", 5)
+    found(folder)
+    (index,) = Path("cache/index").iterdir()
+    damage(index)
+    assert not found(folder).bad and len(looked) == 10
+    assert "recomputing it" in capsys.readouterr().out
+
+
+def test_another_way_to_decode_needs_another_look(home, looked, monkeypatch):
+    folder = fill(home / "pictures", 5)
+    for count in (5, 5, 10):
+        monkeypatch.setattr(decode, "CACHE_VERSION", 1 + count // 10)
+        assert not found(folder).bad and len(looked) == count
+
+
+def test_each_folder_is_remembered_by_itself_whatever_it_is_called(home, looked, monkeypatch):
+    first, second = fill(home / "a/pictures", 5), fill(home / "b/pictures", 3)
+    found(first), found(second)
+    assert len(looked) == 8
+    found(first), found("a/pictures"), found(second)
+    monkeypatch.chdir(home / "b")
+    found("pictures", cache_path="../cache")
+    assert len(looked) == 8
+
+
+def test_no_picture_of_which_all_is_known_is_opened(home, looked):
+    folder = fill(home / "pictures", 4)
+    shutil.copy(folder / "001.png", folder / "copy.png")
+    for number, centre in enumerate((1, 2, 2)):
+        large_bmp(folder / f"{number}.bmp", centre)
+    assert found(folder, "header").copies == [[2, 7], [5, 6]]
+    large = ["0.bmp", "1.bmp", "2.bmp"]
+    assert sorted(looked) == sorted([*os.listdir(folder), *large]), "large ones are compared whole"
+    del looked[:]
+    assert found(folder, "header").copies == [[2, 7], [5, 6]] and not looked
+
+
+def refuse(*_, **__):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+class Refusing(io.BytesIO):
+    read = refuse
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+@pytest.mark.parametrize("at", ["open", "read"])
+def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, at):
+    folder = fill(home / "pictures", 5)
+    path = str(folder / "002.png")
+
+    def refused(name, *more, **options):
+        return open(name, *more, **options) if name != path else refuse() if at == "open" else Refusing()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(images, "open", refused, raising=False)
+        (bad,) = found(folder, level).bad.items()
+    assert bad == (2, f"cannot read {path}: Input/output error" if at == "open" else "[Errno 5] Input/output error")
+    del looked[:]
+    assert not found(folder, level).bad and looked == ["002.png"]
+    del looked[:]
+    assert not found(folder, level).bad and not looked
+
+
+def test_a_disk_that_refuses_everything_spoils_no_index(home, monkeypatch):
+    folder = fill(home / "pictures", 5)
+    with monkeypatch.context() as broken:
+        broken.setattr(images, "open", refuse, raising=False)
+        assert len(found(folder).bad) == len(found(folder).bad) == 5
+    assert not found(folder).bad
+
+
+def test_a_picture_that_cannot_be_read_whole_is_tried_again(home, monkeypatch, looked):
+    folder = fill(home / "pictures", 5)
+    path, read = folder / "002.png", Path.read_bytes
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "read_bytes", lambda self: refuse() if self == path else read(self))
+        assert found(folder).bad == {2: f"cannot read {path}: Input/output error"}
+    del looked[:]
+    assert not found(folder).bad and looked == ["002.png"]
+
+
+def test_other_processes_leave_out_what_the_first_found(home, monkeypatch, looked):
+    folder = fill(home / "pictures", 120)
+    monkeypatch.setattr(check, "after_first", lambda first, others: others())
+    monkeypatch.setattr(check, "gather", lambda mine: [Findings({3: "it is torn"}, []), mine])
+    dataset = opened(folder)
+    assert len(dataset) == 119 and "003.png" not in shown(dataset) and not looked
+
+
+def test_a_full_check_fills_the_decoded_cache(home, monkeypatch):
+    folder = spoil(fill(home / "pictures", 120), "page.jpg")
+    dataset = opened(folder, cache="auto")
+    assert dataset.is_decoded() and not dataset.whole.is_decoded(), "the bad one's place stays empty"
+    other = opened(folder, cache="auto", check_data="header", imsize=32)
+    assert not other.is_decoded() and len(other) == 120
+
+
+def test_checking_leaves_random_states_alone(home, monkeypatch):
+    monkeypatch.setattr(check, "CHUNK", {"full": 2})
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    before = states()
+    opened(fill(home / "pictures", 8))
+    assert states() == before
+
+
+# ---- copies ----
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_copies_are_listed_in_groups(home, capsys, level):
+    folder = fill(home / "pictures", 10)
+    (folder / "more").mkdir()
+    for name, source in (("a.png", "003.png"), ("more/b.png", "003.png"), ("more/c.png", "007.png")):
+        shutil.copy(folder / source, folder / name)
+    for _ in range(2):
+        dataset = opened(folder, check_data=level)
+        assert len(dataset) == 13, "they are trained on all the same"
+        text = Path("logs/test/duplicates.txt").read_text()
+        groups = [[os.path.relpath(path, folder) for path in group.splitlines()] for group in text.split("\n\n")]
+        assert groups == [["003.png", "a.png", "more/b.png"], ["007.png", "more/c.png"]]
+        out = capsys.readouterr().out
+        assert "3 are copies of others" in out and "logs/test/duplicates.txt" in out
+
+
+def large_bmp(path, centre, side=200, row=100):
+    image = np.zeros((side, side, 3), np.uint8)             # 120 KB: ends that are equal, as white margins are
+    image[row, side // 2] = centre
+    Image.fromarray(image).save(path)
+
+
+@pytest.mark.parametrize(("side", "row"), [(200, 100), (130, 6)], ids=["120 KB", "50 KB"])
+def test_files_that_differ_far_from_their_beginning_are_no_copies(home, side, row):
+    folder = home / "pictures"
+    folder.mkdir()
+    for number, centre in enumerate((1, 2, 2)):
+        large_bmp(folder / f"{number}.bmp", centre, side, row)
+    for _ in range(2):
+        assert found(folder, "header").copies == [[1, 2]]
+    os.utime(folder / "1.bmp", ns=(10**18, 10**18))
+    assert found(folder, "header").copies == [[1, 2]], "also of one read whole and one looked at anew"
+
+
+def test_bad_pictures_are_no_copies_of_each_other(home):
+    folder = fill(home / "pictures", 4)
+    for name in ("x.png", "y.png"):
+        (folder / name).write_bytes(b"")
+    assert found(folder).copies == [] and len(found(folder).bad) == 2
+
+
+# ---- the command ----
+
+
+def many(home):
+    folder = spoil(fill(home / "pictures", 130), "half.jpg")
+    shutil.copy(folder / "001.png", folder / "copy.png")
+    return folder
+
+
+FLAGS = ("--dataset", "folder", "--image_path", "pictures", "--batch_size", 4, "--total_step", 2, "--cache", "on")
+
+
+def test_the_command_trains_on_the_rest_and_the_next_start_needs_no_look(home, run):
+    many(home)
+    code, out, err = run(*FLAGS, "--version", "a")
+    assert code == 0 and "1 of 132 cannot be used" in out and "1 is a copy" in out
+    assert Path("logs/a/bad_images.txt").exists() and Path("logs/a/duplicates.txt").exists()
+    before = Path("models/a/0000002.pth").read_bytes()
+    code, out, err = run(*FLAGS, "--version", "b", "--num_workers", 2)
+    assert code == 0 and "131 of 132 pictures in pictures/.decoded" in out
+    assert "1 of 132 cannot be used" in out and "checking" not in err
+    code, out, err = run(*FLAGS, "--version", "c", "--cache", "off", "--num_workers", 1)
+    assert code == 0 and "decoded cache" not in out
+
+    def weights(version):
+        return torch.load(Path("models", version, "0000002.pth"), weights_only=True)["G"]
+
+    assert before and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
+        weights("a").values(), weights("b").values(), weights("c").values(), strict=True))
+
+
+def test_the_command_ends_with_3_where_too_many_are_bad(home, run):
+    spoil(fill(home / "pictures", 20))
+    code, out, err = run(*FLAGS, "--version", "a")
+    assert code == 3 and "5 of the 25 pictures" in err and "Traceback" not in err
+    assert not Path("models").exists()
+
+
+def test_a_dry_run_tells_it_all_and_writes_nothing(home, run):
+    many(home)
+    before = sorted(home.rglob("*"))
+    code, out, err = run(*FLAGS, "--dry_run")
+    assert code == 0 and sorted(home.rglob("*")) == before
+    for words in ("131 usable of 132 pictures in pictures", "half.jpg: ", "1 is a copy of others",
+                  "would be written to pictures/.decoded"):
+        assert words in out
+
+
+def test_two_processes_check_once_and_share_every_batch(home, looked):
+    folder, environment = many(home), environment_of_two()
+    config = data_config(folder, check_data="auto", cache="on", hflip=True)
+
+    def rank(number):
+        os.environ.update(environment, RANK=str(number), LOCAL_RANK=str(number))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            place = distributed.start(SimpleNamespace(device="cpu"))
+            batches = real_batches(config, build_dataset(config), 0, "cpu", place.rank, place.world_size)
+            images = take(batches, 66).view(66, 2, 3, 16, 16).numpy()               # two epochs
+            distributed.stop()
+        return out.getvalue(), len(looked), images
+
+    (out, first_looked, first), (other_out, other_looked, second) = forks(rank, 2)
+    assert out.count("1 of 132 cannot be used") == 1 and out.count("decoded cache") == 1 and not other_out
+    assert (first_looked, other_looked) == (132, 0)
+    assert len(list(Path("pictures/.decoded").iterdir())) == 1
+    alone = take(real_batches(config, build_dataset(config), 0, "cpu"), 66).view(66, 4, 3, 16, 16)
+    assert np.array_equal(np.concatenate([first, second], 1), alone)

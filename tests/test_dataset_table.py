@@ -1,0 +1,427 @@
+"""The data sets: error messages, pictures, fingerprints and held-out subsets."""
+
+import hashlib
+import os
+import pickle
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import BLUE, GREEN, RED, assert_colour, data_config, encode, fill, fill_lmdb, gradient, identities, take
+from PIL import Image
+
+from data_loader import build_dataset, describe, open_dataset, real_batches, to_images
+from dataset.decode import decode
+from dataset.decoded_cache import DecodedCache
+from dataset.images import Files, ImageDataset, Subset, split
+from dataset.table import DATASETS, fingerprint
+from errors import DataError
+
+# ---- errors ----
+
+
+def refused(config) -> list[str]:
+    """The lines of the DataError that the data set ends in."""
+    with pytest.raises(DataError) as caught:
+        build_dataset(config)
+    return str(caught.value).splitlines()
+
+
+def write_files(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("<html>")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (lambda path: path / "nowhere", "there is no folder"),
+        (lambda path: path, "is empty"),
+        (lambda path: write_files(path, "a.txt", "b/c.gif"), "holds 2 files, but no picture"),
+        (lambda path: write_files(path, "file.jpg") / "file.jpg", "is a file"),
+    ],
+)
+def test_a_folder_without_pictures_is_refused(tmp_path, prepare, words):
+    folder = prepare(tmp_path)
+    (line,) = refused(data_config(folder))
+    assert words in line and str(folder) in line and "--image_path" in line
+
+
+def test_an_unreadable_folder_is_refused(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", closed)
+    (line,) = refused(data_config(tmp_path))
+    assert "Permission denied" in line and "--image_path" in line
+
+
+def test_a_batch_larger_than_the_data_set_is_refused(tmp_path):
+    (line,) = refused(data_config(fill(tmp_path, 3), batch_size=64))
+    assert line == f"--batch_size 64 is more than the 3 pictures in {tmp_path}; use --batch_size 3 or less"
+    (line,) = refused(data_config(dataset="toy", batch_size=5000))
+    assert line.endswith("use --batch_size 4096 or less")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "place", "name"),
+    [
+        ("celeb", "CelebA", "CelebA"),
+        ("lsun", "LSUN/church_outdoor_train_lmdb", "LSUN"),
+        ("cifar10", "CIFAR10/cifar-10-batches-py", "CIFAR10"),
+    ],
+)
+def test_a_missing_data_set_names_the_two_ways_on(tmp_path, dataset, place, name):
+    problem, ways_on = refused(data_config(tmp_path, dataset=dataset))
+    assert f"--dataset {dataset}" in problem and str(tmp_path / place) in problem
+    assert f"`bash download.sh {name}`" in ways_on and "`--dataset toy`" in ways_on
+
+
+HUGE = b"BM" + b"\0" * 8 + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+HUGE += (60000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + b"\0" * 24
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encode(gradient((90, 90)), "JPEG")[:-200], "truncated"),
+        (encode(gradient((90, 90)), "PNG")[:-200], ""),
+        (b"<html>quota exceeded</html>", "not a JPEG, PNG, WebP or BMP"),
+        (b"", "not a JPEG, PNG, WebP or BMP"),
+        (encode(gradient(), "GIF"), "not a JPEG, PNG, WebP or BMP"),
+        (HUGE, "more than 178,956,970 pixels"),
+    ],
+    ids=["half-jpeg", "half-png", "html", "empty", "other-kind", "bomb"],
+)
+def test_an_unreadable_picture_is_named(tmp_path, data, reason, num_workers):
+    bad = fill(tmp_path, 7) / "bad.jpg"
+    bad.write_bytes(data)
+    config = data_config(tmp_path, num_workers=num_workers)
+    with pytest.raises(DataError, match="delete or replace it") as caught:
+        take(real_batches(config, build_dataset(config), 0, "cpu"), 2)
+    line, hint = str(caught.value).splitlines()
+    assert str(bad) in line and reason in line and "--check_data full" in hint
+
+
+def test_a_picture_that_vanished_is_named(tmp_path):
+    dataset = build_dataset(data_config(fill(tmp_path, 4)))
+    (tmp_path / "002.png").unlink()
+    with pytest.raises(DataError) as caught:
+        dataset[2]
+    words = f"cannot read {tmp_path / '002.png'}: No such file or directory"
+    assert str(caught.value) == words, "and is not to be deleted"
+    with pytest.raises(DataError) as caught:
+        take(real_batches(data_config(tmp_path), dataset, 0, "cpu"), 1)
+    assert str(caught.value) == words, "nor looked for before training"
+
+
+# ---- the data sets ----
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("png", 2), ("jpg", 30)])
+def test_celeba_shows_the_central_160_pixels(tmp_path, kind, tolerance):
+    image = Image.new("RGB", (178, 218), RED)
+    image.paste(GREEN, (9, 29, 169, 189))
+    small = Image.new("RGB", (100, 120), BLUE)
+    for name, picture in ((f"img/a.{kind}", image), (f"img/b.{kind}", small)):
+        path = tmp_path / "CelebA" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=95, subsampling=0)
+    dataset = build_dataset(data_config(tmp_path, dataset="celeb", batch_size=2))
+    assert_colour(dataset[0], GREEN, tolerance)
+    assert_colour(dataset[1], BLUE)
+
+
+@pytest.mark.parametrize(
+    "place", [".", "church_outdoor_train_lmdb", "LSUN/church_outdoor_train_lmdb", "cats_lmdb", "LSUN/cat_lmdb"]
+)
+def test_lsun_is_found_and_read(tmp_path, place):
+    folder = fill_lmdb(tmp_path / "data" / place, 6)
+    config = data_config(tmp_path / "data", dataset="lsun")
+    dataset = build_dataset(config)
+    assert describe(dataset, config) == f"lsun: 6 pictures in {folder}"
+    assert torch.equal(dataset[3], decode(encode(gradient(seed=3), "PNG"), "x", 16))
+
+
+def test_the_part_of_lsun_that_is_for_validation_is_used_only_where_it_is_named_or_alone(tmp_path):
+    def opened(path):
+        return build_dataset(data_config(path, dataset="lsun"))
+
+    validation = fill_lmdb(tmp_path / "church_outdoor_val_lmdb", 4)
+    assert len(opened(tmp_path)) == 4
+    fill_lmdb(tmp_path / "church_outdoor_train_lmdb", 6)
+    assert len(opened(tmp_path)) == 6 and len(opened(validation)) == 4
+
+
+def test_an_lmdb_may_be_opened_by_several_names(tmp_path):
+    (tmp_path / "link").symlink_to(fill_lmdb(tmp_path / "cats_lmdb", 4), target_is_directory=True)
+    first, second = (build_dataset(data_config(tmp_path / name, dataset="lsun")) for name in ("cats_lmdb", "link"))
+    assert torch.equal(first[3], second[3])
+
+
+def test_lsun_survives_a_second_opening_fork_and_pickle(tmp_path):
+    fill_lmdb(tmp_path / "cats_lmdb", 6)
+    configs = [data_config(tmp_path, dataset="lsun", num_workers=workers) for workers in (0, 2)]
+    datasets = [build_dataset(config) for config in configs]
+    direct, forked = (take(real_batches(c, d, 0, "cpu"), 3) for c, d in zip(configs, datasets, strict=True))
+    assert torch.equal(direct, forked)
+    assert torch.equal(pickle.loads(pickle.dumps(datasets[0]))[5], datasets[1][5])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda file: os.truncate(file, file.stat().st_size // 2), "is truncated"),
+        (lambda file: os.truncate(file, file.stat().st_size - 1), "is truncated"),
+        (lambda file: file.write_bytes(b"<html>" * 2000), "cannot read"),
+        (lambda file: file.write_bytes(b""), "cannot read"),
+    ],
+)
+def test_a_damaged_lsun_is_refused(tmp_path, damage, words):
+    damage(fill_lmdb(tmp_path / "cats_lmdb", 20) / "data.mdb")
+    problem, ways_on = refused(data_config(tmp_path, dataset="lsun"))
+    assert words in problem and "data.mdb" in problem and "download.sh LSUN" in ways_on
+
+
+def test_an_empty_or_ambiguous_lsun_is_refused(tmp_path):
+    fill_lmdb(tmp_path / "cats_lmdb", 0)
+    assert "holds no pictures" in refused(data_config(tmp_path, dataset="lsun"))[0]
+    fill_lmdb(tmp_path / "dogs_lmdb", 4)
+    (line,) = refused(data_config(tmp_path, dataset="lsun"))
+    assert "cats_lmdb, dogs_lmdb" in line and "--image_path" in line
+    assert len(build_dataset(data_config(tmp_path / "dogs_lmdb", dataset="lsun"))) == 4
+
+
+def test_lsun_without_the_lmdb_package(tmp_path, monkeypatch):
+    fill_lmdb(tmp_path / "cats_lmdb", 4)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    (line,) = refused(data_config(tmp_path, dataset="lsun"))
+    assert "--dataset lsun" in line and "pip install lmdb" in line
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    """Writes CIFAR-10's files in small: batches of two colours, with checksums that torchvision accepts."""
+    from torchvision.datasets import CIFAR10
+
+    def write(root: Path):
+        folder = root / "cifar-10-batches-py"
+        folder.mkdir(parents=True)
+        rows = np.repeat(np.array([RED, BLUE], np.uint8), 1024, axis=1)  # (2, 3072): plane after plane
+        batch = {"data": rows, "labels": [0, 1]}
+        files = {f"data_batch_{n}": batch for n in range(1, 6)} | {"test_batch": batch}
+        files["batches.meta"] = {"label_names": ["red", "blue"]}
+        sums = {}
+        for name, content in files.items():
+            data = pickle.dumps(content)
+            (folder / name).write_bytes(data)
+            sums[name] = hashlib.md5(data).hexdigest()
+        monkeypatch.setattr(CIFAR10, "train_list", [[n, sums[n]] for n in files if n.startswith("data")])
+        monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+        monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("place", [".", "CIFAR10"])
+def test_cifar10_is_read(tmp_path, cifar10, place):
+    cifar10(tmp_path / place)
+    dataset = build_dataset(data_config(tmp_path, dataset="cifar10", imsize=64))
+    assert len(dataset) == 10
+    assert dataset[0].shape == (3, 64, 64)
+    assert_colour(dataset[0], RED)
+    assert_colour(dataset[9], BLUE)
+
+
+def test_a_damaged_cifar10_is_refused(tmp_path, cifar10):
+    (cifar10(tmp_path) / "data_batch_3").write_bytes(b"half")
+    problem, ways_on = refused(data_config(tmp_path, dataset="cifar10"))
+    assert "damaged" in problem and "download.sh CIFAR10" in ways_on
+
+
+def test_toy_needs_nothing(tmp_path):
+    config = data_config(tmp_path / "nowhere", dataset="toy", imsize=32)
+    dataset = build_dataset(config)
+    assert describe(dataset, config) == "toy: 4096 drawn faces at 32 px"
+    assert dataset[4095].shape == (3, 32, 32) and dataset[4095].dtype == torch.uint8
+    assert not torch.equal(dataset[0], dataset[1])
+
+
+def test_opening_writes_nothing(tmp_path, cifar10, monkeypatch):
+    fill(tmp_path / "CelebA", 4)
+    fill_lmdb(tmp_path / "cats_lmdb", 4)
+    cifar10(tmp_path / "CIFAR10")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+
+    def state():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+    before = state()
+    for name in DATASETS:
+        build_dataset(data_config(tmp_path, dataset=name))[0]
+    assert state() == before
+
+
+# ---- their fingerprint ----
+
+
+def test_the_sources_are_the_files_that_the_pictures_come_from(tmp_path, cifar10):
+    fill(tmp_path / "CelebA/img", 4)
+    fill_lmdb(tmp_path / "cats_lmdb", 4)
+    cifar10(tmp_path / "CIFAR10")
+    pictures = [f"CelebA/img/{index:03}.png" for index in range(4)]
+    batches = [f"CIFAR10/cifar-10-batches-py/data_batch_{n}" for n in range(1, 6)]
+    expected = dict(celeb=pictures, lsun=["cats_lmdb/data.mdb"], cifar10=batches)
+    for name, files in expected.items():
+        dataset = build_dataset(data_config(tmp_path, dataset=name, cache="auto"))
+        assert isinstance(dataset, DecodedCache)
+        assert [os.path.relpath(path, tmp_path) for path in dataset.sources] == files
+    (source,) = build_dataset(data_config(dataset="toy")).sources
+    assert Path(source).name == "toy.py"
+
+
+def test_the_fingerprint_is_that_of_the_pictures(tmp_path, monkeypatch):
+    folder, elsewhere = fill(tmp_path / "a", 6), fill(tmp_path / "b", 6)
+    for path in [*folder.iterdir(), *elsewhere.iterdir()]:
+        os.utime(path, ns=(10**18, 10**18))
+
+    def now(path=folder, **changes):
+        config = data_config(path, **changes)
+        return fingerprint(build_dataset(config), config)
+
+    seen = [now()]
+    assert len(seen[0]) == 64 and int(seen[0], 16)
+    assert now(batch_size=2, num_workers=2, hflip=True, seed=8) == seen[0]
+    assert fingerprint(Files(folder, 16), data_config(folder)) == seen[0]  # without a cache, too
+    monkeypatch.chdir(tmp_path)
+    assert now("a") == now("b/../a") == seen[0]
+
+    seen += [now(elsewhere), now(imsize=32)]
+    os.utime(folder / "003.png", ns=(10**18, 10**18 + 1))
+    seen.append(now())
+    with open(folder / "003.png", "ab") as file:
+        file.write(b"x")
+    os.utime(folder / "003.png", ns=(10**18, 10**18 + 1))
+    seen.append(now())
+    (folder / "004.png").rename(folder / "040.png")
+    seen.append(now())
+    (folder / "040.png").unlink()
+    seen.append(now())
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_picture_that_vanished_has_no_fingerprint(tmp_path):
+    config = data_config(fill(tmp_path, 4))
+    dataset = build_dataset(config)
+    (tmp_path / "002.png").unlink()
+    with pytest.raises(DataError, match="002.png: No such file"):
+        fingerprint(dataset, config)
+
+
+# ---- what is held out ----
+
+
+def numbered(count: int, files: bool = True) -> ImageDataset:
+    """Pictures that show their number, from a file each or from one alone."""
+    sources = [f"{index}.png" for index in range(count)] if files else ["all.bin"]
+    return ImageDataset(lambda index: torch.tensor(index), count, f"{count} numbers", sources)
+
+
+def numbers(dataset) -> list[int]:
+    return [int(dataset[index]) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize("files", [True, False])
+def test_a_part_keeps_the_asked_order_and_the_files(files):
+    dataset = Subset(numbered(9, files), [7, 0, 4], "chosen")
+    assert len(dataset) == 3 and numbers(dataset) == [7, 0, 4]
+    assert dataset.sources == (["7.png", "0.png", "4.png"] if files else ["all.bin"])
+    assert dataset.summary == "3 chosen of 9 numbers"
+    again = Subset(dataset, [2, 0], "left")
+    assert numbers(again) == [4, 7] and again.sources == (["4.png", "7.png"] if files else ["all.bin"])
+
+
+def test_a_part_travels_to_spawned_workers(tmp_path):
+    dataset, _ = split(open_dataset(data_config(fill(tmp_path, 5))), 0.2)
+    arrived = pickle.loads(pickle.dumps(dataset))
+    assert len(arrived) == 4 and all(torch.equal(arrived[index], dataset[index]) for index in range(4))
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [
+    (10, 0.1, 1), (12, 0.1, 1), (1000, 0.1, 100), (3, 0.1, 1), (2, 0.5, 1), (19, 0.1, 2), (10, 0.5, 5), (7, 0.9, 6),
+])
+def test_the_two_parts_are_disjoint_and_together_the_whole(count, share, held):
+    trained, held_out = split(numbered(count), share)
+    assert len(held_out) == held and len(trained) == count - held
+    for dataset in (trained, held_out):
+        assert numbers(dataset) == sorted(numbers(dataset))
+        assert dataset.sources == [f"{number}.png" for number in numbers(dataset)]
+    assert sorted(numbers(trained) + numbers(held_out)) == list(range(count))
+    assert f"{held} held out of {count} numbers" == held_out.summary
+
+
+def test_a_random_share_is_held_out_the_same_one_every_time():
+    state = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    chosen = [numbers(split(numbered(1000), 0.1)[1]) for _ in range(2)]
+    assert chosen[0] == chosen[1]
+    tenths = np.histogram(chosen[0], 10, (0, 1000))[0]
+    assert tenths.min() > 2 and tenths.max() < 25, "neither the first nor the last"
+    assert len({b - a for a, b in zip(chosen[0], chosen[0][1:], strict=False)}) > 5, "nor every tenth"
+    assert set(chosen[0]) <= set(numbers(split(numbered(1000), 0.2)[1])), "a larger share holds out more of them"
+    assert (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == state
+
+
+def test_holdout_leaves_pictures_out_of_training_and_says_so(tmp_path):
+    config = data_config(fill(tmp_path, 12), holdout=0.1)
+    dataset, whole = build_dataset(config), open_dataset(config)
+    trained, held_out = split(whole, 0.1)
+    assert len(whole) == 12 and len(dataset) == 11
+    assert dataset.sources == trained.sources and set(held_out.sources) == set(whole.sources) - set(trained.sources)
+    assert all(torch.equal(dataset[index], trained[index]) for index in range(11))
+    assert describe(dataset, config) == f"folder: 11 trained on of 12 pictures in {tmp_path}"
+    assert build_dataset(data_config(tmp_path, holdout=0.1, seed=99)).sources == dataset.sources
+    assert len(build_dataset(data_config(tmp_path))) == 12
+    with pytest.raises(DataError, match="--batch_size 12 is more than the 11 trained on of 12 pictures"):
+        build_dataset(data_config(tmp_path, holdout=0.1, batch_size=12))
+
+
+def test_the_fingerprint_follows_the_trained_pictures_alone(tmp_path):
+    config, all_of_them = data_config(fill(tmp_path, 12), holdout=0.25), data_config(tmp_path)
+
+    def now(config):
+        return fingerprint(build_dataset(config), config)
+
+    first = now(config)
+    assert first == now(config) != now(all_of_them)
+    assert now(data_config(tmp_path, holdout=0.5)) not in (first, now(all_of_them))
+    trained, held_out = split(open_dataset(config), 0.25)
+    os.utime(held_out.sources[1], ns=(10**18, 10**18))
+    assert now(config) == first
+    os.utime(trained.sources[1], ns=(10**18, 10**18))
+    assert now(config) != first
+    toy = [data_config(dataset="toy", holdout=share) for share in (0.0, 0.1, 0.2)]
+    assert len({now(config) for config in toy}) == 3, "of drawn faces, too"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("cache", ["off", "auto"])
+def test_no_batch_shows_a_held_out_picture(tmp_path, cache, num_workers):
+    config = data_config(fill(tmp_path, 12), holdout=0.25, num_workers=num_workers, cache=cache)
+    dataset, whole = build_dataset(config), open_dataset(config)
+    assert isinstance(dataset.whole, DecodedCache) == (cache == "auto")
+    _, held_out = split(whole, 0.25)
+    every, kept = (set(identities(to_images(torch.stack([pictures[i] for i in range(len(pictures))]))))
+                   for pictures in (whole, held_out))
+    assert len(every) == 12 and len(kept) == 3
+    shown = identities(take(real_batches(config, dataset, 0, "cpu"), 18))       # 72 samples: 8 epochs
+    assert set(shown) == every - kept
+    assert set(Counter(shown).values()) == {8}

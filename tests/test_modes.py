@@ -1,0 +1,111 @@
+"""Videos and style grids from a checkpoint, made by the real command; plain sampling is tested in test_train.py."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastgan_models
+from generate import modes
+from parameter import resolve
+
+FASTGAN = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--metadata", "false", "--recon", "l1")
+
+
+def frames(path):
+    with Image.open(path) as video:
+        shown = []
+        for number in range(video.n_frames):
+            video.seek(number)
+            shown.append(np.asarray(video.convert("RGB")).astype(int))
+        return shown, video.info
+
+
+def test_a_walk_passes_all_latents_in_a_loop_and_keeps_their_variance():
+    latents = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    path = modes.walk(latents, 40)
+    assert path.shape == (40, 3000)
+    assert torch.allclose(path[::10], latents, atol=1e-5)
+    assert (path.var(1) - 1).abs().max() < 0.15, "straight lines would fall to 0.5"
+    steps = (path - path.roll(1, 0)).norm(dim=1)
+    assert steps.max() < 1.2 * steps.min(), "even steps, from the last frame to the first too"
+
+
+@pytest.mark.parametrize(("flags", "size"), [
+    ((), (1288, 372)),                                          # an image and five queries' overlays
+    (("--g_attn", "none", "--d_attn", "none"), (32, 32)),       # the images alone
+    (FASTGAN, None),
+])
+def test_a_video_loops_and_follows_the_seed(run, flags, size):
+    run("--version", "a", "--total_step", 1, *flags)
+    code, out, _ = run("--version", "a", "--mode", "interpolate", "--num_frames", 4, tiny=False)
+    path = Path("samples/a/0000001_interpolation_seed0.webp")
+    assert code == 0 and str(path) in out
+    first, info = frames(path)
+    assert len(first) == 4 and info["loop"] == 0
+    assert size is None or first[0].shape[1::-1] == size
+    assert any((one != other).any() for one, other in zip(first, first[1:], strict=False))
+    run("--version", "a", "--mode", "interpolate", "--num_frames", 4, tiny=False)
+    assert all((one == other).all() for one, other in zip(first, frames(path)[0], strict=True))
+    run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--seed", 1, tiny=False)
+    assert (frames("samples/a/0000001_interpolation_seed1.webp")[0][0] != first[0]).any()
+
+
+def test_a_video_as_gif_for_the_asked_points(run):
+    run("--version", "a", "--total_step", 1)
+    code, _, _ = run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--film", "gif",
+                     "--attn_queries", "0.5,0.5", tiny=False)
+    shown, info = frames("samples/a/0000001_interpolation_seed0.gif")
+    assert code == 0 and len(shown) == 4 and info["loop"] == 0
+    assert shown[0].shape[1] < 800, "one overlay, not five"
+
+
+def test_mp4_needs_a_package_and_says_so(run, monkeypatch):
+    run("--version", "a", "--total_step", 1)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("--version", "a", "--mode", "interpolate", "--film", "mp4", tiny=False)
+    assert code == 2 and "pip install imageio-ffmpeg" in err
+    assert not list(Path("samples/a").glob("*interpolation*"))
+
+
+def test_a_video_as_mp4(run):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed")
+    run("--version", "a", "--total_step", 1, "--g_attn", "none", "--d_attn", "none")
+    code, _, err = run("--version", "a", "--mode", "interpolate", "--num_frames", 5, "--film", "mp4", tiny=False)
+    assert code == 0, err
+    video = imageio_ffmpeg.read_frames("samples/a/0000001_interpolation_seed0.mp4")
+    meta = next(video)
+    assert meta["size"] == (32, 32) and meta["fps"] == 20 and len(list(video)) == 5
+
+
+def test_a_style_drives_the_skips_and_nothing_else():
+    torch.manual_seed(0)
+    G, _ = fastgan_models.build(resolve({"model": "fastgan", "imsize": 64, "g_conv_dim": 8, "d_conv_dim": 8, "z_dim": 8,
+                                         "metadata": False}))
+    z, style = torch.randn(2, 4, 8)
+    G.eval()
+    own = G(z)[0]
+    assert torch.equal(G(z, style=z)[0], own)
+    assert not torch.equal(G(z, style=style)[0], own)
+    for skip in G.skips.values():
+        skip.forward = lambda source, target: target
+    assert torch.equal(G(z, style=style)[0], G(z)[0])
+
+
+def test_a_style_grid(run):
+    run("--version", "a", "--total_step", 1, *FASTGAN)
+    code, out, _ = run("--version", "a", "--mode", "style_mix", tiny=False)
+    assert code == 0 and "the first row gives the styles" in out
+    grid = np.asarray(Image.open("samples/a/0000001_style_mix_seed0.png"))
+    assert grid.shape[:2] == (6 * 66 + 2, 6 * 66 + 2)
+    corner = grid[2:66, 2:66]
+    assert (corner == corner[0, 0]).all(), "the corner is empty"
+
+
+def test_sagan_has_no_styles_to_mix(run):
+    run("--version", "a", "--total_step", 1)
+    code, _, err = run("--version", "a", "--mode", "style_mix", tiny=False)
+    assert code == 2 and "--mode style_mix" in err

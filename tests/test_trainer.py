@@ -1,0 +1,150 @@
+"""The training step: optimized kernels and layouts equal plain ones; gradient accumulation equals the whole batch."""
+
+import gc
+
+import pytest
+import torch
+from conftest import SMALL, SMALL_FASTGAN, begun, step_losses
+from torch import nn
+
+import sagan_models
+import spectral
+from generate.latents import Inputs
+
+
+def losses(flags, steps=10):
+    """(steps, 2): d_loss and g_loss of each step from the seed on."""
+    training = begun(flags)
+    return torch.stack([step_losses(training) for _ in range(steps)])
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """plainly(do, ...) -> do(...), with the plain implementation in place of every optimized layout and kernel."""
+
+    def divide(self, weight):
+        matrix = weight.movedim(self.out_dim, 0).flatten(1)
+        return weight / torch.dot(self.u, matrix @ self.v)
+
+    def forward(self, x):
+        B, C, H, W = x.size()
+        q, k, v = (_rows(layer(x)) for layer in (self.query, self.key, self.value))
+        if isinstance(self.pool, nn.MaxPool2d):
+            k, v = (_rows(nn.functional.max_pool2d(layer(x), 2)) for layer in (self.key, self.value))
+        out = torch.softmax(q @ k.transpose(1, 2), -1) @ v
+        return self.gamma * out.transpose(1, 2).reshape(B, C, H, W) + x
+
+    def _rows(x):
+        return x.flatten(2).transpose(1, 2)
+
+    adam, to = torch.optim.Adam, nn.Module.to
+
+    def unfused(*words, fused, **more):
+        return adam(*words, **more)
+
+    def contiguous(self, *words, memory_format=None, **more):
+        return to(self, *words, **more)
+
+    def run(do, *arguments):
+        with monkeypatch.context() as patched:
+            patched.setattr(spectral.SpectralNorm, "forward", divide)
+            patched.setattr(sagan_models.SelfAttention, "forward", forward)
+            patched.setattr(torch.optim, "Adam", unfused)
+            patched.setattr(nn.Module, "to", contiguous)
+            return do(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
+                                   (*SMALL, "--attn_pool", "true", "--g_lr", "0.001", "--d_lr", "0.004"),
+                                   (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "2"), SMALL_FASTGAN],
+                         ids=["hinge", "pooled", "penalty", "fastgan"])
+def test_ten_steps_have_the_losses_of_the_plain_implementation(flags, plainly, monkeypatch):
+    """In float64. In float32 Adam's first steps, which are signs of gradients, amplify rounding errors: another number
+    of threads changes the losses of the plain implementation itself by 1e-3 and more.
+    """
+    monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "float", torch.Tensor.double)     # code that asks for float32
+            fast, plain = losses(flags), plainly(losses, flags)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (fast - plain).abs().max() < 1e-9
+    assert (plain[0] - plain[-1]).abs().min() > 1e-3, "the losses change"
+
+
+@pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
+                                   (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"), SMALL_FASTGAN],
+                         ids=["hinge", "penalty", "fastgan"])
+def test_in_float32_each_step_has_the_losses_of_the_plain_implementation(flags, plainly, monkeypatch):
+    """Both start each step from the same state. G's loss is looser: Adam has updated D before it, in full-size steps
+    also where the gradient is nothing but rounding error.
+    """
+    monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", 0)
+    fast, plain = begun(flags), plainly(begun, flags)
+    apart = []
+    for _ in range(10):
+        state = plain.trainer.state()
+        fast.trainer.restore(state)
+        mine = step_losses(fast)
+        plain.trainer.restore(state)                    # the random states, too
+        apart.append(mine - plainly(step_losses, plain))
+    d_apart, g_apart = torch.stack(apart).abs().amax(0)
+    assert d_apart < 1e-4 and g_apart < 0.05
+
+
+# ---- accumulation ----
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
+    """SAGAN's D has no batch statistics; those of G are switched off."""
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
+    gradients = []
+    for parts in ("1", "4"):
+        training = begun((*SMALL, "--accumulate", parts))
+        trainer = training.trainer
+        fixed = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+        drawn = [Inputs(z) for _ in range(2) for z in fixed.chunk(int(parts))]
+        trainer.latents.training = lambda count, drawn=drawn: drawn.pop(0)
+        seen = []
+        for optimizer in (trainer.d_optimizer, trainer.g_optimizer):
+            parameters = optimizer.param_groups[0]["params"]
+            optimizer.step = lambda parameters=parameters, seen=seen: seen.extend(
+                p.grad.clone() for p in parameters if p.grad is not None)
+        stats = trainer.train_step(training.batches)
+        gradients.append([*seen, stats["d_loss"], stats["g_loss"], stats["d_real"]])
+    for whole, parted in zip(*gradients, strict=True):
+        torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_must_divide_the_batch(run):
+    code, _, err = run("--accumulate", 3)
+    assert code == 2 and "--batch_size 4 must be a multiple of --accumulate 3" in err
+    code, _, _ = run("--accumulate", 2, "--total_step", 2, "--version", "a")
+    assert code == 0
+
+
+def test_accumulation_saves_activation_memory():
+    def peak(parts):
+        training = begun((*SMALL, "--batch_size", "64", "--accumulate", parts))
+        held = [0, 0]                                       # bytes of saved tensors: now, and the peak
+
+        class Held:
+            def __init__(self, tensor):
+                self.tensor = tensor
+                held[0] += tensor.nbytes
+                held[1] = max(held)
+
+            def __del__(self):
+                held[0] -= self.tensor.nbytes
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda kept: kept.tensor):
+            training.trainer.train_step(training.batches)
+        gc.collect()
+        assert held[0] == 0
+        return held[1]
+
+    assert peak("8") < peak("1") / 4
