@@ -438,7 +438,7 @@ def test_the_legend_explains_the_heat(tmp_path, written):
     hottest = page[top, left]
     assert hottest.min() > 80 and (foot == hottest).all(2).any() and (foot == 0).all(2).any()
     words = " ".join(w for (_, y), w in written if y > top + size + 30)
-    assert "minimum" in words and "maximum" in words and "multiply the features" in words
+    assert "least" in words and "most" in words and "multiplies the features" in words
 
 
 def test_the_head_of_the_masks_names_the_run_and_the_step(tmp_path):
