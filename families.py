@@ -20,15 +20,15 @@ class Family:
 
     `build(config) -> (G, D)`, on the CPU; `objective(config, device)` returns an objective of losses.py;
     `gammas(G, D) -> {layer: (1,) tensor}`, the learned weight of each attention layer's output;
-    `write_record(G, D, record) -> {name: float}` and `sheet(G, inputs, images, queries, step)` show what the networks
-    attend to, see gallery/records.py; `baselines` is {--against: (its name in tables, the settings in which it
+    `records`, each (G, D, record) -> {name: float}, and `sheet(G, inputs, images, queries, step)` show what the
+    networks attend to, see gallery/records.py; `baselines` is {--against: (its name in tables, the settings in which it
     differs)}; `compile_from`: on a GPU, `--compile auto` compiles if at least so many steps are ahead.
     """
 
     build: Callable
     objective: Callable
     gammas: Callable
-    write_record: Callable
+    records: tuple
     sheet: Callable
     baselines: dict
     compile_from: float
@@ -52,10 +52,10 @@ def _self_supervised(config, device):
 
 FAMILIES = {    # --model
     "sagan": Family(sagan_models.build, _adversarial, sagan_models.gammas,
-                    records.write_attention, records.attention_sheet, {},
+                    (records.write_attention,), records.attention_sheet, {},
                     compile_from=100_000),      # compiling takes a minute or two and saves some 0.7 ms a step
     "fastgan": Family(fastgan_models.build, _self_supervised, lambda G, D: {},
-                      records.write_masks, records.mask_sheet, flags.fastgan.BASELINES,
+                      (records.write_masks,), records.mask_sheet, flags.fastgan.BASELINES,
                       compile_from=float("inf")),
 }
 
@@ -63,3 +63,18 @@ FAMILIES = {    # --model
 def build_networks(config, device):
     """Return [G, D], newly initialized, on the device, in channels-last memory format: fastest for convolutions."""
     return [net.to(device, memory_format=torch.channels_last) for net in FAMILIES[config.model].build(config)]
+
+
+def find_mismatch(config, state):
+    """Return in words why the networks of a checkpoint's `state` are not those of `config`; None if they are."""
+    with torch.random.fork_rng(devices=[]):
+        expected = dict(zip("GD", (net.state_dict() for net in FAMILIES[config.model].build(config)), strict=True))
+    for name, weights in (*expected.items(), ("G_ema", expected["G"])):
+        if state[name].keys() != weights.keys():
+            other = sorted(state[name].keys() ^ weights.keys(), key=str)[0]
+            return f"{name}: {other} is {'missing' if other in weights else 'of another network'}"
+        for key, weight in weights.items():
+            shape = getattr(state[name][key], "shape", None)
+            if shape != weight.shape:
+                return f"{name}: {key} has the shape {shape and tuple(shape)}, not {tuple(weight.shape)}"
+    return None

@@ -42,6 +42,8 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset
 
 IMSIZES = (64, 128, 256, 512, 1024)
 
+EXTRA_MODES = ("style_mix",)        # those of --mode that not every family has
+
 # {--against: (its name in tables, the settings in which it differs from the run)}
 BASELINES = {"baseline": ("baseline: FastGAN without SLAE and metadata", {"slae": False, "metadata": False})}
 
@@ -59,8 +61,7 @@ def check(values):
     if values["slae_kernel"] not in (3, 7):
         raise UsageError(f"--slae_kernel {values['slae_kernel']}: must be 3 or 7")
     if values["adv_loss"] != "hinge":
-        raise UsageError(f"--adv_loss {values['adv_loss']}: fastgan's objective is built on hinge, and batch norm in "
-                         "its D rules out a per-sample gradient penalty; use hinge")
+        raise UsageError(f"--adv_loss {values['adv_loss']}: fastgan has its own objective, on hinge; use hinge")
     if values["against"] and "cost" not in values["metrics"]:
         raise UsageError(f"--against {values['against']}: needs --metrics cost")
     if values["backtrack_metadata"] and not values["metadata"]:

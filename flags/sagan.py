@@ -32,6 +32,8 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published s
 
 IMSIZES = (32, 64, 128, 256)
 
+EXTRA_MODES = ()        # those of --mode that not every family has
+
 
 def g_feature_sizes(imsize):
     """Return the heights of G's feature maps in order: 4, 8, ..., imsize / 2."""
@@ -45,7 +47,8 @@ def d_feature_sizes(imsize):
 
 def fill_in(values, weights_there):
     """Replace the defaults that depend on other flags, in place."""
-    imsize = values["imsize"] or 64                     # None when only folders are scored, without networks
+    # None when only folders are scored, without networks
+    imsize = 64 if values["imsize"] is None else values["imsize"]
     if values["g_attn"] is None:
         values["g_attn"] = (imsize // 4, imsize // 2)
     if values["d_attn"] is None:
@@ -54,9 +57,7 @@ def fill_in(values, weights_there):
 
 def check(values):
     """Raise UsageError for the first setting that this family does not support."""
-    if values["mode"] == "style_mix":
-        raise UsageError("--mode style_mix: swaps the maps that drive skip layers, and sagan has none")
-    imsize = values["imsize"] or 64
+    imsize = 64 if values["imsize"] is None else values["imsize"]
     for name, available in (("g_attn", g_feature_sizes(imsize)), ("d_attn", d_feature_sizes(imsize))):
         wrong = [size for size in values[name] if size not in available]
         if wrong and not values["fake_dir"]:

@@ -17,10 +17,10 @@ from device.distributed import is_first, say
 from gallery.sheets import save_reconstructions
 from generate.latents import Inputs
 from metrics.nearest import CHUNK, FALLBACK_HINT, PER_ROW, SCALE, pictures_at, reduced, weights_in_words
-from metrics.table import Score
 from parameter import dataset_name
 from pretrained import lpips
 from storage.folders import step_name
+from storage.score_table import Score
 from utils import spread_indices, write_atomically
 
 HELD_OUT = 0.1          # share of the pictures that is back-tracked if the run held none out

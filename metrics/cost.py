@@ -20,8 +20,8 @@ from device import distributed, fast_step
 from device.precision import Precision
 from errors import Failure
 from families import FAMILIES
-from metrics.table import Score
 from parameter import Config
+from storage.score_table import Score
 from trainer import Trainer
 
 SECONDS = 60        # of timing per configuration, in at least LEAST rounds

@@ -15,8 +15,9 @@ from importlib import import_module
 from pathlib import Path
 
 import data_loader
-from dataset.decode import find_pictures, picture_size
+from dataset.decode import picture_size
 from dataset.images import ThreadedReader
+from dataset.scan import find_pictures
 from device import distributed
 from device.distributed import Place, say
 from errors import DataError, first_line
@@ -24,10 +25,9 @@ from flags.common import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
 from generate.modes import TrainedGenerator, load_generator
-from metrics import table
 from metrics.meter import Meter, Reference, of_folder, of_run
 from parameter import Config
-from storage import checkpoint
+from storage import checkpoint, score_table
 from storage.folders import step_name
 from storage.journal import MetricsLog
 
@@ -107,8 +107,8 @@ def _evaluate_run(config, place, precision):
 def _keep_best(config, trained, scores):
     """Copy the evaluated checkpoint to best.pth if its FID is the lowest so far under this protocol."""
     best = checkpoint.best_score(trained.folders.models)
-    better = table.better_fid(scores, best)
-    comparable = best is None or any(table.same_kind(score, best) for score in scores)
+    better = score_table.better_fid(scores, best)
+    comparable = best is None or any(score_table.same_kind(score, best) for score in scores)
     path = checkpoint.path_of(trained.folders.models, trained.step)
     if better and comparable and config.pretrained_model != "best" and path.is_file():  # training may have deleted it
         state = checkpoint.load(path)
@@ -128,11 +128,12 @@ class _Report:
         """Record and print these scores."""
         if not distributed.is_first():
             return
-        lines = table.record(self.config.log_path, self.name, self.step, scores)
+        lines = score_table.record(self.config.log_path, self.name, self.step, scores)
         if self.trained:
             log = MetricsLog(self.trained.folders.logs, self.config.use_tensorboard)
             for score in scores:
                 log.write(self.step, score.line())
+                log.write_events(self.step, score.line())
             log.close()
             page.write_pages(self.trained.folders, self.config)
         say("\n" + "\n".join(lines))
@@ -182,7 +183,7 @@ def _reference(config, imsize):
 def _sizes(folder):
     """Count the readable pictures of a folder by size: {(width, height): number}, the most frequent size first."""
     with ThreadPoolExecutor() as pool:
-        sizes = Counter(pool.map(picture_size, find_pictures(Path(folder))))
+        sizes = Counter(pool.map(picture_size, find_pictures(Path(folder)).paths))
     sizes.pop(None, None)
     return dict(sizes.most_common())
 

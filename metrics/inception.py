@@ -14,9 +14,9 @@ from dataset.images import ThreadedReader
 from device import distributed
 from device.distributed import say
 from errors import DataError
-from metrics.table import Score
 from pretrained import inception
 from storage.cache import Cache
+from storage.score_table import Score
 from utils import spread_indices
 
 MAX_ROWS = 10_000           # pictures of a set used for KID, precision and recall, at most: more would be gigabytes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from dataset.check import sample_levels
 from dataset.images import Files, ImageDataset
 from dataset.table import fingerprint
 from errors import DataError
@@ -47,6 +48,7 @@ def of_folder(path, imsize, flag):
     config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
     try:
         dataset = Files(Path(path), imsize)
+        dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None
     return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",

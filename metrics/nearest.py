@@ -15,8 +15,8 @@ from dataset.images import ThreadedReader
 from device import distributed
 from errors import DataError
 from gallery.sheets import save_reconstructions
-from metrics.table import Score
 from pretrained import lpips, vgg
+from storage.score_table import Score
 from utils import spread_indices
 
 SIDE = 64               # pixels: larger pictures are downscaled to this before the search

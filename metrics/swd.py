@@ -19,7 +19,7 @@ from PIL import Image
 from dataset.images import ThreadedReader
 from device.distributed import on_first
 from errors import DataError
-from metrics.table import Score
+from storage.score_table import Score
 
 SMALLEST = 16               # pixels: the coarsest level, the low-pass picture
 PATCH = 7                   # pixels: side of a descriptor

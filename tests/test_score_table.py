@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metrics.table import Score, better_fid, record, same_kind
+from storage.score_table import Score, better_fid, record, same_kind
 
 
 def score(protocol="A", source="G_ema, seed 0", **values):
