@@ -21,7 +21,8 @@ from dataset.decode import UnusablePicture
 from dataset.decoded_cache import available_memory, cached
 from dataset.images import ImageDataset, split
 from dataset.table import DATASETS
-from errors import DataError
+from device.distributed import say
+from errors import DataError, first_line
 
 ON_DEVICE = 1 / 8  # the share of a GPU's free memory that the pictures may take
 
@@ -33,11 +34,11 @@ def open_dataset(config) -> ImageDataset:
     Raise DataError if it is missing or unreadable, CheckpointError if `--cache on` cannot write to disk.
     """
     dataset = DATASETS[config.dataset](config)
-    return usable(dataset, cached(dataset, config), config)
+    return usable(dataset, lambda: cached(dataset, config), config)
 
 
 def build_dataset(config) -> ImageDataset:
-    """Return what a run of this `config` trains on: `open_dataset` without the pictures of `--holdout`.
+    """Return what a run of this `config` trains on: `open_dataset` without the pictures of `--holdout`. Say it.
 
     Raise what `open_dataset` does, and DataError if it is smaller than one batch.
     """
@@ -49,6 +50,8 @@ def build_dataset(config) -> ImageDataset:
             f"--batch_size {config.batch_size} is more than the {dataset.summary}; "
             f"use --batch_size {len(dataset)} or less"
         )
+    if not config.dry_run:  # which prints this line itself
+        say(f"data: {describe(dataset, config)}")
     return dataset
 
 
@@ -104,11 +107,19 @@ class Samples(Dataset):
             raise DataError(f"{error}\n`--check_data full` finds all such pictures before training") from None
 
     def __getitems__(self, numbers: range) -> torch.Tensor | str:
-        """`fetch` for a worker. Return an error as text: torch would add the worker's traceback to an exception."""
+        """`fetch` for a worker, in shared memory. Return an error as text: torch would add the worker's traceback to an
+        exception.
+        """
         try:
-            return self.fetch(numbers)
+            pictures = self.fetch(numbers)
         except DataError as error:
             return str(error)
+        try:
+            # CRUCIAL: here, and not when torch sends the batch. There a failure would lose the batch without a word,
+            # and the training process would wait for it forever.
+            return pictures.share_memory_()
+        except (OSError, RuntimeError) as error:
+            return f"--num_workers: a loader process got no shared memory ({first_line(error)})\n{workers.NO_MEMORY}"
 
 
 class RealBatches:
@@ -139,7 +150,12 @@ class RealBatches:
                 pin_memory=self.pin,
                 generator=torch.Generator(),  # the default draws from the global state: resuming would change the run
             )
-            self._from_workers = iter(loader)
+            try:
+                self._from_workers = iter(loader)
+            except OSError as error:
+                say(f"note: loader processes cannot be started ({error.strerror}): pictures are loaded in the training "
+                    "process")
+                return
             atexit.register(self.close)  # workers ignore SIGTERM and would keep a failed program from exiting
 
     def _numbers(self, start: int) -> range:

@@ -1,12 +1,14 @@
 """Find unusable and duplicate pictures before training (`--check_data`).
 
-All cores check the pictures. The results are cached below `--cache_path`, so that the next run checks only new and
-changed files.
+First all cores look at each file's header and end, for what cannot be used, copies, sizes, values of more than 8 bits.
+Then, at level `full`, they decode each picture, into the decoded cache if there is one. The results are cached below
+`--cache_path`, so that the next run checks only new and changed files.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,102 +18,207 @@ import numpy as np
 import torch
 
 from dataset import decode, workers
+from dataset.decode import Levels, Traits, measure_levels
 from dataset.images import EncodedDataset, ImageDataset, Subset
-from device.distributed import after_first, gather, is_first, say
+from dataset.scan import NAMED
+from device.distributed import is_first, on_first, say
 from errors import DataError
 from storage.cache import Cache
+from utils import spread_indices, write_atomically
 
 LEVELS = {"header": 1, "full": 2}
 FULL = 10_000  # --check_data auto decodes every picture of data sets up to this size; of larger ones, header and end
 SHARE = 0.01  # largest fraction of unusable pictures that is skipped instead of refused
-NAMED = 10  # pictures listed in a message, at most
+SAMPLE = 64  # pictures that are looked at for values of more than 8 bits with --check_data off
 CHUNK = {"header": 512, "full": 16}  # pictures per task of a worker
 EDGE = 2**15  # bytes hashed at either end of a file; files of up to twice this size are hashed whole
+BAD, COPIES = "bad_images.jsonl", "duplicates.jsonl"  # the lists in the run's logs
 
 
 @dataclass(frozen=True)
 class Findings:
-    """`bad`: {index: reason} of unusable pictures. `copies`: [[indices of byte-identical files], ...] of the others."""
+    """`bad`: {index: reason} of unusable pictures, of which those in `intact` may still be good files. `copies`:
+    [[indices of byte-identical files], ...] of the others. `levels`: those of a set of which some pictures, `deep` in
+    number, have values of more than 8 bits, in these `ranges`. `small`: the number of pictures smaller than half of
+    --imsize.
+    """
 
     bad: dict
     copies: list
+    intact: frozenset = frozenset()
+    levels: Levels | None = None
+    deep: int = 0
+    ranges: tuple = ()
+    small: int = 0
 
 
-def usable(dataset: ImageDataset, cached: ImageDataset, config) -> ImageDataset:
-    """Return `cached` (`dataset` or a cache of it) without the unusable pictures, and print what was found.
+def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config) -> ImageDataset:
+    """Return `open_cache()` (`dataset` or a cache of it) without the unusable pictures, and print what was found.
 
     A training run also writes the lists to its logs. Rank 0 checks; all ranks must call this. Raises DataError if more
     than SHARE of the pictures are unusable.
     """
-    if config.check_data == "off" or not isinstance(dataset, EncodedDataset):
-        return cached
-    findings = gather(after_first(lambda: examine(dataset, cached, config), lambda: None))[0]
+    if not isinstance(dataset, EncodedDataset):
+        return open_cache()
+    if dataset.found:
+        for line in dataset.found.lines():
+            say(line)
+    if config.check_data == "off":
+        dataset.use_levels(on_first(lambda: sample_levels(dataset)))
+        return open_cache()
+    checks = []  # on rank 0
+
+    def look() -> Findings:
+        checks.append(Check(dataset, config))
+        return checks[0].look()
+
+    findings = on_first(look)
+    dataset.use_levels(findings.levels)
+    cached = open_cache()
+    if _level(dataset, config) == "full":
+        findings = on_first(lambda: checks[0].decode(cached))
     lists = _write_lists(dataset, findings, config)
+    _say_traits(dataset, findings, config)
     _say_copies(dataset, findings, lists)
+    return _without_bad(dataset, cached, findings, lists)
+
+
+def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findings, lists: dict) -> ImageDataset:
     if not findings.bad:
         return cached
     bad = [f"{dataset.name(index)}: {reason}" for index, reason in findings.bad.items()]
     shown = "\n  ".join(bad[:NAMED]) + (f"\n  and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-    full_list = f", all listed in {lists['bad_images']}" if "bad_images" in lists else ""
+    full_list = f", all listed in {decode.printable(lists[BAD])}" if BAD in lists else ""
     if len(bad) > SHARE * len(dataset):
+        damaged = len(findings.bad) - len(findings.intact)
+        delete = "Delete or replace them (--mode clean_data deletes the damaged ones)" if damaged else "Mend that"
         raise DataError(f"{len(bad)} of the {dataset.summary} cannot be used{full_list}:\n  {shown}\n"
-                        f"Delete or replace them; only up to {SHARE:.0%} of the pictures would be skipped.")
+                        f"{delete}; only up to {SHARE:.0%} of the pictures would be skipped.")
     say(f"pictures: {len(bad)} of {len(dataset)} cannot be used and are skipped{full_list}:\n  {shown}")
     return Subset(cached, [index for index in range(len(dataset)) if index not in findings.bad], "usable")
 
 
+def _level(dataset: ImageDataset, config) -> str:
+    return config.check_data if config.check_data in LEVELS else "full" if len(dataset) <= FULL else "header"
+
+
 def _write_lists(dataset: EncodedDataset, findings: Findings, config) -> dict:
-    """Write the lists of findings to the run's logs, remove outdated ones. Return {name: path} of those written."""
+    """Write the lists of findings to the run's logs, remove outdated ones. Return {name: path} of those written.
+
+    JSON lines: a name of any bytes can be read back from them. `--mode clean_data` reads them.
+    """
     if config.mode != "train" or config.dry_run or not is_first():
         return {}
-    folder = Path(config.log_path, config.version)
-    texts = {"bad_images": "\n".join(f"{dataset.name(index)}\t{reason}" for index, reason in findings.bad.items()),
-             "duplicates": "\n\n".join("\n".join(map(dataset.name, group)) for group in findings.copies)}
+    left_out = dataset.found.left_out if dataset.found else {}
+    rows = {BAD: [{**dataset.entry(index), "reason": reason, "damaged": index not in findings.intact}
+                  for index, reason in findings.bad.items()] +
+                 [{"path": os.path.abspath(path), "reason": reason, "damaged": False}
+                  for path, reason in left_out.items()],
+            COPIES: [{**dataset.entry(copy), "copy_of": dataset.entry(first)}
+                     for first, *copies in findings.copies for copy in copies]}
     lists = {}
-    for name, text in texts.items():
-        path = folder / f"{name}.txt"
-        if text:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+    for name, lines in rows.items():
+        path = Path(config.log_path, config.version, name)
+        path.with_suffix(".txt").unlink(missing_ok=True)  # of an older version
+        if lines:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_list(path, lines)
             lists[name] = path
         else:
             path.unlink(missing_ok=True)
     return lists
 
 
+def write_list(path: Path, rows: list[dict]):
+    """Write one JSON object a line, in ASCII."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="ascii"))
+
+
+def _say_traits(dataset: EncodedDataset, findings: Findings, config):
+    if findings.small:
+        say(f"pictures: {findings.small} of {len(dataset)} {'is' if findings.small == 1 else 'are'} smaller than half "
+            f"of --imsize {config.imsize} and will be blurred by enlarging; a smaller --imsize fits them")
+    if findings.levels:
+        ranges = " and ".join(f"{low:g}..{high:g}" for low, high in findings.ranges)
+        say(f"pictures: {findings.deep} of {len(dataset)} {'has' if findings.deep == 1 else 'have'} values of more "
+            f"than 8 bits; {ranges}, the range of the whole set, becomes 0..255")
+
+
 def _say_copies(dataset: EncodedDataset, findings: Findings, lists: dict):
     count = sum(len(group) - 1 for group in findings.copies)
     if count:
         original, copy, *_ = map(dataset.name, findings.copies[0])
-        where = f"all listed in {lists['duplicates']}" if "duplicates" in lists else f"such as {copy} of {original}"
+        where = (f"all listed in {decode.printable(lists[COPIES])}" if COPIES in lists else
+                 f"such as {copy} of {original}")
         say(f"pictures: {count} {'is a copy' if count == 1 else 'are copies'} of others (byte-identical), {where}; "
             "training uses them anyway")
 
 
-def examine(dataset: EncodedDataset, cached: ImageDataset, config) -> Findings:
-    """Check all pictures without a cached result, and cache the results. Level `full` also fills `cached`."""
-    level = config.check_data if config.check_data in LEVELS else "full" if len(dataset) <= FULL else "header"
-    origin = {"home": os.path.abspath(dataset.home), "procedure": decode.CACHE_VERSION}
-    store = Cache(config.cache_path, "index", origin)
-    index = _Index.of(dataset, store)
-    unchecked = np.flatnonzero(index.level < LEVELS[level])
-    check = partial(_check_pictures, dataset, cached if level == "full" else None)
-    for picture, (digest, edges, reason, permanent) in zip(
-            unchecked.tolist(), workers.spread(check, unchecked.tolist(), CHUNK[level], "checking"), strict=True):
-        index.digest[picture], index.edges[picture] = digest, edges
-        # A damaged file is not checked again; after a read error the picture is checked again in the next run.
-        index.level[picture] = LEVELS["full"] if reason and permanent else 0 if reason else LEVELS[level]
-        if reason:
-            index.reasons[picture] = reason
-    # Large files of equal size and ends: only the hash of the whole file tells whether they are copies.
-    ambiguous = [picture for group in index.groups("digest") for picture in group
-                 if index.edges[picture] and not index.whole[picture]]
-    digests = workers.spread(partial(_whole_digests, dataset), ambiguous, CHUNK["full"], "comparing")
-    for picture, digest in zip(ambiguous, digests, strict=True):
-        index.whole[picture] = digest
-    if (len(unchecked) or ambiguous) and not config.dry_run:
-        store.write(index.state(dataset))
-    return Findings(dict(sorted(index.reasons.items())), index.groups("digest", "whole"))
+def sample_levels(dataset: EncodedDataset) -> Levels | None:
+    """Return the Levels of a data set from some of its pictures: SAMPLE of those that may have more than 8 bits."""
+    deep = [index for index in range(len(dataset)) if dataset.name(index).lower().endswith(_DEEP)
+            or len(dataset.sources) != len(dataset)]
+    looks = _look_at(dataset, [deep[index] for index in spread_indices(SAMPLE, len(deep))])
+    return measure_levels([look.traits for look in looks])
+
+
+_DEEP = tuple(ending for format in ("PNG", "TIFF", "JPEG2000", "PPM") for ending in decode.FORMATS.get(format, ()))
+
+
+class Check:
+    """The check of one data set: `look`, then at level `full` also `decode`. Both return Findings."""
+
+    def __init__(self, dataset: EncodedDataset, config):
+        self.dataset, self.config, self.changed = dataset, config, False
+        origin = {"home": os.path.abspath(dataset.home), "procedure": decode.CACHE_VERSION, "index": 2}
+        if dataset.crop:
+            origin["crop"] = dataset.crop
+        self.store = Cache(config.cache_path, "index", origin)
+        self.index = _Index.of(dataset, self.store)
+
+    def look(self) -> Findings:
+        """Look at the header and the end of all pictures without a cached result; compare what may be copies."""
+        dataset, index = self.dataset, self.index
+        unchecked = np.flatnonzero(index.level == 0).tolist()
+        looks = workers.spread(partial(_look_at, dataset), unchecked, CHUNK["header"], "checking")
+        for picture, look in zip(unchecked, looks, strict=True):
+            index.add(picture, look)
+        # Large files of equal size and ends: only the hash of the whole file tells whether they are copies.
+        ambiguous = [picture for group in index.groups("digest") for picture in group
+                     if index.edges[picture] and not index.whole[picture]]
+        digests = workers.spread(partial(_whole_digests, dataset), ambiguous, CHUNK["full"], "comparing")
+        for picture, digest in zip(ambiguous, digests, strict=True):
+            index.whole[picture] = digest
+        return self._done(unchecked or ambiguous)
+
+    def decode(self, cached: ImageDataset) -> Findings:
+        """Decode all pictures that have not been decoded before, through `cached`, which fills it."""
+        index = self.index
+        unchecked = np.flatnonzero(index.level == LEVELS["header"]).tolist()
+        results = workers.spread(partial(_decode, cached), unchecked, CHUNK["full"], "decoding")
+        for picture, (reason, damaged) in zip(unchecked, results, strict=True):
+            index.level[picture] = LEVELS["full"]
+            if reason:
+                index.refuse(picture, reason, damaged)
+        return self._done(unchecked)
+
+    def _done(self, changed) -> Findings:
+        index = self.index
+        if changed and not self.config.dry_run:
+            self.store.write(index.state(self.dataset))
+        reasons = dict(sorted(index.reasons.items()))
+        good = np.setdiff1d(np.arange(len(self.dataset)), list(reasons))
+        deep = good[index.kind[good] > 0]
+        traits = [Traits(0, *row) for row in zip(*(getattr(index, name)[deep].tolist()
+                                                   for name in ("kind", "low", "high")), strict=True)]
+        crop, side = self.dataset.crop, index.side[good]
+        side = np.minimum(side, crop) if crop else side
+        levels = measure_levels(traits)
+        ranges = tuple(levels[kind - 1] for kind in sorted({t.kind for t in traits})) if levels else ()
+        intact = frozenset(picture for picture in reasons if not index.level[picture])
+        return Findings(reasons, index.groups("digest", "whole"), intact, levels, len(deep), ranges,
+                        int((2 * side < self.config.imsize).sum()))
 
 
 class _Index:
@@ -119,15 +226,26 @@ class _Index:
 
     `level`: the value of LEVELS at which it was checked, 0 for unchecked. `digest`: hash of the file, or, where `edges`
     is True (large files), of its two ends only. `whole`: hash of the whole of a large file, 0 unless another one has
-    the same `digest`. `reasons`: {index: reason} of the unusable pictures.
+    the same `digest`. `side`, `kind`, `low`, `high`: its Traits. `reasons`: {index: reason} of the unusable pictures.
     """
 
     def __init__(self, count: int):
-        self.level = np.zeros(count, np.uint8)
-        self.digest = np.zeros(count, np.int64)
-        self.whole = np.zeros(count, np.int64)
-        self.edges = np.zeros(count, bool)
+        for name, dtype in _COLUMNS.items():
+            setattr(self, name, np.zeros(count, dtype))
         self.reasons = {}
+
+    def add(self, picture: int, look: "_Look"):
+        """Add the results of a look."""
+        self.digest[picture], self.edges[picture], self.level[picture] = look.digest, look.edges, LEVELS["header"]
+        traits = look.traits
+        self.side[picture], self.kind[picture] = traits.side, traits.kind
+        self.low[picture], self.high[picture] = traits.low, traits.high
+        if look.reason:
+            self.refuse(picture, look.reason, look.damaged)
+
+    def refuse(self, picture: int, reason: str, damaged: bool):
+        """Mark a picture as unusable. A damaged file is not checked again; others, as after a read error, are."""
+        self.level[picture], self.reasons[picture] = LEVELS["full"] if damaged else 0, reason
 
     @classmethod
     def of(cls, dataset: EncodedDataset, store: Cache) -> "_Index":
@@ -164,7 +282,8 @@ class _Index:
         return sorted(group.tolist() for group in np.split(order, ends) if len(group) > 1)
 
 
-_COLUMNS = ("level", "digest", "whole", "edges")
+_COLUMNS = {"level": np.uint8, "digest": np.int64, "whole": np.int64, "edges": bool, "side": np.int32,
+            "kind": np.uint8, "low": np.float64, "high": np.float64}
 
 
 def _is_valid(state: dict) -> bool:
@@ -173,29 +292,47 @@ def _is_valid(state: dict) -> bool:
             and len({len(column) for column in columns}) == 1 and isinstance(state.get("reasons"), dict))
 
 
-def _check_pictures(dataset: EncodedDataset, cached: ImageDataset | None, pictures: Sequence[int]) -> list[tuple]:
-    """[(digest, True if only the file's ends are hashed, reason or None, True if the reason is permanent), ...].
+@dataclass
+class _Look:
+    """What a look at a file found. `edges`: only the ends are in `digest`. `reason`: why it is unusable, or None."""
 
-    `reason` says why the picture is unusable. With `cached` each picture is decoded through it; without, only the
-    file's header and end are checked.
-    """
-    results = []
+    digest: int = 0
+    edges: bool = False
+    traits: Traits = Traits(0)
+    reason: str | None = None
+    damaged: bool = False
+
+
+def _look_at(dataset: EncodedDataset, pictures: Sequence[int]) -> list[_Look]:
+    looks = []
     for picture in pictures:
-        digest, edges, reason, permanent = 0, False, None, True
+        look = _Look()
+        looks.append(look)
         try:
             file, size = dataset.open(picture)
             with file:
-                digest, edges = _digest(file, size), size > 2 * EDGE
-                if cached is None:
-                    file.seek(0)
-                    reason = decode.find_defect(file, size)
-                else:
-                    cached.load_batch([picture])
+                look.digest, look.edges = _digest(file, size), size > 2 * EDGE
+                file.seek(0)
+                look.traits = decode.look(file, size, dataset.crop, dataset.max_pixels)
         except decode.UnusablePicture as error:
-            reason = error.reason
+            look.reason, look.damaged = error.reason, error.damaged
         except (DataError, OSError) as error:
-            reason, permanent = str(error), False
-        results.append((digest, edges, reason, permanent))
+            look.reason = decode.printable(error)
+    return looks
+
+
+def _decode(cached: ImageDataset, pictures: Sequence[int]) -> list[tuple]:
+    """[(why the picture is unusable or None, True if its file is damaged), ...]"""
+    results = []
+    for picture in pictures:
+        reason, damaged = None, False
+        try:
+            cached.load_batch([picture])
+        except decode.UnusablePicture as error:
+            reason, damaged = error.reason, error.damaged
+        except (DataError, OSError) as error:
+            reason = decode.printable(error)
+        results.append((reason, damaged))
     return results
 
 

@@ -1,140 +1,271 @@
-"""Picture files: find them below a folder, decode any supported format, detect truncated files without decoding."""
+"""Decode picture files of any supported format; look at a file's header and end without decoding it.
+
+8-bit pictures are decoded as Pillow does. Values of more than 8 bits are mapped to 0..255 by the `Levels` of their data
+set, because 10 and 12 bits in 16-bit files would come out black.
+"""
 
 import io
-import os
 import struct
+import sys
 import warnings
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from errors import DataError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# Pillow's exceptions on damaged data, besides DecompressionBombError.
+_NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # a library that Pillow may have been built without
+FORMATS = {format: endings for format, endings in {  # what Pillow decodes by itself, in the order of trying
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "QOI": (".qoi",),
+    "SGI": (".sgi",),
+    "SUN": (".ras",),
+    "PCX": (".pcx",),
+    "TGA": (".tga",),  # last: it has no signature
+}.items() if features.check(_NEEDS.get(format, "pil"))}
+SUFFIXES = frozenset(ending for endings in FORMATS.values() for ending in endings)
+# Pillow's exceptions on damaged data.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
-_UNUSABLE = (Image.DecompressionBombError, *DAMAGE)
-CACHE_VERSION = 1  # increment when `decode` returns different pixels: invalidates the caches of decoded pictures
+# Increment when `decode` returns different pixels for files that it could decode before: invalidates the caches of
+# decoded pictures. What only some data sets depend on, such as `Levels`, is in the caches' own headers instead.
+CACHE_VERSION = 1
+MAX_PIXELS = 178_956_970  # the default of --max_pixels: Pillow's own limit
+Image.MAX_IMAGE_PIXELS = None  # `_limit` checks instead, when the decoder has been told to scale down
+
+
+class Levels(NamedTuple):
+    """The values that become 0 and 255: of whole numbers of more than 8 bits, and of floating-point numbers."""
+
+    whole: tuple = (0, 65535)
+    real: tuple = (0.0, 1.0)
+
+
+WHOLE, REAL = 1, 2  # `Traits.kind`; 0 for 8 bits
+NO_LEVELS = Levels()
 
 
 class UnusablePicture(DataError):
-    """A picture cannot be decoded. `reason` says why, without the picture's name."""
+    """A picture cannot be decoded. `reason` says why, without the picture's name; `damaged` is False if the file may
+    be all right, so that it should neither be deleted nor be remembered as unusable.
+    """
 
-    def __init__(self, name: str, reason: str):
-        super().__init__(f"cannot use the picture {name}: {reason}; delete or replace it")
-        self.reason = reason
+    def __init__(self, name: str, reason: str, damaged: bool = True):
+        super().__init__(f"cannot use the picture {printable(name)}: {reason}" +
+                         "; delete or replace it" * damaged)
+        self.reason, self.damaged = reason, damaged
 
 
-def find_pictures(folder: Path) -> list[str]:
-    """Return the sorted paths of all pictures below `folder`, except hidden ones. Raise DataError if there are none."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder} is a file" if os.path.exists(folder) else f"there is no folder {folder}")
+class _TooLarge(Exception):
+    pass
 
-    def refuse(error: OSError):
-        raise DataError(f"cannot read {error.filename} ({error.strerror})")
 
-    paths, others, seen = [], 0, {os.path.realpath(folder)}
-    for parent, subfolders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        visible = {os.path.realpath(os.path.join(parent, s)): s for s in sorted(subfolders) if s[0] != "."}
-        subfolders[:] = [name for real, name in visible.items() if real not in seen]  # no symlink loops
-        seen.update(visible)
-        pictures = [name for name in names if name.lower().endswith(SUFFIXES) and name[0] != "."]
-        paths += [os.path.join(parent, name) for name in pictures]
-        others += len(names) - len(pictures)
-    if not paths:
-        problem = f"holds {others} files, but no picture ({' '.join(SUFFIXES)})" if others else "is empty"
-        raise DataError(f"{folder} {problem}")
-    return sorted(paths)
+_UNUSABLE = (_TooLarge, MemoryError, *DAMAGE)
+
+
+def printable(text: object) -> str:
+    r"""Return `text` as any console can show it on one line: `\n`, `\t`, bytes that are not UTF-8 as `\xe9`."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c) - 0xdc00:02x}" if "\udc80" <= c <= "\udcff"
+                   else c.encode("unicode_escape").decode() for c in str(text))
+
+
+# ---- a look, without decoding ----
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a header says: the shorter `side` in pixels; the `kind` of the values, WHOLE or REAL if they have more than
+    8 bits, and then also the smallest and largest value.
+    """
+
+    side: int
+    kind: int = 0
+    low: float = 0.0
+    high: float = 0.0
 
 
 def picture_size(path: str) -> tuple[int, int] | None:
     """Return (width, height) in pixels, read from the file's header only; None if the header cannot be read."""
     try:
-        return _read_header(path)[1]
+        with open(path, "rb") as file, _open(file) as image:
+            return image.size
     except _UNUSABLE:
         return None
 
 
-def _read_header(file: str | BinaryIO) -> tuple[str, tuple[int, int]]:
-    """Return (format, (width, height)). Raises one of _UNUSABLE."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of large pictures and of damaged EXIF data
-        with Image.open(file, formats=FORMATS) as image:
-            return image.format, image.size
+def look(file: BinaryIO, size: int, crop: int | None = None, max_pixels: int = MAX_PIXELS) -> Traits:
+    """Check the header and the end of the encoded picture in the open `file` of `size` bytes; return its Traits.
 
-
-def find_defect(file: BinaryIO, size: int) -> str | None:
-    """Check the header and the end of the encoded picture in the open `file` of `size` bytes.
-
-    Return why it cannot be used, or None. A bad header means that the file has another format; a bad end usually means
-    that it is truncated, as after an interrupted download. Some cameras append data to their JPEGs, so a picture with
-    an unexpected end is decoded before it is rejected.
+    A bad header means that the file has another format; a bad end usually means that it is truncated, as after an
+    interrupted download. Some cameras append data to their JPEGs, so a picture with an unexpected end is decoded before
+    it is rejected. Pictures of more than 8 bits are decoded anyway. Raise UnusablePicture if it cannot be used.
     """
     try:
-        format, _ = _read_header(file)
-        file.seek(max(0, size - _TAIL))
-        end = file.read()
+        with _open(file) as image:
+            kind, side = _kind(image), min(image.size)
+            complete = _is_complete(image, file, size)
+            _limit(image, 1, crop, max_pixels)
         file.seek(0)
-        if not _is_complete(format, end, file.read(8), size):
-            file.seek(0)
-            decode(file.read(), "", imsize=1)
-    except UnusablePicture as error:
-        return error.reason
+        if kind:
+            return Traits(side, kind, *_despite_text(_extremes, file.read()))
+        if not complete:
+            decode(file.read(), "", 1, crop, max_pixels)
+        return Traits(side)
     except _UNUSABLE as error:
-        return _describe(error)
-    return None
+        raise _unusable("", error, max_pixels) from None
 
 
-_TAIL = 12  # bytes: the length of PNG's IEND chunk
+def _is_complete(image: Image.Image, file: BinaryIO, size: int) -> bool:
+    """Return whether the file is certainly not truncated."""
+    def read(start: int, count: int) -> bytes:
+        file.seek(max(0, start))
+        return file.read(count)
+
+    match image.format:
+        case "JPEG" | "MPO" | "JPEG2000":
+            return read(size - 2, 2) == b"\xff\xd9"  # the EOI marker (end of image)
+        case "PNG":
+            return read(size - 12, 12) == b"\0\0\0\0IEND\xaeB`\x82"
+        case "GIF":
+            return read(size - 1, 1) == b";"
+        case "WEBP":  # RIFF stores the file size, less its first 8 bytes
+            return size >= int.from_bytes(read(4, 4), "little") + 8
+        case "BMP":
+            return size >= int.from_bytes(read(2, 4), "little")
+        case "TIFF":  # the places of its strips or tiles
+            tags = image.tag_v2
+            starts, counts = (np.ravel(tags.get(strips, tags.get(tiles, ()))) for strips, tiles in (
+                (273, 324), (279, 325)))
+            return len(starts) == len(counts) > 0 and bool((starts + counts <= size).all())
+        case "AVIF":  # boxes; the last ends with the file
+            start = 0
+            while 0 <= start < size:
+                length = int.from_bytes(read(start, 4), "big")
+                if length == 1:
+                    length = int.from_bytes(read(start + 8, 8), "big")
+                start = start + length if length >= 8 else size if length == 0 and start else -1
+            return start == size
+    return False
 
 
-def _is_complete(format: str, end: bytes, start: bytes, size: int) -> bool:
-    if format == "JPEG":
-        return end.endswith(b"\xff\xd9")  # the EOI marker (end of image)
-    if format == "PNG":
-        return end == b"\0\0\0\0IEND\xaeB`\x82"
-    # WebP (RIFF) and BMP store the file size in their header; RIFF does not count its first 8 bytes
-    return size >= (int.from_bytes(start[4:8], "little") + 8 if format == "WEBP" else
-                    int.from_bytes(start[2:6], "little"))
+def _open(file: BinaryIO) -> Image.Image:
+    """Read a picture's header. Raises one of _UNUSABLE."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF data
+        try:
+            return Image.open(file, formats=tuple(FORMATS))
+        except ValueError:  # of a PNG with large texts, see `_despite_text`
+            file.seek(0)
+            return _despite_text(lambda data: Image.open(io.BytesIO(data), formats=tuple(FORMATS)), file.read())
 
 
-def read_picture(path: str, imsize: int, crop: int | None = None) -> torch.Tensor:
+def _without_text(data: bytes) -> bytes | None:
+    """Return a PNG without its texts and colour profile, of which Pillow refuses large ones; None if it has none."""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, start = [data[:8]], 8
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start:start + 4], "big")
+        if data[start + 4:start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[start:end])
+        start = end
+    stripped = b"".join(kept)
+    return stripped if len(stripped) < len(data) else None
+
+
+# ---- decoding ----
+
+
+def read_picture(path: str, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+                 levels: Levels = NO_LEVELS) -> torch.Tensor:
     """Return the decoded file at `path` as `decode` does: uint8 (3, imsize, imsize). Raises DataError naming `path`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:  # the file itself may be intact, so the message does not advise deleting it
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    return decode(data, path, imsize, crop)
+        raise DataError(f"cannot read {printable(path)}: {error.strerror}") from error
+    return decode(data, path, imsize, crop, max_pixels, levels)
 
 
-def decode(data: bytes, name: str, imsize: int, crop: int | None = None) -> torch.Tensor:
+def decode(data: bytes, name: str, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+           levels: Levels = NO_LEVELS) -> torch.Tensor:
     """Decode the encoded picture `data`, center-crop it, Lanczos-resize it; return uint8 (3, imsize, imsize).
 
     The crop is a square of side `crop`, or the largest square if `crop` is None or larger than the picture. EXIF
-    rotation is applied, transparency is composited over white. Raises UnusablePicture, whose message contains `name`.
+    rotation is applied, transparency is composited over white. Of an animation the first frame is taken. A picture of
+    more than `max_pixels` (0: no limit) is decoded at a reduced size if the format can. Raises UnusablePicture, whose
+    message contains `name`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if crop is None:
-                    image.draft(None, (4 * imsize, 4 * imsize))  # large JPEGs decode at 1/2, 1/4, 1/8: faster
-                return to_tensor(_rgb(_upright(image)), imsize, crop)
+        return _despite_text(partial(_decode, imsize=imsize, crop=crop, max_pixels=max_pixels, levels=levels), data)
     except _UNUSABLE as error:
-        raise UnusablePicture(name, _describe(error)) from None
+        raise _unusable(name, error, max_pixels) from None
 
 
-def _describe(error: Exception) -> str:
+def _despite_text(read: Callable, data: bytes):
+    """Return read(data), of a PNG without its texts if Pillow refuses them: it reads those behind the pixels last."""
+    try:
+        return read(data)
+    except ValueError:
+        stripped = _without_text(data)
+        if stripped is None:
+            raise
+        return read(stripped)
+
+
+def _decode(data: bytes, imsize: int, crop: int | None, max_pixels: int, levels: Levels) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(io.BytesIO(data)) as image:
+            _limit(image, imsize, crop, max_pixels)
+            kind = _kind(image)
+            if kind == REAL or image.mode.startswith("I"):
+                image = _grey(_upright(image), levels)
+            elif kind and levels.whole != NO_LEVELS.whole:  # else the high bytes, which Pillow decodes, are the result
+                image = _channels_in_8_bits(data, levels)
+            else:
+                image = _upright(image)
+            return to_tensor(_rgb(image), imsize, crop)
+
+
+def _unusable(name: str, error: Exception, max_pixels: int) -> UnusablePicture:
     if isinstance(error, UnidentifiedImageError):
-        return "it is not a JPEG, PNG, WebP or BMP"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels"
-    return str(error) or type(error).__name__
+        return UnusablePicture(name, "it is not a JPEG, PNG, WebP or any other picture that can be read")
+    if isinstance(error, _TooLarge):
+        return UnusablePicture(name, f"it has more than {max_pixels:,} pixels; --max_pixels 0 lifts this limit", False)
+    if isinstance(error, MemoryError):
+        return UnusablePicture(name, "there is not enough memory to decode it", False)
+    return UnusablePicture(name, printable(error) or type(error).__name__)
+
+
+def _limit(image: Image.Image, imsize: int, crop: int | None, max_pixels: int):
+    """Let the decoder scale down, for speed or to stay within `max_pixels`. Raise _TooLarge if it cannot."""
+    side, reduction = 4 * imsize, 1  # what is asked for, and by what each side must be divided
+    while max_pixels and -(-image.width // reduction) * -(-image.height // reduction) > max_pixels:
+        reduction *= 2
+    if reduction > 1:
+        if crop is not None:
+            raise _TooLarge
+        side = max(1, min(side, min(image.size) // reduction))
+    if crop is None:
+        image.draft(None, (side, side))  # large JPEGs decode at 1/2, 1/4, 1/8
+    if reduction > 1 and image.format == "JPEG2000":
+        image.reduce = reduction.bit_length() - 1
+    elif max_pixels and image.width * image.height > max_pixels:
+        raise _TooLarge
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -146,15 +277,113 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to mode RGB: 16-bit values keep their high byte, transparent pixels become white."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it at 255
-        grey = np.asarray(image)
-        white = grey == image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(white, 255, grey >> 8).astype(np.uint8))
+    """Convert to mode RGB: transparent pixels become white."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+# ---- more than 8 bits ----
+
+_NATIVE, _SWAPPED = ("L", "B") if sys.byteorder == "little" else ("B", "L")
+# {how Pillow unpacks channels of 16 bits, keeping the high bytes: how it unpacks the low bytes of the same data}
+_LOW_BYTES = {"LA;16B": "RGBA"} | {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX", "CMYK")
+                                   for order, other in (("L", "B"), ("B", "L"), ("N", _SWAPPED))}
+
+
+def _raw_modes(image: Image.Image) -> set[str]:
+    """Return the names by which Pillow calls the layout of this PNG's or TIFF's data."""
+    return {args[0] if isinstance(args, tuple) else args for *_, args in image.tile}
+
+
+def _kind(image: Image.Image) -> int:
+    """Return REAL, WHOLE or 0 for values of 8 bits; before the picture is loaded."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return REAL if image.mode == "F" else WHOLE
+    return WHOLE if image.format in ("PNG", "TIFF") and image.tile and _raw_modes(image) <= _LOW_BYTES.keys() else 0
+
+
+def _channels(data: bytes) -> tuple[np.ndarray, str]:
+    """Return (values, mode) of a picture of several channels of 16 bits: uint16 (H, W, C), upright."""
+    with _open(io.BytesIO(data)) as first, _open(io.BytesIO(data)) as second:
+        second.tile = [tile._replace(args=(_LOW_BYTES[tile.args[0]], *tile.args[1:]) if isinstance(tile.args, tuple)
+                                     else _LOW_BYTES[tile.args]) for tile in first.tile]
+        grey = _raw_modes(first) == {"LA;16B"}
+        high, low = (np.asarray(_upright(image)).astype(np.uint16) for image in (first, second))
+        if grey:  # the second one holds both bytes of grey and alpha
+            return np.stack([low[..., 0] << 8 | low[..., 1]] * 3 + [low[..., 2] << 8 | low[..., 3]], -1), "RGBA"
+        return high << 8 | low, first.mode
+
+
+def _extremes(data: bytes) -> tuple[float, float]:
+    """Return the smallest and the largest value of a picture of more than 8 bits, transparency left out.
+
+    Raises one of _UNUSABLE.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(io.BytesIO(data)) as image:
+            if image.mode == "F" or image.mode.startswith("I"):
+                image.load()
+                values = np.asarray(image)
+            else:
+                values, mode = _channels(data)
+                values = values[..., :3] if mode == "RGBA" else values
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+
+
+def _to_8_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
+    """Map values linearly to uint8, clipped."""
+    if values.dtype.kind == "f":
+        low, high = levels.real
+        scaled = np.nan_to_num((values - low) / ((high - low) or 1)) * 255 + 0.5
+    else:
+        low, high = levels.whole  # such as 0..4095: of 12 bits, the upper 8
+        scaled = (values.astype(np.int64) - low) * 256 // (high - low + 1)
+    return scaled.clip(0, 255).astype(np.uint8)
+
+
+def _grey(image: Image.Image, levels: Levels) -> Image.Image:
+    values = np.asarray(image)
+    white = values == image.info.get("transparency", -1)
+    return Image.fromarray(np.where(white, np.uint8(255), _to_8_bits(values, levels)))
+
+
+def _channels_in_8_bits(data: bytes, levels: Levels) -> Image.Image:
+    values, mode = _channels(data)
+    pixels = _to_8_bits(values, levels)
+    with _open(io.BytesIO(data)) as image:
+        transparent = image.info.get("transparency")
+    if mode == "RGB" and transparent is not None:
+        pixels[(values == transparent).all(-1)] = 255
+    return Image.frombytes(mode, values.shape[1::-1], pixels.tobytes())
+
+
+def measure_levels(traits: list[Traits]) -> Levels | None:
+    """Return the Levels of a set of pictures, the same for all; None if all have 8 bits.
+
+    Whole numbers range from 0 to the largest number of as many bits as the largest value has, such as 4095;
+    floating-point numbers from 0 to 1, 255 or the largest value. Sets with negative values, or with values in a narrow
+    band far from 0, such as temperatures, range from their smallest to their largest value.
+    """
+    if not any(t.kind for t in traits):
+        return None
+    levels = NO_LEVELS
+    whole, real = ([(t.low, t.high) for t in traits if t.kind == kind] for kind in (WHOLE, REAL))
+    if whole:
+        low, high = int(min(low for low, _ in whole)), int(max(high for _, high in whole))
+        own = low < 0 or 256 <= high - low < high / 8
+        levels = levels._replace(whole=(low, high) if own else (0, 2**max(8, high.bit_length()) - 1))
+    if real:
+        low, high = min(low for low, _ in real), max(high for _, high in real)
+        usual = next((top for top in (1.0, 255.0) if top / 2 < high <= top), high)
+        levels = levels._replace(real=(low, high) if low < 0 or 0 < high - low < high / 8 else (0.0, usual))
+    return levels
+
+
+# ---- to tensors ----
 
 
 def to_tensor(image: Image.Image, imsize: int, crop: int | None = None) -> torch.Tensor:

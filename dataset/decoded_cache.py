@@ -20,6 +20,7 @@ import torch
 
 import utils
 from dataset import decode, workers
+from dataset.decode import printable
 from dataset.images import EncodedDataset, ImageDataset
 from device.distributed import after_first, on_this_machine, say
 from errors import CheckpointError
@@ -40,6 +41,7 @@ class DecodedCache(ImageDataset):
                  writable: bool = True):
         super().__init__(self._one, len(dataset), dataset.summary, dataset.sources)
         self.dataset, self.pictures, self.file, self.writable = dataset, pictures, file, writable
+        self.options = dataset.options
         self._shared_sums, self.sums = sums, sums.numpy().view(np.uint32)
         self._verified = np.zeros(len(dataset), bool)  # this process knows these to be cached and intact
 
@@ -81,6 +83,10 @@ class DecodedCache(ImageDataset):
             self._verified[index] = hit or self.writable
         return batch
 
+    @property
+    def identities(self):
+        return self.dataset.identities
+
     def is_decoded(self, indices=None):
         return bool((self.sums if indices is None else self.sums[indices]).all())
 
@@ -107,7 +113,8 @@ class _File:
     @classmethod
     def of(cls, dataset: EncodedDataset, config, folder: Path) -> "_File":
         fields = {"pictures": hashlib.sha256(dataset.stamps.tobytes()).hexdigest(), "imsize": config.imsize,
-                  "crop": dataset.crop, "procedure": decode.CACHE_VERSION, "Pillow": PIL.__version__}
+                  "crop": dataset.crop, "procedure": decode.CACHE_VERSION, "Pillow": PIL.__version__,
+                  **dataset.options}
         text = json.dumps(fields).encode()
         kind = f"{config.imsize}px" + (f"_crop{dataset.crop}" if dataset.crop else "")
         name = f"{kind}_{hashlib.sha256(text).hexdigest()[:16]}.u8"
@@ -184,7 +191,7 @@ def cached(dataset: ImageDataset, config) -> ImageDataset:
 def _folders(dataset: EncodedDataset, config) -> list[Path]:
     """Folders for the cache file, the preferred one first."""
     home = os.path.abspath(dataset.home)
-    name = f"{os.path.basename(home)}-{hashlib.sha256(home.encode()).hexdigest()[:8]}"
+    name = f"{os.path.basename(home)}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:8]}"
     if config.cache_dir:
         return [Path(config.cache_dir, name)]
     return [Path(dataset.home, FOLDER), Path(config.cache_path, "decoded", name)]
@@ -197,7 +204,7 @@ def _map_existing(files: list[_File], dataset: EncodedDataset) -> DecodedCache |
         except OSError:  # no permission to read
             continue
         if cache is not None:
-            say(f"decoded cache: {np.count_nonzero(cache.sums)} of {len(cache)} pictures in {file.path}")
+            say(f"decoded cache: {np.count_nonzero(cache.sums)} of {len(cache)} pictures in {printable(file.path)}")
             return cache
     return None
 
@@ -214,17 +221,18 @@ def _create(files: list[_File], dataset: EncodedDataset, config) -> ImageDataset
         try:
             free = shutil.disk_usage(_existing(file.path.parent)).free
             if config.cache == "auto" and size > free // 4:
-                problems.append(f"{file.path.parent} has {_gb(free)} free, and --cache auto uses at most a quarter")
+                problems.append(f"{printable(file.path.parent)} has {_gb(free)} free, and --cache auto uses at "
+                                "most a quarter")
                 continue
             if config.dry_run:
-                say(f"decoded cache: {_gb(size)} would be written to {file.path.parent}")
+                say(f"decoded cache: {_gb(size)} would be written to {printable(file.path.parent)}")
                 return dataset
             file.create()
             cache = file.map(dataset)
         except OSError as error:
-            problems.append(f"cannot write {file.path.parent} ({error.strerror})")
+            problems.append(f"cannot write {printable(file.path.parent)} ({error.strerror})")
             continue
-        say(f"decoded cache: {_gb(size)} in {file.path}, filled as pictures are first used")
+        say(f"decoded cache: {_gb(size)} in {printable(file.path)}, filled as pictures are first used")
         return cache
     problem = f"{_gb(size)} of decoded pictures: {problems[-1]}"
     if config.cache == "on":

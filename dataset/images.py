@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.decode import decode, find_pictures, read_picture
+from dataset.decode import MAX_PIXELS, NO_LEVELS, Levels, decode, printable, read_picture
+from dataset.scan import Found, find_pictures
 from errors import DataError
 
 
@@ -25,8 +26,10 @@ class ImageDataset(Dataset):
     """`length` pictures; `read(index)` returns one as uint8 (3, imsize, imsize).
 
     `sources` are the paths of the files that hold the pictures, in a fixed order. `summary` describes the data set in
-    messages.
+    messages. `options` {name: value} are settings of the decoder that differ from the usual ones.
     """
+
+    options: dict = {}
 
     def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str, sources: Sequence[str]):
         self.read, self.length, self.summary, self.sources = read, length, summary, sources
@@ -45,12 +48,36 @@ class ImageDataset(Dataset):
         """Whether these pictures (None: all) can be read without decoding."""
         return False
 
+    @cached_property
+    def identities(self) -> np.ndarray:
+        """int64 (length,): what tells picture i from others, to compare the set with a later one (dataset/table.py).
+
+        The upper 40 bits are a hash of its name, the lower 24 bits one of its size in bytes, or 0.
+        """
+        return np.fromiter((_identity((os.path.basename(self.sources[0]), index)) for index in range(len(self))),
+                           np.int64, len(self))
+
 
 class EncodedDataset(ImageDataset):
-    """Pictures decoded from files in the folder `home`. They may be damaged, and caching them saves time."""
+    """Pictures decoded from files in the folder `home`. They may be damaged, and caching them saves time.
+
+    `max_pixels` is the limit of --max_pixels, `found` what else is in the folder, in lines for the user.
+    """
 
     home: Path
     crop: int | None = None
+    max_pixels: int = MAX_PIXELS
+    found: Found | None = None
+
+    def use_levels(self, levels: Levels | None):
+        """Map values of more than 8 bits to 0..255 by these levels from now on; None if there are none."""
+        if levels is not None:
+            self.read = partial(self.read, levels=levels)
+            self.options = {**self.options, "levels": [list(pair) for pair in levels]}
+
+    def entry(self, index: int) -> dict:
+        """What a list of pictures says of picture `index`: JSON from which it can be found again."""
+        raise NotImplementedError
 
     def open(self, index: int) -> tuple[BinaryIO, int]:
         """Return (the encoded bytes as an open file, their number). Raises DataError."""
@@ -74,42 +101,75 @@ def stat_file(path: str) -> os.stat_result:
     try:
         return os.stat(path)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read {printable(path)}: {error.strerror}") from error
 
 
 def _hash(value: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little", signed=True)
 
 
-class Files(EncodedDataset):
-    """The picture files below a folder, sorted by path. Raises DataError if there are none."""
+def _identity(name: object, size: int | None = None) -> int:
+    return _hash(name) & ~0xFFFFFF | (0 if size is None else _hash(size) & 0xFFFFFF)
 
-    def __init__(self, folder: Path, imsize: int, crop: int | None = None):
-        paths = find_pictures(folder)
-        super().__init__(partial(self._read, paths, imsize=imsize, crop=crop), len(paths),
-                         f"{len(paths)} pictures in {folder}", paths)
-        self.home, self.crop = folder, crop
+
+def _options(max_pixels: int) -> dict:
+    return {} if max_pixels == MAX_PIXELS else {"max_pixels": max_pixels}
+
+
+class Files(EncodedDataset):
+    """The picture files below a folder, sorted by path. Raises DataError if there are none.
+
+    Subfolders in `own`, as of `scan.own_folders`, are left out; None searches all.
+    """
+
+    def __init__(self, folder: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+                 own: dict | None = None):
+        self.found = find_pictures(folder, own)
+        paths = self.found.paths
+        super().__init__(partial(self._read, paths, imsize=imsize, crop=crop, max_pixels=max_pixels), len(paths),
+                         f"{len(paths)} pictures in {printable(folder)}", paths)
+        self.home, self.crop, self.max_pixels, self.options = folder, crop, max_pixels, _options(max_pixels)
 
     @staticmethod
-    def _read(paths: list[str], index: int, imsize: int, crop: int | None) -> torch.Tensor:
-        return read_picture(paths[index], imsize, crop)
+    def _read(paths: list[str], index: int, imsize: int, crop: int | None, max_pixels: int,
+              levels: Levels = NO_LEVELS) -> torch.Tensor:
+        return read_picture(paths[index], imsize, crop, max_pixels, levels)
 
     def open(self, index):
         path = self.sources[index]
         try:
             return open(path, "rb", buffering=2**16), os.path.getsize(path)
         except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from error
+            raise DataError(f"cannot read {printable(path)}: {error.strerror}") from error
 
     def name(self, index):
-        return self.sources[index]
+        return printable(self.sources[index])
+
+    def entry(self, index):
+        path = os.path.abspath(self.sources[index])
+        try:
+            file = os.stat(path)
+        except OSError:  # gone in the meantime
+            return {"path": path}
+        return {"path": path, "size": file.st_size, "mtime_ns": file.st_mtime_ns}
 
     @cached_property
+    def _hashes(self) -> np.ndarray:
+        """int64 (2, length): stamps and identities, of paths below `home`: they stay valid when the folder is moved."""
+        skip = len(str(self.home))
+        hashes = np.empty((2, len(self)), np.int64)
+        for index, path in enumerate(self.sources):
+            name, file = path[skip:], stat_file(path)
+            hashes[:, index] = _hash((name, file.st_size, file.st_mtime_ns)), _identity(name, file.st_size)
+        return hashes
+
+    @property
     def stamps(self):
-        skip = len(str(self.home))  # relative paths: the cache stays valid when the folder is moved
-        files = ((path[skip:], stat_file(path)) for path in self.sources)
-        return np.fromiter((_hash((name, file.st_size, file.st_mtime_ns)) for name, file in files),
-                           np.int64, len(self))
+        return self._hashes[0]
+
+    @property
+    def identities(self):
+        return self._hashes[1]
 
 
 _environments = {}  # folder: (process id, open LMDB)
@@ -131,9 +191,11 @@ def environment(folder: str):
 class Lmdb(EncodedDataset):
     """The values of an LMDB `folder`, each an encoded picture, sorted by key."""
 
-    def __init__(self, folder: str, keys: list[bytes], imsize: int, summary: str, file: str):
-        super().__init__(partial(self._read, folder, keys, imsize=imsize), len(keys), summary, [file])
-        self.home, self.keys = Path(folder), keys
+    def __init__(self, folder: str, keys: list[bytes], imsize: int, summary: str, file: str,
+                 max_pixels: int = MAX_PIXELS):
+        super().__init__(partial(self._read, folder, keys, imsize=imsize, max_pixels=max_pixels), len(keys), summary,
+                         [file])
+        self.home, self.keys, self.max_pixels, self.options = Path(folder), keys, max_pixels, _options(max_pixels)
 
     @staticmethod
     def _value(folder: str, key: bytes) -> bytes:
@@ -141,12 +203,20 @@ class Lmdb(EncodedDataset):
             return transaction.get(key)
 
     @classmethod
-    def _read(cls, folder: str, keys: list[bytes], index: int, imsize: int) -> torch.Tensor:
-        return decode(cls._value(folder, keys[index]), cls._name(folder, keys[index]), imsize)
+    def _read(cls, folder: str, keys: list[bytes], index: int, imsize: int, max_pixels: int,
+              levels: Levels = NO_LEVELS) -> torch.Tensor:
+        return decode(cls._value(folder, keys[index]), cls._name(folder, keys[index]), imsize, None, max_pixels, levels)
 
     @staticmethod
     def _name(folder: str, key: bytes) -> str:
-        return f"{key.decode(errors='replace')} in {folder}"
+        return printable(f"{key.decode(errors='surrogateescape')} in {folder}")
+
+    def entry(self, index):
+        return {"lmdb": str(self.home), "key": self.keys[index].decode(errors="surrogateescape")}
+
+    @cached_property
+    def identities(self):
+        return np.fromiter(map(_identity, self.keys), np.int64, len(self))
 
     def open(self, index):
         data = self._value(str(self.home), self.keys[index])
@@ -169,7 +239,7 @@ class Subset(ImageDataset):
         if len(sources) == len(whole):
             sources = [sources[index] for index in indices]
         super().__init__(self._of_whole, len(indices), f"{len(indices)} {word} of {whole.summary}", sources)
-        self.whole, self.indices = whole, np.asarray(indices, np.int64)
+        self.whole, self.indices, self.options = whole, np.asarray(indices, np.int64), whole.options
 
     def _of_whole(self, index: int) -> torch.Tensor:
         return self.whole[int(self.indices[index])]
@@ -179,6 +249,10 @@ class Subset(ImageDataset):
 
     def is_decoded(self, indices=None):
         return self.whole.is_decoded(self.indices if indices is None else self.indices[indices])
+
+    @cached_property
+    def identities(self):
+        return self.whole.identities[self.indices]
 
 
 def split(dataset: ImageDataset, share: float) -> tuple[Subset, Subset]:

@@ -4,6 +4,7 @@ To add a data set, write a function and a row here, and add the name to the choi
 Opening a data set reads file names and sizes but decodes no picture; `data_loader` checks and caches it.
 """
 
+import base64
 import hashlib
 import os
 from functools import partial
@@ -14,25 +15,30 @@ import torch
 from PIL import Image
 
 from dataset import toy
-from dataset.decode import to_chw, to_tensor
-from dataset.images import Files, ImageDataset, Lmdb, environment, stat_file
+from dataset.decode import MAX_PIXELS, printable, to_chw, to_tensor
+from dataset.images import Files, ImageDataset, Lmdb, Subset, environment, stat_file
+from dataset.scan import own_folders
 from errors import DataError
 
 CELEBA_CROP = 160  # pixels: side of the center crop of an aligned 178x218 CelebA picture, as published
 TOY_LENGTH = 4096  # pictures
 
 
+def _limit(config) -> int:
+    return getattr(config, "max_pixels", MAX_PIXELS)  # tools open a folder with less than a whole config
+
+
 def open_folder(config) -> ImageDataset:
     """All pictures below the folder `--image_path`. Raises DataError."""
     try:
-        return Files(Path(config.image_path), config.imsize)
+        return Files(Path(config.image_path), config.imsize, None, _limit(config), own_folders(config))
     except DataError as error:
         raise DataError(f"--dataset folder: {error}; set --image_path to a folder of pictures") from None
 
 
 def _missing(config, problem: object, name: str) -> DataError:
     return DataError(
-        f"--dataset {config.dataset} --image_path {config.image_path}: {problem}\n"
+        f"--dataset {config.dataset} --image_path {printable(config.image_path)}: {problem}\n"
         f"get the data with `bash download.sh {name}`, or train on drawn faces with `--dataset toy`"
     )
 
@@ -40,7 +46,8 @@ def _missing(config, problem: object, name: str) -> DataError:
 def open_celeb(config) -> ImageDataset:
     """CelebA's aligned pictures below `{image_path}/CelebA`, center-cropped to 160 px. Raises DataError."""
     try:
-        return Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP)
+        return Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP, _limit(config),
+                     own_folders(config))
     except DataError as error:
         raise _missing(config, error, "CelebA") from None
 
@@ -83,7 +90,8 @@ def open_lsun(config) -> ImageDataset:
         raise _missing(config, f"cannot read {file} ({error})", "LSUN") from error
     if not keys:
         raise _missing(config, f"{file} holds no pictures", "LSUN")
-    return Lmdb(folder, keys, config.imsize, f"{len(keys)} pictures in {lmdb_folder}", str(file))
+    return Lmdb(folder, keys, config.imsize, f"{len(keys)} pictures in {printable(lmdb_folder)}", str(file),
+                _limit(config))
 
 
 def open_cifar10(config) -> ImageDataset:
@@ -101,7 +109,7 @@ def open_cifar10(config) -> ImageDataset:
         raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
     read = partial(_read_array, pictures, imsize=config.imsize)
     sources = [str(root / name / file) for file, _ in CIFAR10.train_list]
-    return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {root}", sources)
+    return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {printable(root)}", sources)
 
 
 def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
@@ -128,14 +136,69 @@ DATASETS = {  # --dataset: the function that opens it
 
 
 def fingerprint(dataset: ImageDataset, config) -> str:
-    """Hex SHA-256 of everything that determines picture i: the files, their order, the crop and the size.
+    """Hex SHA-256 of everything that determines picture i: the files, their order, the crop, the size, the options.
 
     Files are identified by absolute path, size and modification time; their content is not read (stat alone takes
     seconds for 200,000 files). So a changed file of the same size whose modification time was reset is not noticed,
     and a moved or copied folder counts as a different data set. Raises DataError if a file is missing.
     """
     digest = hashlib.sha256(repr((config.dataset, config.imsize, CELEBA_CROP, len(dataset))).encode())
+    if dataset.options:
+        digest.update(repr(dataset.options).encode())
     for path in dataset.sources:
         file = stat_file(path)
         digest.update(repr((os.path.abspath(path), file.st_size, file.st_mtime_ns)).encode())
     return digest.hexdigest()
+
+
+# ---- a set and a later one ----
+
+_SIZE_BITS = 24  # of an identity: the lower ones, see ImageDataset.identities
+
+
+def summarize(dataset: ImageDataset, config) -> dict:
+    """Return a record of the data set to compare a later one with, such as one that a checkpoint keeps.
+
+    {"dataset", "folder", "pictures": their number, "identities"}: the last is text, 11 letters per picture.
+    Pictures of --holdout count too: which ones they are changes with the number of pictures. Raises DataError if a file
+    is missing.
+    """
+    if config.holdout and isinstance(dataset, Subset):
+        dataset = dataset.whole
+    folder = "" if config.dataset == "toy" else os.path.abspath(config.image_path)
+    return {"dataset": config.dataset, "folder": folder, "pictures": len(dataset),
+            "identities": base64.b64encode(np.sort(dataset.identities).astype("<i8").tobytes()).decode()}
+
+
+def _identities(record: dict) -> np.ndarray:
+    """Return the pictures of a record, int64 (pictures,), sorted."""
+    return np.frombuffer(base64.b64decode(record["identities"]), "<i8")
+
+
+def describe_changes(before: dict, now: dict) -> str | None:
+    """Return how two records of `summarize` differ, such as `14 pictures, were 10: 5 added, 1 gone`; None if they do
+    not. Pictures of the same name and size count as the same, wherever their folder is.
+    """
+    parts = []
+    if now["dataset"] != before["dataset"]:
+        parts.append(f"--dataset is {now['dataset']}, was {before['dataset']}")
+    if now["folder"] != before["folder"] and now["folder"] and before["folder"]:
+        parts.append(f"the folder is {printable(now['folder'])}, was {printable(before['folder'])}")
+    old, new = map(_identities, (before, now))
+    if not np.array_equal(old, new):
+        added, gone, changed = _count_changes(old, new)
+        words = [f"{count} {word}" for count, word in ((added, "added"), (gone, "gone"), (changed, "changed")) if count]
+        parts.append(f"{len(new)} pictures, were {len(old)}: {', '.join(words)}")
+    return "; ".join(parts) or None
+
+
+def is_other_set(before: dict, now: dict) -> bool:
+    """Return whether two records of `summarize` have no picture in common: none of the same name and size."""
+    return not np.isin(_identities(before), _identities(now)).any()
+
+
+def _count_changes(old: np.ndarray, new: np.ndarray) -> tuple[int, int, int]:
+    """Return how many pictures were added, are gone, and have another size under the same name."""
+    only_old, only_new = np.setdiff1d(old, new, True), np.setdiff1d(new, old, True)
+    changed = int(np.isin(only_new >> _SIZE_BITS, only_old >> _SIZE_BITS).sum())
+    return len(only_new) - changed, len(only_old) - changed, changed

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from device.distributed import on_this_machine, progress
-from errors import DataError
+from device.distributed import on_this_machine, progress, say
+from errors import DataError, first_line
 
 MOST = 8        # workers per process with --num_workers auto, at most
 BATCHES = 3     # that a worker holds in shared memory, at most: two prefetched, one in transit
+NO_MEMORY = ("use --num_workers 0, a smaller --batch_size, or more shared memory (/dev/shm; of a container: docker run "
+             "--shm-size=1g)")
 
 
 def cores() -> int:
@@ -30,16 +32,25 @@ def shared_memory() -> int:
 
 
 def readers(config) -> int:
-    """Return the number of DataLoader workers per rank.
+    """Return the number of DataLoader workers per rank, 0 for none; say so if shared memory holds too few batches.
 
-    `--num_workers auto`: one per core, at least 1, at most MOST, and no more than fit into half of the shared memory.
+    `--num_workers auto`: one per core, at most MOST, and no more than fit into half of the shared memory, but one if it
+    fits at all.
     """
-    if config.num_workers != "auto":
-        return config.num_workers
     processes = on_this_machine()
     batch = config.batch_size // processes * 3 * config.imsize**2       # bytes
-    fitting = shared_memory() // 2 // processes // (BATCHES * batch)
-    return max(1, min(MOST, cores() // processes, fitting))
+    free = shared_memory() // processes
+    fitting = free // (BATCHES * batch)
+    if config.num_workers == "auto":
+        wanted = max(1, min(MOST, cores() // processes, free // 2 // (BATCHES * batch)))
+    else:
+        wanted = config.num_workers
+    if wanted <= fitting:
+        return wanted
+    where = f"by {fitting} loader process{'es' * (fitting > 1)}" if fitting else "in the training process"
+    say(f"note: pictures are loaded {where}: the {free * processes / 2**20:.0f} MiB of shared memory (/dev/shm) are "
+        f"too little for {wanted}; of a container: docker run --shm-size=1g")
+    return fitting
 
 
 def start(worker: int):
@@ -61,7 +72,8 @@ def death(error: RuntimeError) -> DataError | None:
     PyTorch raises that error in the main thread from a signal handler, so it can occur anywhere in the program.
     """
     if str(error).startswith("DataLoader worker"):
-        return DataError(f"--num_workers: {error}\nuse fewer workers, or --num_workers 0")
+        hint = NO_MEMORY if "bus error" in str(error).lower() else "use fewer workers, or --num_workers 0"
+        return DataError(f"--num_workers: {first_line(error)}\n{hint}")
     return None
 
 
@@ -107,7 +119,12 @@ def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk:
         worker_init_fn=start, prefetch_factor=4,
         generator=torch.Generator(),  # else the DataLoader draws from the global one, and the check would alter the run
     )
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError:  # no shared memory at all, or no more processes
+        for part in chunks:
+            yield from work(part)
+        return
     with progress(len(indices), "picture", what) as done:
         try:
             for results in batches:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from PIL import Image
 
 from data_loader import build_dataset, describe, open_dataset, real_batches
 from dataset import check, decode, images
-from dataset.check import Findings, examine
+from dataset.check import Check, Findings
 from device import distributed
 from errors import DataError
 
@@ -60,7 +61,16 @@ def opened(folder, **changes):
 
 def found(folder, level="full", **changes) -> Findings:
     dataset = images.Files(Path(folder), 16)
-    return examine(dataset, dataset, data_config(folder, check_data=level, **changes))
+    check_of_it = Check(dataset, data_config(folder, check_data=level, **changes))
+    findings = check_of_it.look()
+    if level == "full" or level == "auto" and len(dataset) <= check.FULL:
+        findings = check_of_it.decode(dataset)
+    return findings
+
+
+def rows(name) -> list[dict]:
+    """What a list in the run's logs says."""
+    return [json.loads(line) for line in Path("logs/test", f"{name}.jsonl").read_text().splitlines()]
 
 
 def shown(dataset) -> list[str]:
@@ -70,7 +80,7 @@ def shown(dataset) -> list[str]:
 # ---- bad pictures ----
 
 BAD = {"half.jpg": noisy(1, "JPEG")[:-300], "page.jpg": b"<html>quota exceeded</html>", "empty.png": b"",
-       "half.png": noisy(2)[:-300], "movie.png": encode(gradient(), "GIF")}
+       "half.png": noisy(2)[:-300], "movie.png": b"\0\0\0\x18ftypmp42"}
 
 
 def spoil(folder, *names) -> Path:
@@ -89,11 +99,11 @@ def test_a_few_bad_pictures_are_left_out_listed_and_said(home, capsys, level, na
     good = images.Files(fill(home / "good", 120), 16)
     assert torch.equal(dataset.load_batch(range(120)), good.load_batch(range(120)))
     assert describe(dataset, config) == f"folder: 120 usable of 121 pictures in {folder}"
-    (line,) = Path("logs/test/bad_images.txt").read_text().splitlines()
-    path, reason = line.split("\t")
+    (row,) = rows("bad_images")
+    path, reason = row["path"], row["reason"]
     assert path == str(folder / name) and reason and "delete or replace" not in reason
     out = capsys.readouterr().out
-    assert "1 of 121 cannot be used" in out and f"{path}: {reason}" in out and "logs/test/bad_images.txt" in out
+    assert "1 of 121 cannot be used" in out and f"{path}: {reason}" in out and "logs/test/bad_images.jsonl" in out
 
 
 @pytest.mark.parametrize("level", ["header", "full"])
@@ -105,9 +115,9 @@ def test_many_bad_pictures_end_the_program_with_the_first_ten(home, level):
         opened(folder, check_data=level)
     text = str(caught.value)
     assert caught.value.code == 3 and text.startswith(f"12 of the 32 pictures in {folder} cannot be used")
-    assert text.count("not a JPEG, PNG, WebP or BMP") == 10 and "bad09.jpg" in text and "bad10.jpg" not in text
+    assert text.count("not a JPEG, PNG, WebP or any") == 10 and "bad09.jpg" in text and "bad10.jpg" not in text
     assert "and 2 more" in text and "Delete or replace them" in text
-    assert Path("logs/test/bad_images.txt").read_text().count("\n") == 12
+    assert len(rows("bad_images")) == 12
     (folder / "bad00.jpg").unlink(), (folder / "bad11.jpg").unlink()
     with pytest.raises(DataError, match="10 of the 30 pictures") as caught:
         opened(folder, check_data=level)
@@ -115,13 +125,18 @@ def test_many_bad_pictures_end_the_program_with_the_first_ten(home, level):
 
 
 def test_the_list_holds_names_of_any_bytes(home):
-    """So that `xargs rm` finds them."""
-    name = os.fsencode(fill(home / "pictures", 4)) + b"/caf\xe9.jpg"
-    with open(name, "wb") as file:
-        file.write(BAD["page.jpg"])
-    with pytest.raises(DataError):
+    folder = os.fsencode(fill(home / "pictures", 4))
+    names = [folder + name for name in (b"/caf\xe9.jpg", b"/tab\t.jpg", b"/two\nlines.jpg")]
+    for name in names:
+        with open(name, "wb") as file:
+            file.write(BAD["page.jpg"])
+    with pytest.raises(DataError) as caught:
         opened("pictures")
-    assert Path("logs/test/bad_images.txt").read_bytes().split(b"\t")[0] == b"pictures/caf\xe9.jpg"
+    assert [os.fsencode(row["path"]) for row in rows("bad_images")] == names
+    text = str(caught.value)
+    text.encode("ascii")
+    for shown in (r"pictures/caf\xe9.jpg: ", r"pictures/tab\t.jpg: ", r"pictures/two\nlines.jpg: "):
+        assert f"\n  {shown}" in text
 
 
 @pytest.mark.parametrize(("good", "bad", "accepted"), [(99, 1, True), (98, 1, False), (198, 2, True), (197, 2, False)])
@@ -153,9 +168,10 @@ def test_auto_decodes_small_sets_and_looks_at_the_ends_of_large_ones(home, monke
     assert found(folder, "auto").bad
 
 
-def test_off_looks_at_nothing(home, looked):
+def test_off_leaves_nothing_out_and_looks_at_some_for_their_range_only(home, looked, monkeypatch):
+    monkeypatch.setattr(check, "SAMPLE", 3)
     folder = spoil(fill(home / "pictures", 3))
-    assert len(opened(folder, check_data="off")) == 8 and not looked and not Path("cache").exists()
+    assert len(opened(folder, check_data="off")) == 8 and len(looked) == 3 and not Path("cache").exists()
 
 
 def test_the_list_goes_when_the_pictures_are_mended(home):
@@ -163,7 +179,7 @@ def test_the_list_goes_when_the_pictures_are_mended(home):
     shutil.copy(folder / "000.png", folder / "copy.png")
     spoil(folder, "page.jpg")
     opened(folder)
-    assert sorted(os.listdir("logs/test")) == ["bad_images.txt", "duplicates.txt"]
+    assert sorted(os.listdir("logs/test")) == ["bad_images.jsonl", "duplicates.jsonl"]
     (folder / "page.jpg").unlink()
     (folder / "copy.png").unlink()
     assert len(opened(folder)) == 120 and not os.listdir("logs/test")
@@ -191,8 +207,33 @@ def test_a_picture_in_an_lmdb_is_named_by_its_key(home):
         dataset = opened(home, dataset="lsun", check_data=level)
         assert len(dataset) == 199
         assert torch.equal(dataset[7], decode.decode(encode(gradient(seed=8), "PNG"), "", 16))
-        first, second = Path("logs/test/bad_images.txt").read_text().splitlines()
-        assert first.startswith(f"00000007 in {folder}\t") and second.startswith(f"caf\ufffd in {folder}\t")
+        first, second = rows("bad_images")
+        assert first["lmdb"] == second["lmdb"] == str(folder) and first["key"] == "00000007"
+        assert second["key"].encode(errors="surrogateescape") == b"caf\xe9"
+
+
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_pictures_smaller_than_half_of_imsize_are_counted(home, capsys, monkeypatch, level):
+    monkeypatch.setattr(check, "SHARE", 1)
+    folder = spoil(fill(home / "pictures", 5), "page.jpg")  # 40 x 30
+    gradient((200, 31)).save(folder / "band.png")
+    for imsize, count in ((16, 0), (60, 0), (62, 5), (63, 6)):
+        opened(folder, imsize=imsize, check_data=level)
+        out = capsys.readouterr().out
+        assert (f"{count} of 7 are smaller than half of --imsize {imsize}" in out) == (count > 0)
+        assert ("smaller than half" in out) == (count > 0)
+
+
+def test_scans_over_the_limit_count_as_unusable_and_are_good_again_without_it(home, capsys):
+    folder = fill(home / "pictures", 100)
+    gradient((300, 200)).save(folder / "scan.png")
+    gradient((300, 200)).save(folder / "scan.jpg")
+    for _ in range(2):
+        assert len(opened(folder, max_pixels=20_000)) == 101
+        assert rows("bad_images")[0]["damaged"] is False
+        assert "scan.png: it has more than 20,000 pixels; --max_pixels 0 lifts this limit" in capsys.readouterr().out
+    for limit in (0, 60_000):
+        assert len(opened(folder, max_pixels=limit)) == 102
 
 
 def test_what_cannot_be_damaged_needs_no_look(home, looked):
@@ -232,13 +273,15 @@ def test_only_new_and_changed_pictures_are_looked_at_again(home, looked, level):
     assert bad == ["001.png", "010.png"], "new ones in their places among those that are known"
 
 
-def test_full_looks_again_at_what_header_saw_and_not_the_other_way_round(home, looked):
+def test_full_decodes_what_header_saw_and_not_the_other_way_round(home, looked, monkeypatch):
+    reads, read = [], images.read_picture
+    monkeypatch.setattr(images, "read_picture", lambda *more: [reads.append(more[0]), read(*more)][1])
     folder = spoil(fill(home / "pictures", 5), "half.jpg", "page.jpg")
     bad = found(folder, "header").bad
     assert list(bad) == [5, 6] and bad[5] != bad[6]
-    for level, count in (("header", 7), ("full", 12), ("header", 12), ("full", 12)):
+    for level, decoded in (("header", 0), ("full", 5), ("header", 5), ("full", 5)):
         assert found(folder, level).bad == bad
-        assert len(looked) == count, "what is bad needs no second look"
+        assert len(looked) == 7 and len(reads) == decoded, "what is bad needs no second look"
 
 
 def cut(path):
@@ -343,8 +386,7 @@ def test_a_picture_that_cannot_be_read_whole_is_tried_again(home, monkeypatch, l
 
 def test_other_processes_leave_out_what_the_first_found(home, monkeypatch, looked):
     folder = fill(home / "pictures", 120)
-    monkeypatch.setattr(check, "after_first", lambda first, others: others())
-    monkeypatch.setattr(check, "gather", lambda mine: [Findings({3: "it is torn"}, []), mine])
+    monkeypatch.setattr(check, "on_first", lambda compute: Findings({3: "it is torn"}, []))
     dataset = opened(folder)
     assert len(dataset) == 119 and "003.png" not in shown(dataset) and not looked
 
@@ -358,7 +400,7 @@ def test_a_full_check_fills_the_decoded_cache(home, monkeypatch):
 
 
 def test_checking_leaves_random_states_alone(home, monkeypatch):
-    monkeypatch.setattr(check, "CHUNK", {"full": 2})
+    monkeypatch.setattr(check, "CHUNK", {"header": 2, "full": 2})
 
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
@@ -380,11 +422,11 @@ def test_copies_are_listed_in_groups(home, capsys, level):
     for _ in range(2):
         dataset = opened(folder, check_data=level)
         assert len(dataset) == 13, "they are trained on all the same"
-        text = Path("logs/test/duplicates.txt").read_text()
-        groups = [[os.path.relpath(path, folder) for path in group.splitlines()] for group in text.split("\n\n")]
-        assert groups == [["003.png", "a.png", "more/b.png"], ["007.png", "more/c.png"]]
+        pairs = [tuple(os.path.relpath(entry["path"], folder) for entry in (row["copy_of"], row))
+                 for row in rows("duplicates")]
+        assert pairs == [("003.png", "a.png"), ("003.png", "more/b.png"), ("007.png", "more/c.png")]
         out = capsys.readouterr().out
-        assert "3 are copies of others" in out and "logs/test/duplicates.txt" in out
+        assert "3 are copies of others" in out and "logs/test/duplicates.jsonl" in out
 
 
 def large_bmp(path, centre, side=200, row=100):
@@ -428,7 +470,7 @@ def test_the_command_trains_on_the_rest_and_the_next_start_needs_no_look(home, r
     many(home)
     code, out, err = run(*FLAGS, "--version", "a")
     assert code == 0 and "1 of 132 cannot be used" in out and "1 is a copy" in out
-    assert Path("logs/a/bad_images.txt").exists() and Path("logs/a/duplicates.txt").exists()
+    assert Path("logs/a/bad_images.jsonl").exists() and Path("logs/a/duplicates.jsonl").exists()
     before = Path("models/a/0000002.pth").read_bytes()
     code, out, err = run(*FLAGS, "--version", "b", "--num_workers", 2)
     assert code == 0 and "131 of 132 pictures in pictures/.decoded" in out
@@ -441,6 +483,16 @@ def test_the_command_trains_on_the_rest_and_the_next_start_needs_no_look(home, r
 
     assert before and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(
         weights("a").values(), weights("b").values(), weights("c").values(), strict=True))
+
+
+def test_the_number_of_pictures_is_said_at_every_start(home, run):
+    fill(home / "pictures", 8)
+    (home / "pictures/film.mp4").touch()
+    for steps in (1, 2):                                    # the second resumes
+        code, out, _ = run(*FLAGS, "--total_step", steps, "--version", "a")
+        assert code == 0 and out.count("data: folder: 8 pictures in pictures\n") == 1
+        assert out.count("1 file ignored: 1 .mp4\n") == 1
+    assert run(*FLAGS, "--dry_run")[1].count("data: folder: 8 pictures in pictures\n") == 1
 
 
 def test_the_command_ends_with_3_where_too_many_are_bad(home, run):

@@ -218,11 +218,12 @@ def test_the_cores_that_count_are_those_of_this_process(monkeypatch):
     assert workers.cores() == 64
 
 
-@pytest.mark.parametrize(("cores", "shared", "world", "imsize", "expected"), [
-    (2, 2**30, 1, 64, 2), (16, 2**30, 1, 64, 8), (16, 2**30, 4, 64, 4), (1, 2**30, 2, 64, 1),
-    (16, 64 * 2**20, 1, 64, 8), (16, 64 * 2**20, 1, 128, 3), (16, 64 * 2**20, 1, 256, 1),   # a container's usual 64 MB
-    (16, None, 1, 256, 8)])                                                                # no such place
-def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, cores, shared, world, imsize, expected):
+@pytest.mark.parametrize(("cores", "shared", "world", "imsize", "expected", "of_five"), [
+    (2, 2**30, 1, 64, 2, 5), (16, 2**30, 1, 64, 8, 5), (16, 2**30, 4, 64, 4, 5), (1, 2**30, 2, 64, 1, 5),
+    (16, 64 * 2**20, 1, 64, 8, 5), (16, 64 * 2**20, 1, 128, 3, 5), (16, 64 * 2**20, 1, 256, 1, 1),  # Docker's 64 MB
+    (16, 64 * 2**20, 1, 512, 0, 0), (16, None, 1, 256, 8, 5)])                                   # None: no such place
+def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, capsys, cores, shared, world, imsize,
+                                                              expected, of_five):
     monkeypatch.setattr(workers, "cores", lambda: cores)
     monkeypatch.setattr(workers.os.path, "isdir", lambda path: shared is not None)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
@@ -230,7 +231,10 @@ def test_workers_are_as_many_as_cores_and_shared_memory_allow(monkeypatch, cores
     config = data_config(num_workers="auto", imsize=imsize, batch_size=64)
     assert workers.readers(config) == expected
     config.num_workers = 5
-    assert workers.readers(config) == 5
+    assert workers.readers(config) == of_five
+    out = capsys.readouterr().out
+    assert out.count("/dev/shm") == (of_five < 5) + (expected == 0)
+    assert ("in the training process" in out) == (expected == 0)
 
 
 def test_by_default_workers_load(ten, monkeypatch):

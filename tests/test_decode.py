@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLUE, GREEN, RED, WHITE, assert_colour, data_config, encode, fill, gradient
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from data_loader import build_dataset, describe
-from dataset.decode import decode, find_defect, find_pictures
+from dataset import decode as decoding
+from dataset.decode import UnusablePicture, decode
+from dataset.scan import find_pictures
 from errors import DataError
 
 # ---- one picture ----
@@ -40,6 +42,27 @@ KINDS = {
     "bmp": (plain("RGB", BLUE, "BMP"), BLUE),
     "large-progressive": (plain("RGB", BLUE, "JPEG", (700, 900), progressive=True), BLUE),
     "one-pixel-wide": (plain("RGB", BLUE, size=(1, 300)), BLUE),
+    "tiff": (plain("RGB", BLUE, "TIFF"), BLUE),
+    "tiff-lzw": (plain("RGB", BLUE, "TIFF", compression="tiff_lzw"), BLUE),
+    "tiff-jpeg": (plain("RGB", BLUE, "TIFF", compression="jpeg"), BLUE),
+    "tiff-cmyk": (plain("CMYK", (0, 255, 255, 0), "TIFF"), RED),
+    "tiff-clear": (plain("RGBA", (*RED, 0), "TIFF"), WHITE),
+    "tiff-one-bit": (plain("1", 1, "TIFF"), WHITE),
+    "tiff-pages": (plain("RGB", BLUE, "TIFF", save_all=True, append_images=[Image.new("RGB", (5, 5), RED)]), BLUE),
+    "gif": (plain("RGB", BLUE, "GIF"), BLUE),
+    "gif-film": (plain("RGB", BLUE, "GIF", save_all=True, append_images=[Image.new("RGB", (20, 30), RED)]), BLUE),
+    "gif-clear": (encode(PALETTE, "GIF", transparency=PALETTE.getpixel((0, 0))), WHITE),
+    "webp-film": (plain("RGB", BLUE, "WEBP", save_all=True, lossless=True,
+                        append_images=[Image.new("RGB", (20, 30), RED)]), BLUE),
+    "mpo": (plain("RGB", BLUE, "MPO", save_all=True, append_images=[Image.new("RGB", (20, 30), RED)]), BLUE),
+    "avif": (plain("RGB", BLUE, "AVIF", quality=100), BLUE),
+    "avif-clear": (plain("RGBA", (*RED, 0), "AVIF", quality=100), WHITE),
+    "jpeg-2000": (plain("RGB", BLUE, "JPEG2000"), BLUE),
+    "ppm": (plain("RGB", BLUE, "PPM"), BLUE),
+    "qoi": (plain("RGB", BLUE, "QOI"), BLUE),
+    "tga": (plain("RGB", BLUE, "TGA"), BLUE),
+    "pcx": (plain("RGB", BLUE, "PCX"), BLUE),
+    "sgi": (plain("RGB", BLUE, "SGI"), BLUE),
 }
 
 
@@ -57,7 +80,7 @@ def test_the_centre_of_a_long_picture_is_used(size):
     assert_colour(decode(encode(image, "PNG"), "x", 16), GREEN)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 def test_exif_rotation_is_honoured(kind):
     image = Image.new("RGB", (64, 64), RED)
     image.paste(BLUE, (32, 0, 64, 64))
@@ -82,6 +105,76 @@ def test_a_large_jpeg_keeps_its_quality():
     assert (picture.float() - expected).abs().mean() < 1.5
 
 
+def texts(count, length, where="before"):
+    """A PNG with so many megabytes of text, before or behind its pixels; compressed, and so a small file."""
+    info = PngImagePlugin.PngInfo()
+    for number in range(count):
+        info.add_text(f"text {number}", "x" * length * 2**20, zip=True)
+    data = encode(Image.new("RGB", (20, 20), BLUE), "PNG", pnginfo=info)
+    start, end = data.index(b"zTXt") - 4, data.index(b"IDAT") - 4
+    return data if where == "before" else data[:start] + data[end:-12] + data[start:end] + data[-12:]
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+@pytest.mark.parametrize(("count", "length"), [(1, 3), (70, 1)], ids=["one-long", "many"])
+def test_a_png_with_megabytes_of_text_is_a_good_picture(count, length, where):
+    data = texts(count, length, where)
+    assert_colour(decode(data, "x", 16), BLUE)
+    assert look(data) is None
+
+
+def test_a_png_with_a_large_colour_profile_is_a_good_picture():
+    data = encode(Image.new("RGB", (20, 20), BLUE), "PNG", icc_profile=bytes(3 * 2**20))
+    assert_colour(decode(data, "x", 16), BLUE)
+    assert look(data) is None
+
+
+# ---- pictures over the limit ----
+
+
+@pytest.mark.parametrize(("kind", "size"), [("JPEG", (300, 200)), ("JPEG", (1200, 60)), ("JPEG2000", (300, 200))])
+def test_a_scan_over_the_limit_is_read_at_a_reduced_size_where_the_format_allows(kind, size):
+    data = encode(gradient(size), kind, quality=95) if kind == "JPEG" else encode(gradient(size), kind)
+    expected = decode(data, "x", 64).float()
+    for limit in (size[0] * size[1] - 1, size[0] * size[1] // 16):
+        reduced = decode(data, "x", 64, max_pixels=limit).float()
+        assert (reduced - expected).abs().mean() < 4
+    assert look(data, max_pixels=size[0] * size[1] // 60) is None
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "GIF", "AVIF", "BMP"])
+def test_any_other_scan_over_the_limit_names_the_flag_that_lifts_it(kind):
+    data = encode(gradient((300, 200)), kind)
+    with pytest.raises(UnusablePicture) as caught:
+        decode(data, "scan", 16, max_pixels=59_999)
+    assert str(caught.value) == ("cannot use the picture scan: it has more than 59,999 pixels; --max_pixels 0 lifts "
+                                 "this limit")
+    assert not caught.value.damaged and look(data, max_pixels=59_999) == caught.value.reason
+    for limit in (60_000, 0):
+        assert decode(data, "scan", 16, max_pixels=limit).shape == (3, 16, 16) and look(data, max_pixels=limit) is None
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000"])
+def test_a_crop_of_a_scan_over_the_limit_is_not_taken_from_a_reduced_one(kind):
+    with pytest.raises(UnusablePicture, match="--max_pixels"):
+        decode(encode(gradient((300, 200)), kind), "x", 16, 100, max_pixels=59_999)
+
+
+def test_a_jpeg_beyond_pillows_own_limit_is_read():
+    assert decoding.Image.MAX_IMAGE_PIXELS is None
+    data = encode(Image.new("L", (13400, 13400), 90), "JPEG", quality=30)
+    assert_colour(decode(data, "x", 16), (90, 90, 90))
+    assert look(data) is None
+
+
+HUGE = b"BM" + b"\0" * 8 + (54).to_bytes(4, "little") + (40).to_bytes(4, "little")
+HUGE += (60000).to_bytes(4, "little") * 2 + b"\1\0\x18\0" + b"\0" * 24
+
+
+def test_a_bomb_is_refused_by_its_header():
+    assert look(HUGE) == "it has more than 178,956,970 pixels; --max_pixels 0 lifts this limit"
+
+
 # ---- finding pictures ----
 
 
@@ -95,7 +188,7 @@ def test_folders_are_searched_in_depth_and_in_order(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("not a picture")
     (tmp_path / "a/deep/up").symlink_to(tmp_path, target_is_directory=True)  # a loop
-    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path)]
+    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path).paths]
     assert found == ["a/deep/er/x.Png", "b/1.webp", "b/2.JPG", "c.jpeg", "d.bmp"]
 
 
@@ -111,7 +204,7 @@ def test_pictures_that_a_link_leads_back_to_are_found_once(tmp_path):
     (tmp_path / "data/later").mkdir()
     for place in ("data/later/back", "data/later/again"):
         (tmp_path / place).symlink_to(tmp_path / "data/deep", target_is_directory=True)
-    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path)]
+    found = [os.path.relpath(path, tmp_path) for path in find_pictures(tmp_path).paths]
     assert found == [f"data/deep/er/{index:03}.png" for index in range(3)]
 
 
@@ -123,8 +216,12 @@ def test_folder_is_described(tmp_path):
 # ---- a quick look for faults ----
 
 
-def look(data: bytes) -> str | None:
-    return find_defect(io.BytesIO(data), len(data))
+def look(data: bytes, max_pixels=decoding.MAX_PIXELS) -> str | None:
+    """Why a look refuses it, or None."""
+    try:
+        decoding.look(io.BytesIO(data), len(data), max_pixels=max_pixels)
+    except UnusablePicture as error:
+        return error.reason
 
 
 @pytest.mark.parametrize("data", [data for data, _ in KINDS.values()], ids=KINDS)
@@ -136,7 +233,10 @@ def noisy(kind, **options) -> bytes:
     return encode(Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), np.uint8)), kind, **options)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+ANY = ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "QOI", "TGA", "PCX", "SGI"]
+
+
+@pytest.mark.parametrize("kind", ANY)
 @pytest.mark.parametrize("cut", [1, 20, 1000])
 def test_a_picture_that_was_cut_short_is_found_by_its_end_if_it_cannot_be_decoded(kind, cut):
     data = noisy(kind)[:-cut]
@@ -154,10 +254,10 @@ def test_bytes_after_the_end_are_no_fault():
     assert look(noisy("PNG") + b"more") is None
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", encode(gradient(), "GIF"),
-                                  encode(gradient((500, 500)), "TIFF")], ids=["empty", "page", "gif", "large-tiff"])
+@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", b"\0" * 500, b"%PDF-1.7\n",
+                                  b"\0\0\0\x18ftypheic"], ids=["empty", "page", "zeros", "pdf", "heic"])
 def test_what_is_no_picture_is_found(data):
-    assert look(data) == "it is not a JPEG, PNG, WebP or BMP"
+    assert look(data) == "it is not a JPEG, PNG, WebP or any other picture that can be read"
 
 
 def test_a_fault_without_words_is_a_fault(monkeypatch):
@@ -168,7 +268,7 @@ def test_a_fault_without_words_is_a_fault(monkeypatch):
     assert look(noisy("PNG")) == "IndexError"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000"])
 def test_sound_ends_are_not_decoded(kind, monkeypatch):
     """A look at 100,000 pictures must take seconds."""
     monkeypatch.setattr("dataset.decode.decode", None)

@@ -506,9 +506,11 @@ def test_memory_is_left_out_where_sharing_fails(folder, monkeypatch):
     def fail(self):
         raise RuntimeError("unable to open shared memory object")
 
-    monkeypatch.setattr(decoded_cache.os, "posix_fallocate", no_space)
-    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
     config = data_config(folder, num_workers=2, cache="auto")
+    with monkeypatch.context() as broken:
+        broken.setattr(decoded_cache.os, "posix_fallocate", no_space)
+        broken.setattr(torch.Tensor, "share_memory_", fail)
+        assert not isinstance(build_dataset(config), DecodedCache)
     assert len(take(real_batches(config, build_dataset(config), 0, "cpu"), 3)) == 12
 
 
