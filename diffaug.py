@@ -3,8 +3,9 @@ arXiv 2006.10738), which keeps D from memorizing a small training set without G 
 
     augment(images, ("color", "translation"))      images (B, 3, H, W) in [-1, 1]; same shape, gradient kept
 
-Each image is augmented by amounts of its own, drawn from the global random state. A new policy is one function and one
-row of `POLICIES`.
+Each image is augmented by amounts of its own, drawn from the global random state. `draw_rows(draw, B)` returns those of
+B images, `draw(B)`; the trainer's draws them for the whole batch of several processes. A new policy is one function and
+one row of `POLICIES`.
 """
 
 import torch
@@ -14,10 +15,15 @@ SHIFT = 1 / 8       # maximal shift of `translation`, as a fraction of the side
 CUT = 1 / 2         # side of the square of `cutout`, as a fraction of the side
 
 
-def color(x):
+def _simply(draw, count):
+    return draw(count)
+
+
+def color(x, draw_rows=_simply):
     """Add up to ±0.5 to brightness; scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
-    B = x.size(0)
-    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=x.device, dtype=x.dtype)
+    amounts = draw_rows(
+        lambda B: torch.rand(3, B, 1, 1, 1, device=x.device, dtype=x.dtype).transpose(0, 1), len(x))    # (B, 3, 1, ...)
+    brightness, saturation, contrast = amounts.unbind(1)                # (B, 1, 1, 1) each
     x = x + (brightness - 0.5)
     grey = x.mean(1, keepdim=True)                                      # (B, 1, H, W)
     x = (x - grey) * (2 * saturation) + grey
@@ -25,13 +31,13 @@ def color(x):
     return (x - level) * (contrast + 0.5) + level
 
 
-def translation(x):
+def translation(x, draw_rows=_simply):
     """Shift by up to 1/8 of each side; pad with 0, mid grey."""
     B, _, H, W = x.size()
     down, right = round(H * SHIFT), round(W * SHIFT)
     padded = F.pad(x, (right, right, down, down))                       # (B, 3, H + 2 down, W + 2 right)
-    top = torch.randint(0, 2 * down + 1, (B, 1), device=x.device)
-    left = torch.randint(0, 2 * right + 1, (B, 1), device=x.device)
+    top = draw_rows(lambda B: torch.randint(0, 2 * down + 1, (B, 1), device=x.device), B)
+    left = draw_rows(lambda B: torch.randint(0, 2 * right + 1, (B, 1), device=x.device), B)
     rows = top + torch.arange(H, device=x.device)                       # (B, H)
     columns = left + torch.arange(W, device=x.device)                   # (B, W)
     image = torch.arange(B, device=x.device)
@@ -39,11 +45,11 @@ def translation(x):
     return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def cutout(x):
+def cutout(x, draw_rows=_simply):
     """Set a square of half the side, anywhere (partly outside too), to 0, mid grey."""
     B, _, H, W = x.size()
-    centre_y = torch.randint(0, H + 1, (B, 1), device=x.device)
-    centre_x = torch.randint(0, W + 1, (B, 1), device=x.device)
+    centre_y = draw_rows(lambda B: torch.randint(0, H + 1, (B, 1), device=x.device), B)
+    centre_x = draw_rows(lambda B: torch.randint(0, W + 1, (B, 1), device=x.device), B)
     in_rows = (torch.arange(H, device=x.device) - centre_y + 0.5).abs() < H * CUT / 2       # (B, H)
     in_columns = (torch.arange(W, device=x.device) - centre_x + 0.5).abs() < W * CUT / 2    # (B, W)
     return x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])                  # (B, 1, H, W)
@@ -52,8 +58,8 @@ def cutout(x):
 POLICIES = {"color": color, "translation": translation, "cutout": cutout}
 
 
-def augment(images, policies):
+def augment(images, policies, draw_rows=_simply):
     """Apply the named `policies` in order; () returns the images unchanged."""
     for name in policies:
-        images = POLICIES[name](images)
+        images = POLICIES[name](images, draw_rows)
     return images

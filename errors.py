@@ -20,7 +20,7 @@ class DataError(Failure):
 
 
 class NonFiniteError(Failure):
-    """A loss or a weight became NaN or infinite."""
+    """A loss or a weight became NaN or infinite, or processes of one run hold different weights."""
 
     code = 4
 

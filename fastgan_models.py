@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from device.precision import exact
+from device.replicas import draw_rows
 from layers import FromVector, ToVector, capture
 from spectral import maybe_spectral_norm
 
@@ -113,7 +114,7 @@ class Noise(nn.Module):
     def forward(self, x):
         B, _, H, W = x.size()
         if self.training:
-            noise = torch.randn(B, 1, H, W, device=x.device, dtype=x.dtype)
+            noise = draw_rows(lambda B: torch.randn(B, 1, H, W, device=x.device, dtype=x.dtype), B)
         else:
             generator = torch.Generator().manual_seed(self.FIXED_SEED)      # the same on every device
             noise = torch.randn(1, 1, H, W, generator=generator).to(x)
@@ -306,7 +307,7 @@ class Discriminator(nn.Module):
         size = small_size(S)
         whole = downscale(real, size)
         if quadrant is None:
-            quadrant = torch.randint(0, 4, (B,), device=real.device)
+            quadrant = draw_rows(lambda B: torch.randint(0, 4, (B,), device=real.device), B)
         return {
             "last": (self.decode_last(output.last), whole),
             "middle": (self.decode_middle(take_quadrant(output.middle, quadrant)),

@@ -2,6 +2,7 @@
 
     objective.d_loss(D, real, fake) -> (scalar, {name: detached scalar})
     objective.g_loss(D, real, fake) -> (scalar, {...})
+    objective.logits(D, images)     -> (B,), one logit per image, for records
 
 `real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both already
 augmented. G's loss takes real images too, for losses that compare the two (relativistic ones do). Objectives only
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from device.precision import exact
+from device.replicas import draw_rows
 
 
 class Hinge:
@@ -31,6 +33,9 @@ class Hinge:
     def g_loss(self, D, real, fake):
         return -D(fake[0]).mean(), {}
 
+    def logits(self, D, images):
+        return D(images)
+
 
 def hinge(on_real, on_fake, label_noise):
     """Return D's hinge loss on logits of any shape, and its statistics.
@@ -44,7 +49,11 @@ def hinge(on_real, on_fake, label_noise):
 
 
 def _margins(logits, label_noise):
-    return 1 - label_noise * torch.rand_like(logits) if label_noise else 1
+    if not label_noise:
+        return 1
+    _, *logits_per_image = logits.size()
+    return 1 - label_noise * draw_rows(
+        lambda B: torch.rand(B, *logits_per_image, device=logits.device, dtype=logits.dtype), len(logits))
 
 
 class WassersteinGP:
@@ -65,14 +74,16 @@ class WassersteinGP:
     def g_loss(self, D, real, fake):
         return -D(fake[0]).mean(), {}
 
+    def logits(self, D, images):
+        return D(images)
+
 
 def gradient_penalty(D, real, fake):
     """Mean over the batch of (||grad D(x)|| - 1)^2 at random points x between real and fake; a 0-d fp32 tensor.
 
     One mixing weight and one norm per sample. Draws from the global random state.
     """
-    B = real.size(0)
-    alpha = torch.rand(B, 1, 1, 1, device=real.device)
+    alpha = draw_rows(lambda B: torch.rand(B, 1, 1, 1, device=real.device), len(real))
     interpolated = (alpha * real + (1 - alpha) * fake.detach()).float().requires_grad_(True)
     # the fused attention kernels have no double backward
     with sdpa_kernel(SDPBackend.MATH), exact(real.device):
@@ -107,6 +118,9 @@ class SelfSupervisedHinge:
 
     def g_loss(self, D, real, fake):
         return -D(fake).logits.mean(), {}
+
+    def logits(self, D, images):
+        return D(images).logits.mean(1)
 
 
 def l1(a, b):

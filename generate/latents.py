@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from device.replicas import draw_rows
 from pretrained import vgg
 
 
@@ -74,8 +75,11 @@ class Latents:
 
     def training(self, count):
         """Draw the `Inputs` of a training batch on the device, with its global random state. Does not synchronize."""
-        z = torch.randn(count, self.z_dim, device=self.device)                          # (count, z_dim)
-        return Inputs(z if self.bank is None else torch.cat([z, self.bank.sample(count, "bank")], 1))
+        z = draw_rows(lambda B: torch.randn(B, self.z_dim, device=self.device), count)              # (count, z_dim)
+        if self.bank is None:
+            return Inputs(z)
+        metadata = draw_rows(lambda B: self.bank.sample(B, "bank"), count)                          # (count, 512)
+        return Inputs(torch.cat([z, metadata], 1))
 
     def sampling(self, count, generator):
         """Draw the `Inputs` of samples on the CPU, with a CPU `generator`."""

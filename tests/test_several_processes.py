@@ -1,0 +1,268 @@
+"""Several processes are one run: two ranks compute what one process computes on the same batch.
+
+Two processes run this file as a script, which trains; the tests read what rank 0 has written.
+"""
+
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import SMALL, SMALL_FASTGAN, TINY, two_processes
+from torch import nn
+
+from data_loader import build_dataset, real_batches
+from device import distributed
+from device.precision import Precision
+from device.replicas import SyncBatchNorm2d
+from families import FAMILIES
+from fastgan_models import Noise
+from generate.metadata import Bank
+from parameter import parse, resolve
+from pretrained import vgg
+from storage import checkpoint
+from trainer import Trainer
+
+HINGE = (*SMALL, "--num_workers", "0", "--hflip", "true", "--augment", "color,translation,cutout", "--label_noise",
+         "0.2")
+PENALTY = (*SMALL, "--num_workers", "0", "--adv_loss", "wgan-gp", "--d_iters", "2")
+FASTGAN = (*SMALL_FASTGAN, "--num_workers", "0", "--metadata", "true", "--hflip", "true")
+RUNS = {"hinge": HINGE, "wgan-gp": PENALTY, "fastgan": FASTGAN}
+
+
+@contextmanager
+def in_float64():
+    """All of a training in float64: what two ranks compute then differs by rounding alone, even after ten steps."""
+    single = torch.Tensor.float
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double            # code that asks for float32
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.Tensor.float = single
+
+
+def trained(flags, steps, start=None):
+    """Train from the seed, or from the state `start`, for so many steps: {"state", "losses" (steps, 2)}."""
+    config = resolve(parse(flags))
+    place = distributed.start(config)
+    dataset = build_dataset(config)
+    rows = torch.randn(50, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    bank = Bank(rows.half(), "relu5_3", vgg.FILE.sha256, "") if config.metadata else None
+    trainer = Trainer(config, place, Precision("fp32", place.device), len(dataset), bank)
+    with torch.no_grad():                               # both start at 0, where what they scale has no effect
+        for gamma in FAMILIES[config.model].gammas(trainer.G, trainer.D).values():
+            gamma.fill_(0.5)
+        for layer in trainer.G.modules():
+            if isinstance(layer, Noise):
+                layer.weight.fill_(0.3)
+    if start is not None:
+        trainer.restore(start)
+    batches = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world_size)
+    losses = []
+    for _ in range(steps):
+        stats = trainer.train_step(batches)
+        losses.append(torch.stack([stats["d_loss"], stats["g_loss"]]))
+    losses = distributed.mean_over_processes(torch.stack(losses))
+    trainer.recompute_bn_stats(64)
+    return {"state": trainer.state(), "losses": losses}
+
+
+@pytest.fixture
+def by_two(tmp_path):
+    """by_two(flags, steps, start, float64) -> what `trained` returns on rank 0 of two."""
+
+    def train(flags, steps, start=None, float64=True):
+        torch.save({"job": (flags, steps, start), "float64": float64}, tmp_path / "job.pth")
+        done = two_processes(__file__, tmp_path)
+        assert done.returncode == 0, done.stderr
+        return torch.load(tmp_path / "done.pth", weights_only=True)
+
+    return train
+
+
+def work(folder):
+    """What each of the two processes does."""
+    asked = torch.load(f"{folder}/job.pth", weights_only=True)
+    if asked["float64"]:
+        with in_float64():
+            done = trained(*asked["job"])
+    else:
+        done = trained(*asked["job"])
+    if distributed.is_first():
+        torch.save(done, f"{folder}/done.pth")
+    distributed.stop()
+
+
+def furthest(one, other):
+    """The largest difference between two states: weights, buffers, averages, Adam's moments."""
+    apart = {}
+    for name in ("G", "D", "G_ema"):
+        assert one[name].keys() == other[name].keys()
+        apart |= {f"{name}.{key}": (one[name][key] - other[name][key]).abs().max().item() for key in one[name]}
+    for name in ("g_optimizer", "d_optimizer"):
+        for number, moments in one[name]["state"].items():
+            apart |= {f"{name}.{number}.{key}": (moment - other[name]["state"][number][key]).abs().max().item()
+                      for key, moment in moments.items()}
+    assert torch.equal(one["random"][0]["torch"], other["random"][0]["torch"]) and one["step"] == other["step"]
+    assert one["samples_seen"] == other["samples_seen"]
+    return max(apart.values())
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_ten_steps_of_two_ranks_are_those_of_one_process(kind, by_two):
+    flags = (*RUNS[kind], "--check_replicas", "1")
+    with in_float64():
+        one = trained(flags, 10)
+    two = by_two(flags, 10)
+    assert furthest(one["state"], two["state"]) < 1e-8
+    assert (one["losses"] - two["losses"]).abs().max() < 1e-8
+    assert (one["losses"][0] - one["losses"][-1]).abs().min() > 1e-3, "the losses change"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_in_float32_the_first_losses_are_those_of_one_process(kind, by_two):
+    """D hardly learns here: G's first loss follows D's first update, which Adam makes of the signs of gradients."""
+    flags = (*RUNS[kind], "--d_lr", "1e-12")
+    one, two = trained(flags, 1)["losses"], by_two(flags, 1, float64=False)["losses"]
+    assert (one - two).abs().max() < 1e-5
+
+
+def test_batch_norm_of_each_rank_alone_is_another_run(by_two):
+    """Why `--sync_bn auto` is true: everything else is the same here."""
+    flags = (*RUNS["hinge"], "--check_replicas", "1")
+    with in_float64():
+        one = trained(flags, 2)
+    two = by_two((*flags, "--sync_bn", "false"), 2)
+    assert (one["losses"] - two["losses"]).abs().max() > 1e-4
+
+
+def test_accumulated_parts_of_two_ranks(by_two):
+    """z of a part is that of one process, the real images are others of the same batch: the same sum where D neither
+    has batch norm nor pairs real images with random numbers.
+    """
+    flags = (*SMALL, "--num_workers", "0", "--accumulate", "2")
+    with in_float64():
+        one = trained(flags, 3)
+    two = by_two(flags, 3)
+    assert furthest(one["state"], two["state"]) < 1e-8
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(by_two):
+    flags = RUNS["hinge"]
+    with in_float64():
+        straight = trained(flags, 6)["state"]
+        by_one = trained(flags, 2)["state"]
+        then_by_two = by_two(flags, 2, by_one)["state"]
+        resumed = trained(flags, 2, then_by_two)["state"]
+    assert furthest(straight, resumed) < 1e-8
+
+
+
+def test_checkpoints_with_a_random_state_by_rank_go_on(by_two):
+    """Older ones: all ranks take that of rank 0."""
+    flags = (*RUNS["hinge"], "--check_replicas", "1")
+    with in_float64():
+        old = trained(flags, 1)["state"]
+        straight = trained(flags, 2)["state"]
+        torch.manual_seed(99)
+        old["random"].append({**old["random"][0], "torch": torch.get_rng_state()})
+    assert furthest(straight, by_two(flags, 1, old)["state"]) < 1e-8
+
+
+# ---- batch norm over all ranks ----
+
+
+NORM = """
+import sys, torch
+from torch import nn
+from device import distributed
+from device.replicas import SyncBatchNorm2d, sync_batch_norm
+from parameter import resolve
+place = distributed.start(resolve({"device": "cpu"}))
+for dtype, layout, affine, tolerance in (
+        (torch.float64, torch.contiguous_format, True, 1e-12), (torch.float64, torch.channels_last, False, 1e-12),
+        (torch.float32, torch.channels_last, True, 1e-5), (torch.bfloat16, torch.channels_last, True, 0.03)):
+    torch.manual_seed(0)
+    ours, plain = (nn.Sequential(nn.BatchNorm2d(3, affine=affine)) for _ in range(2))
+    for net in (ours, plain):
+        net.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        for number, weight in enumerate(net.parameters()):
+            nn.init.constant_(weight, number + 0.5)
+    whole = (torch.randn(4, 3, 5, 6) * 2 + 30).to(dtype).to(memory_format=layout)
+    up = torch.randn(4, 3, 5, 6).to(dtype)
+    sync_batch_norm(ours, place.device)
+    assert type(ours[0]) is SyncBatchNorm2d and ours.state_dict().keys() == plain.state_dict().keys()
+    mine = slice(2 * place.rank, 2 * place.rank + 2)
+    x, part = whole.clone().requires_grad_(), whole[mine].clone().requires_grad_()
+    expected, got = plain(x), ours(part)
+    (expected * up).mean().backward()                   # the mean over the batch, and over the share of each rank
+    (got * up[mine]).mean().backward()
+    weights = list(ours.parameters())
+    if affine:
+        distributed.average_gradients(weights)
+
+    def close(a, b):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1), (dtype, a, b)
+
+    close(got, expected[mine])
+    close(part.grad / 2, x.grad[mine])                  # the trainer divides by the ranks, with the weights' gradients
+    for a, b in zip(weights, plain.parameters()):
+        close(a.grad, b.grad)
+    for a, b in zip(ours.buffers(), plain.buffers()):
+        close(a, b)
+    ours.eval(), plain.eval()
+    if place.rank == 0:
+        close(ours(whole), plain(whole))
+distributed.say("checked")
+distributed.stop()
+"""
+
+
+def test_its_values_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path):
+    script = tmp_path / "norm.py"
+    script.write_text(NORM)
+    done = two_processes(script)
+    assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
+
+
+def test_one_process_keeps_the_plain_one():
+    for flag in ("true", "auto"):
+        config = resolve(parse((*RUNS["fastgan"], "--sync_bn", flag, "--metadata", "false")))
+        place = distributed.start(config)
+        trainer = Trainer(config, place, Precision("fp32", place.device), 8)
+        kinds = {type(layer) for net in (trainer.G, trainer.D, trainer.G_ema) for layer in net.modules()}
+        assert nn.BatchNorm2d in kinds and SyncBatchNorm2d not in kinds
+
+
+# ---- the check ----
+
+DRIFT = """
+import sys, torch, main, utils
+from device import distributed
+average = utils.ema_update
+def drift(G_ema, G, decay):
+    average(G_ema, G, decay)
+    if not distributed.is_first():
+        with torch.no_grad():
+            G.to_rgb.weight[3, 0] *= 1 + 2**-20
+utils.ema_update = drift
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_ranks_that_drift_end_the_run_with_4_and_save_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "drift.py"
+    script.write_text(DRIFT)
+    done = two_processes(script, *TINY, "--version", "a", "--total_step", 3, "--model_save_step", 1)
+    assert done.returncode == 4 and checkpoint.steps_in("models/a") == []
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error:")}
+    assert line == "error: step 1: G.to_rgb.weight of rank 1 is no longer that of rank 0."
+    done = two_processes(script, *TINY, "--version", "b", "--total_step", 1, "--check_replicas", 0)
+    assert done.returncode == 0, "0 never looks"
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])
