@@ -7,64 +7,77 @@ the current step on SIGINT or SIGTERM, or with an error when a loss or a weight 
 import json
 import math
 import signal
-import time
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
 
 import utils
 from data_loader import real_batches, to_images
+from dataset.images import split
+from dataset.table import describe_changes, is_other_set, summarize
 from device import distributed
 from device.distributed import say
-from errors import LockedError, NonFiniteError
-from families import FAMILIES
+from errors import CheckpointError, NonFiniteError, UsageError, first_line
+from families import FAMILIES, find_mismatch
 from gallery import page
 from gallery.grid import save_grid
 from gallery.records import Record
 from generate import metadata
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
-from metrics import table
 from metrics.meter import Meter, of_run
 from parameter import RUN_SETTINGS, as_json
-from storage import checkpoint
-from storage.folders import RunFolders, lock_folder
-from storage.journal import MetricsLog
+from storage import checkpoint, score_table
+from storage.folders import FolderLock, RunFolders
+from storage.journal import MetricsLog, Window
 from trainer import Trainer
 
+HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
 
 
-def train(config, dataset, place, precision):
+def train(config, dataset, place, precision, interrupt):
     """Train until `--total_step`, from `--pretrained_model` or the newest checkpoint if there is one.
 
-    Return the exit code: 0, 130 or 143. Raise LockedError, CheckpointError, NonFiniteError, DataError.
+    Return the exit code: 0, or 128 + the signal's number. Raise LockedError, CheckpointError, NonFiniteError or
+    DataError.
     """
     folders = RunFolders.of(config)
     if config.pretrained_model is not None:
         checkpoint.require_step(folders.models, config.pretrained_model)    # before anything is written
-    folders.create()
-    lock = None
-    if distributed.is_first():
-        lock = lock_folder(folders.models)
-        if lock is None:
-            raise LockedError(f"--version {config.version}: another process is training in {folders.models}; "
-                              "wait for it, or use another --version")
+    lock = distributed.after_first(lambda: _claim(config, folders), lambda: None)
     try:
-        with Interrupt() as interrupt:
-            state = checkpoint.load_step(folders.models, config.pretrained_model, warn=say)
-            trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
-            _restore(trainer, state, folders)
-            del state                                   # frees the checkpoint's memory
-            if trainer.step >= config.total_step:
-                say(f"nothing to do: '{config.version}' has reached step {trainer.step} of --total_step "
-                    f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
-                return 0
-            return Run(trainer, dataset, folders, interrupt).loop()
+        state = checkpoint.load_step(folders.models, config.pretrained_model, say, partial(find_mismatch, config))
+        if state and state["step"] >= config.total_step:        # before anything is moved
+            say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
+                f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
+            return 0
+        data = summarize(dataset, config)
+        _compare_data(config, state, data)
+        trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
+        _restore(trainer, state, folders)
+        del state                                       # frees the checkpoint's memory
+        return Run(trainer, dataset, data, folders, interrupt).loop()
     finally:
         if lock:
             lock.close()
+
+
+def _claim(config, folders):
+    """Create and lock the run's folders, after moving an old run aside for `--restart true`. Return the lock."""
+    folders.create()
+    lock = FolderLock(folders.each(), f"--version {config.version}")
+    if config.restart and checkpoint.steps_in(folders.models):
+        lock.close()                                    # its files move with the folders
+        say(f"the run '{config.version}' is now called '{folders.move_aside()}'")
+        folders.create()
+        lock = FolderLock(folders.each(), f"--version {config.version}")
+    if lock.unsupported:
+        say(f"warning: the file system of {lock.unsupported} has no locks: nothing keeps a second process from "
+            "training in the same folders")
+    folders.remove_leftovers()
+    return lock
 
 
 class Due(NamedTuple):
@@ -80,23 +93,25 @@ class Due(NamedTuple):
 class Run:
     """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`."""
 
-    def __init__(self, trainer, dataset, folders, interrupt):
-        self.trainer, self.dataset, self.folders, self.interrupt = trainer, dataset, folders, interrupt
+    def __init__(self, trainer, dataset, data, folders, interrupt):
+        self.trainer, self.folders, self.interrupt = trainer, folders, interrupt
+        self.dataset, self.data = dataset, data         # the pictures, and what a checkpoint keeps of which they are
         self.config, self.place = trainer.config, trainer.place
         # built before the first step: missing weights must fail now, not after hours
-        self.meter = Meter(self.config, of_run(self.config, dataset), self.place,
-                           self.stopped) if self.config.metric_step else None
+        self.meter = Meter(self.config, of_run(self.config, dataset), self.place) if self.config.metric_step else None
         self.figures = {}                               # numbers from the last record, for the next log line
+        self.failing = set()                            # what `try_to` could not do the last time
+        self.saved_step = self.first_step = trainer.step
+        self.held_out = split(dataset.whole, self.config.holdout)[1] if self.config.holdout else None
+        self.health = Health()
+        self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
         self.window = Window()
 
     def loop(self):
         """Train until the last step or a signal. Return the exit code."""
         trainer = self.trainer
-        if self.stopped():
-            say(f"interrupted before step {trainer.step + 1}; run the same command again to resume")
-            return 128 + self.interrupt.signal
-        with self.opened():
+        with self.interrupt.deferred(), self.opened(), self.saved_if_it_ends_early():
             while trainer.step < self.config.total_step:
                 # one step; its statistics stay on the device
                 self.window.add(trainer.train_step(self.batches))
@@ -104,20 +119,21 @@ class Run:
                 due = self.due()
                 if not any(due):
                     continue
-                # first make sure that all is finite: nothing else may be logged, shown, saved or measured
                 with self.window.paused():
+                    # nothing that is not finite is saved, shown or logged
                     means = self.finite_means(due)
                     self.prepare_G_ema(due)
-                    if due.show:
-                        self.show()
-                    if due.log:
-                        self.log(means)
+                    # the checkpoint first; what follows may fail without ending the run
                     if due.save or due.stop:
                         self.save()
+                    if due.show:
+                        self.try_to("write samples and attention maps", self.show)
+                    if due.log:
+                        self.log(means)
                     if due.measure and not due.stop:
                         self.measure()
                     if due.show or due.measure:
-                        self.write_page()
+                        self.try_to("write the page", self.write_page)
                 if due.stop and trainer.step < self.config.total_step:
                     return self.stop()
             return self.finish()
@@ -131,10 +147,7 @@ class Run:
         log, show, save = (last or step % every == 0
                            for every in (config.log_step, config.sample_step, config.model_save_step))
         measure = self.meter is not None and (last or step % config.metric_step == 0)
-        # all ranks must stop at the same step: they agree on it at log steps, where they synchronize anyway
-        stop = self.stopped() if self.place.world_size == 1 else log and distributed.any_process(
-            self.interrupt.signal is not None, self.place.device)
-        return Due(log, show, save, measure, stop)
+        return Due(log, show, save, measure, self.stop_vote(self.interrupt.signal is not None))
 
     def stopped(self):
         """Return whether a signal arrived; always False with several processes: one would stop, the others wait."""
@@ -148,7 +161,7 @@ class Run:
         means = self.window.means()
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         if (due.save or due.measure or due.stop) and not wrong and not self.trainer.is_finite():
-            wrong = ["a weight"]                        # the step's losses were computed before its update
+            wrong = ["a weight, statistic or moment"]   # the step's losses were computed before its update
         step = self.trainer.step
         if wrong:
             saved = checkpoint.steps_in(self.folders.models)
@@ -174,14 +187,28 @@ class Run:
             return
         trainer, config, device, folders = self.trainer, self.config, self.place.device, self.folders
         trainer.D.eval()
-        with utils.forked_random_state(device):
-            inputs = trainer.fixed_inputs
-            images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
-            record = Record(inputs.to(device), images.to(device), self.real_images.to(device), folders.samples,
-                            folders.attention, trainer.step, config.attn_queries, config.attn_raw)
-            save_grid(images, record.samples / record.name("fake"))
-            self.figures = FAMILIES[config.model].write_record(trainer.G_ema, trainer.D, record)
-        trainer.D.train()
+        try:
+            with utils.forked_random_state(device):
+                inputs = trainer.fixed_inputs
+                images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
+                record = Record(inputs.to(device), images.to(device), self.real_images.to(device), folders.samples,
+                                folders.attention, trainer.step, config.attn_queries, config.attn_raw)
+                self.figures = self.check_health(record)
+                save_grid(images, record.samples / record.name("fake"))
+                for write in FAMILIES[config.model].records:
+                    self.figures |= write(trainer.G_ema, trainer.D, record)
+        finally:
+            trainer.D.train()
+
+    def check_health(self, record):
+        """Warn of a dead D, a collapsed G, a D that memorizes. Return {name: float}, for held-out pictures."""
+        shown = {"fake": record.images, "real": record.real}
+        if self.held_out:
+            indices = utils.spread_indices(len(record.real), len(self.held_out))
+            shown["heldout"] = to_images(self.held_out.load_batch(indices)).to(self.place.device)
+        logits = {name: self.trainer.objective.logits(self.trainer.D, images[:HEALTH_IMAGES])
+                  for name, images in shown.items()}
+        return self.health.check(record.step, record.images, record.real, logits)
 
     def log(self, means):
         """Write a line to metrics.jsonl and update the text of the progress bar."""
@@ -196,18 +223,36 @@ class Run:
         }
         if self.place.device.type == "cuda":
             scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.place.device) / 2**30
-        if self.metrics_log:
-            self.metrics_log.write(trainer.step, scalars)
+        self.write_line(scalars)
         self.progress.set_postfix_str(_summary(scalars), refresh=False)
         self.figures = {}
         window.clear()
 
+    def write_line(self, values):
+        """Write a line of metrics.jsonl, and TensorBoard's events."""
+        if distributed.is_first():
+            self.try_to("write metrics.jsonl", lambda: self.open_log().write(self.trainer.step, values))
+            if self.metrics_log:
+                self.try_to("write TensorBoard events",
+                            lambda: self.metrics_log.write_events(self.trainer.step, values))
+
+    def open_log(self):
+        """Return the MetricsLog, opened at the first call that the disk allows."""
+        if self.metrics_log is None:
+            self.metrics_log = MetricsLog(self.folders.logs, self.config.use_tensorboard, resume_from=self.first_step)
+        return self.metrics_log
+
+    def state(self):
+        """Return all that a checkpoint holds. All ranks must call it."""
+        return {**self.trainer.state(), "data": self.data}
+
     def save(self):
         """Write a checkpoint and prune the old ones."""
-        state = self.trainer.state()
+        state = self.state()
         if distributed.is_first():
             checkpoint.save(state, self.folders.models)
             checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
+        self.saved_step = self.trainer.step
 
     def measure(self):
         """Compute the metrics of G_ema's samples; save best.pth if their fid is the best so far."""
@@ -218,17 +263,18 @@ class Run:
             scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
         if scores is None:
             return
-        if self.metrics_log:
+        if distributed.is_first():
             for score in scores:
-                self.metrics_log.write(trainer.step, score.line())
-            table.record(config.log_path, config.version, trainer.step, scores)
+                self.write_line(score.line())
+            self.try_to("write scores.md",
+                        lambda: score_table.record(config.log_path, config.version, trainer.step, scores))
             values = {name: value for score in scores for name, value in score.values.items()}
             text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.progress.write(f"step {trainer.step}: {text}")
-        better = distributed.gather(table.better_fid(scores, checkpoint.best_score(self.folders.models))
+        better = distributed.gather(score_table.better_fid(scores, checkpoint.best_score(self.folders.models))
                                     if distributed.is_first() else None)[0]
         if better:
-            state = {**trainer.state(), "best": better}
+            state = {**self.state(), "best": better}
             if distributed.is_first():
                 checkpoint.save_best(state, self.folders.models)
 
@@ -236,6 +282,37 @@ class Run:
         """Rewrite the run's page and the overview of all runs."""
         if distributed.is_first():
             page.write_pages(self.folders, self.config)
+
+    def try_to(self, what, action):
+        """Call an action that training can do without. A failure is announced once, until it succeeds again."""
+        try:
+            action()
+        except Exception as error:                      # whatever a full disk, a font or a library may raise
+            if what not in self.failing:
+                reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else (
+                    f"{type(error).__name__}: {first_line(error)}")
+                say(f"warning: cannot {what} ({reason}); training continues, and it is tried again every time")
+            self.failing.add(what)
+        else:
+            if what in self.failing:
+                say(f"note: can {what} again")
+            self.failing.discard(what)
+
+    @contextmanager
+    def saved_if_it_ends_early(self):
+        """Whatever ends the run between two steps, such as a dead loader process: save first, then leave as it came."""
+        try:
+            yield
+        except (NonFiniteError, CheckpointError, KeyboardInterrupt):
+            raise
+        except BaseException:
+            trainer = self.trainer
+            unsaved = self.place.world_size == 1 and trainer.is_whole and trainer.step > self.saved_step
+            if unsaved and trainer.is_finite():
+                trainer.recompute_bn_stats()
+                self.save()
+                say(f"step {trainer.step} is saved in {self.folders.models}")
+            raise
 
     def stop(self):
         """Report the interruption. Return the exit code."""
@@ -258,14 +335,14 @@ class Run:
         config, trainer, first = self.config, self.trainer, distributed.is_first()
         self.batches = real_batches(config, self.dataset, trainer.samples_seen, self.place.device, self.place.rank,
                                     self.place.world_size)
-        self.metrics_log = MetricsLog(self.folders.logs, config.use_tensorboard,
-                                      resume_from=trainer.step) if first else None
+        self.metrics_log = None
         self.progress = distributed.progress(config.total_step, "step", initial=trainer.step)
         try:
             if first:
+                self.try_to("open metrics.jsonl", self.open_log)
                 utils.write_atomically(self.folders.models / "config.json",
                                        lambda path: path.write_text(as_json(config)))
-                save_grid(self.real_images, self.folders.samples / "real.png")
+                self.try_to("write real.png", lambda: save_grid(self.real_images, self.folders.samples / "real.png"))
             self.window = Window()
             yield
         finally:
@@ -281,56 +358,41 @@ class Run:
         return to_images(self.dataset.load_batch(indices))
 
 
-class Window:
-    """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps."""
+class Health:
+    """Warns, once each, of training that has gone wrong, and says what to try."""
+
+    FROM = 500              # steps: before, networks are not expected to differ from their initialization
+    SPREAD = 0.05           # of the real images' spread that G's may fall to
+    _TEXTS = {
+        "D": "D gives the same logit to all images, so that G learns nothing: try a lower --d_lr, or --sn both",
+        "G": "G draws nearly the same image for every z (mode collapse): try --augment color,translation, a lower "
+             "--g_lr, or go back with --pretrained_model",
+        "memorized": "D rates held-out pictures as it rates fakes, so it has memorized the training pictures: try "
+                     "--augment color,translation, --hflip true, or more pictures",
+    }
 
     def __init__(self):
-        self.clear()
+        self.warned = set()
 
-    def clear(self):
-        """Start a new window."""
-        self.sums, self.steps, self.seconds, self._began = {}, 0, 0.0, time.perf_counter()
+    def check(self, step, fakes, reals, logits):
+        """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
 
-    def add(self, stats):
-        """Add the statistics of one step, {name: 0-d tensor}."""
-        for name, value in stats.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.steps += 1
+        Return {name: float} for the metrics line.
+        """
+        means = {name: values.mean().item() for name, values in logits.items()}
+        everything = torch.cat(list(logits.values()))
+        spreads = [images.float().std(0).mean().item() for images in (fakes, reals) if len(images) > 1]
+        self._warn("D", step, bool(everything.max() - everything.min() < 1e-4 * (1 + everything.abs().max())))
+        self._warn("G", step, len(spreads) == 2 and spreads[0] < self.SPREAD * spreads[1])
+        if "heldout" in means:
+            middle = (means["real"] + means["fake"]) / 2
+            self._warn("memorized", step, means["heldout"] < middle and means["real"] - means["fake"] > 0.5)
+        return {"d_heldout": means["heldout"], "d_trained": means["real"]} if "heldout" in means else {}
 
-    def means(self):
-        """Return {name: mean over the window and all ranks}. Synchronizes with the device; all ranks must call it."""
-        values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
-        means = dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
-        self.seconds = time.perf_counter() - self._began        # after the synchronization: all steps have ended
-        return means
-
-    @contextmanager
-    def paused(self):
-        """Leave the time inside out of `seconds`, except that `means` waits for the steps to end."""
-        yield
-        self._began = time.perf_counter() - self.seconds
-
-
-class Interrupt:
-    """SIGINT and SIGTERM set `signal`: the run ends after the current step. A second one raises KeyboardInterrupt."""
-
-    def __init__(self):
-        self.signal = None
-        self._before = {}
-
-    def _handle(self, number, frame):
-        if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _warn(self, kind, step, is_wrong):
+        if is_wrong and step >= self.FROM and kind not in self.warned:
+            self.warned.add(kind)
+            say(f"warning: step {step}: {self._TEXTS[kind]}")
 
 
 def _find_bank(config, dataset, place, state):
@@ -345,10 +407,24 @@ def _find_bank(config, dataset, place, state):
     return bank
 
 
+def _compare_data(config, state, data):
+    """Say how the pictures differ from those of the checkpoint `state`. Raise UsageError if none is the same."""
+    before = state and state.get("data")                # older checkpoints have none
+    changes = before and describe_changes(before, data)
+    if changes and is_other_set(before, data):
+        raise UsageError(f"--version {config.version}: this run was trained on other pictures ({changes}).\n"
+                         "Use another --version; or --restart true, which moves this run aside and begins again.")
+    if changes:
+        say(f"note: {changes}")
+
+
 def _restore(trainer, state, folders):
     """Resume from the checkpoint `state`, or start a new run if it is None; report which, and changed settings."""
     config = trainer.config
     if state is None:
+        moved = folders.supersede_records_after(-1) if distributed.is_first() else 0
+        if moved:
+            say(f"{moved} records of an older run moved to {folders.samples / 'superseded'}")
         say(f"starting '{config.version}'; run the same command again to resume from the newest checkpoint")
         return
     trainer.restore(state)

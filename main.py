@@ -15,32 +15,36 @@ import errno
 import sys
 
 import parameter
+from device import console
+from device.signals import Interrupt, Interrupted
 from errors import CheckpointError, Failure
 
 
 def main(argv):
     """Run the command line `argv` (without the program's name) and return the exit code."""
     try:
-        return run(argv)
+        with Interrupt() as interrupt:
+            return run(argv, interrupt)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.code
+    except Interrupted as request:
+        print("interrupted", file=sys.stderr)
+        return 128 + request.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
-            raise
-        where = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{where} ({error.strerror}).\n"
-              "Free some space, or set other --sample_path, --log_path and --model_save_path.", file=sys.stderr)
+        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        if error.errno in _DISK_ERRORS:
+            print("Free some space, or set other --sample_path, --log_path and --model_save_path.", file=sys.stderr)
         return CheckpointError.code
 
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-def run(argv):
+def run(argv, interrupt):
     """Parse the command line, dispatch on --mode, return the exit code. Raise Failure for what the user can fix."""
     typed = parameter.parse(argv)
     # importing torch takes seconds, so parse first: mistakes are reported at once
@@ -51,12 +55,14 @@ def run(argv):
     from dataset import workers
     from device import distributed
     from device.precision import Precision, choose_algorithms
-    from generate import modes
+    from generate import clean, modes
     from metrics import evaluate
     from pretrained import vgg
     from storage import checkpoint
 
     config = parameter.resolve(typed, checkpoint.saved_config, vgg.FILE.is_available)
+    if config.mode == "clean_data":
+        return clean.clean_data(config) if distributed.is_first() else 0
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
         distributed.relaunch(__file__, argv)
     place = distributed.start(config)
@@ -74,14 +80,20 @@ def run(argv):
             return modes.MODES[config.mode](config, place, precision) if distributed.is_first() else 0
         if place.device.type == "cpu" and config.preset == "published":
             distributed.say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
-        return loop.train(config, dataset, place, precision)
-    except torch.OutOfMemoryError:
-        raise Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths "
-                      "--g_conv_dim and --d_conv_dim") from None
+        return loop.train(config, dataset, place, precision, interrupt)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise _out_of_memory(place) from None
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):       # torch's words for it on a CPU
+            raise _out_of_memory(place) from None
         raise workers.death(error) or error from None
     finally:
         distributed.stop()
+
+
+def _out_of_memory(place):
+    return Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths --g_conv_dim and "
+                   "--d_conv_dim")
 
 
 def describe(config, dataset, place):
@@ -100,4 +112,7 @@ def describe(config, dataset, place):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.protect()
+    code = main(sys.argv[1:])
+    console.finish()
+    sys.exit(code)

@@ -9,6 +9,7 @@ A `Config` is read-only from then on. The flags themselves are in flags/.
 import argparse
 import difflib
 import json
+import math
 import os
 import re
 from dataclasses import replace
@@ -43,6 +44,13 @@ FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
 # The settings that training depends on: a resumed run reports which of them changed.
 RUN_SETTINGS = tuple(flag.name for title, group in GROUPS.items() for flag in group
                      if title not in ("records", "evaluation", "from a checkpoint") and not flag.per_call)
+
+
+LARGEST = 2**31 - 1         # of a whole number whose flag names no limit
+RESERVED = ("index.html", "scores.jsonl", "scores.md")      # files of ours beside the folders of the runs
+
+
+EXTRA_MODES = {mode for family in FAMILIES.values() for mode in family.EXTRA_MODES}
 
 
 class Config(argparse.Namespace):
@@ -87,7 +95,7 @@ def parse(argv):
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FLAGS, n=1, cutoff=0.5)
+        nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FLAGS, n=1, cutoff=0.7)
         hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
         raise UsageError(f"unknown flag {name}: {hint}")
     return vars(namespace)
@@ -113,12 +121,12 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
         typed["mode"] = "train" if typed["train"] else "sample"
     elif "train" in typed and typed["train"] != (typed["mode"] == "train"):
         raise UsageError(f"--train {written(typed['train'])} and --mode {typed['mode']} contradict each other")
-    given = {**_read_file(typed["config"]), **typed} if typed.get("config") else typed
+    given = {**_read_file(typed["config"]), **typed} if typed.get("config") is not None else typed
 
     values = {flag.name: flag.default for flag in FLAGS.values()} | given
-    version = values["version"] or f"{values['model']}_{values['dataset']}"
+    version = f"{values['model']}_{values['dataset']}" if values["version"] is None else values["version"]
     _check_version(version)
-    needs_run = not (values["fake_dir"] and values["real_dir"])
+    needs_run = not (values["fake_dir"] and values["real_dir"]) and not values["restart"]
     saved = find_saved(Path(values["model_save_path"]) / version) if needs_run else None
     known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or {}).items()
              if name in FLAGS and not FLAGS[name].per_call
@@ -194,9 +202,11 @@ def validate(values):
     _check_evaluation(values)
     model = values["model"]
     *others, last = FAMILIES[model].IMSIZES
-    imsize = values["imsize"] or 64
+    imsize = 64 if values["imsize"] is None else values["imsize"]
     if imsize not in (*others, last) and not values["fake_dir"]:
         raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
+    if values["mode"] in EXTRA_MODES and values["mode"] not in FAMILIES[model].EXTRA_MODES:
+        raise UsageError(f"--mode {values['mode']}: swaps the maps that drive skip layers, and {model} has none")
     FAMILIES[model].check(values)
     world_size = _world_size()
     if world_size > 1 and values["mode"] == "evaluate" and "cost" in values["metrics"]:
@@ -210,16 +220,29 @@ def validate(values):
 
 
 def _check_range(flag, value):
+    if isinstance(value, str):
+        _check_text(flag, value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
-    if value != value:
-        raise UsageError(f"--{flag.name} nan: give a number")
+    if not math.isfinite(value):
+        raise UsageError(f"--{flag.name} {value}: give a finite number")
     if flag.below is not None and not flag.low <= value < flag.below:
         raise UsageError(f"--{flag.name} {value}: must be in [{flag.low:g}, {flag.below:g})")
     if flag.low is not None and value < flag.low:
         raise UsageError(f"--{flag.name} {value}: must be at least {flag.low}")
-    if flag.high is not None and value > flag.high:
-        raise UsageError(f"--{flag.name} {value}: must be at most {flag.high}")
+    high = LARGEST if flag.high is None and isinstance(value, int) else flag.high
+    if high is not None and value > high:
+        raise UsageError(f"--{flag.name} {value}: must be at most {high}")
+
+
+def _check_text(flag, text):
+    """Raise UsageError for text that can be no path, word or name."""
+    if not text:
+        raise UsageError(f"--{flag.name}: is empty; give a value, or leave the flag out")
+    if "\0" in text:
+        raise UsageError(f"--{flag.name}: has a NUL character")
+    if any(len(os.fsencode(part)) > 255 for part in re.split(r"[/\\]", text)):
+        raise UsageError(f"--{flag.name}: has a name of more than 255 bytes")
 
 
 def _check_evaluation(values):
@@ -242,9 +265,11 @@ def _check_evaluation(values):
 
 
 def _check_version(version):
-    if not version or len(version) > 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
-        raise UsageError(f"--version {version!r}: use a plain name of up to 100 characters, without / \\ : "
+    if not 0 < len(os.fsencode(version)) <= 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
+        raise UsageError(f"--version {version!r}: use a plain name of up to 100 bytes, without / \\ : "
                          "and not beginning with . or -")
+    if version in RESERVED:
+        raise UsageError(f"--version {version}: is the name of a file beside the runs' folders; use another")
 
 
 def _world_size():

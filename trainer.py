@@ -16,6 +16,7 @@ import utils
 from device import distributed
 from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
+from device.replicas import check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
 from families import FAMILIES, build_networks
 from gallery.grid import grid_side
@@ -35,6 +36,7 @@ class Trainer:
     def __init__(self, config, place, precision, epoch_length, bank=None):
         self.config, self.place, self.precision, self.epoch_length = config, place, precision, epoch_length
         self.step = self.samples_seen = 0
+        self.is_whole = True                                # whether the state is that after a whole step
         family, device = FAMILIES[config.model], place.device
         utils.seed_everything(config.seed)
         self.G, self.D = (net.train() for net in build_networks(config, device))
@@ -42,6 +44,10 @@ class Trainer:
         self.latents = Latents(config.z_dim, bank, config.metadata_sample, device)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
+        # G_ema keeps the plain batch norm: its statistics come from the same images on every rank
+        self.sync_bn = place.world_size > 1 and config.sync_bn is not False
+        for net in (self.G, self.D) if self.sync_bn else ():
+            sync_batch_norm(net, device)
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
@@ -49,13 +55,15 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         self.fixed_inputs = self.latents.sampling(grid_side(config.imsize) ** 2, generator)
         self.bn_stats_inputs = self.latents.sampling(BN_STATS_IMAGES, generator).to(device)
-        utils.seed_everything(config.seed + place.rank)     # ranks start from equal weights and draw different z
+        utils.seed_everything(config.seed)      # CRUCIAL: the same on every rank, see `draw_rows`
+        self._is_checked = False
 
     # ------------------------------------------------------------------------------------------ the algorithm
 
     def train_step(self, batches):
         """Train one step on the next `d_iters` of `batches`, an iterator over Batch. Return {name: 0-d tensor}."""
         images = [next(batches).images for _ in range(self.config.d_iters)]     # each (B, 3, imsize, imsize)
+        self.is_whole = False                               # until the end of the step, the state belongs to no step
         self._set_learning_rates()
         with self.precision.switched():
             stats = self._fast_step(images)
@@ -63,6 +71,8 @@ class Trainer:
         utils.ema_update(self.G_ema, self.G, decay=min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
         self.step += 1
         self.samples_seen = batches.samples_seen
+        self.is_whole = True
+        self._check_replicas()
         return stats
 
     def update(self, batches):
@@ -102,7 +112,7 @@ class Trainer:
 
     def augment(self, images):
         """Apply `--augment`: to all images that D takes, real and fake, in both phases."""
-        return augment(images, self.config.augment)
+        return augment(images, self.config.augment, draw_rows)
 
     def generate(self, count):
         """Return G's [images, ...], largest first, for `count` newly drawn inputs."""
@@ -185,14 +195,14 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------- the state
 
     def state(self):
-        """Return everything needed to resume bit for bit. All ranks must call this."""
-        states = distributed.gather(utils.random_states(self.place.device))
+        """Return everything needed to resume: bit for bit, or up to rounding with another number of ranks."""
         return {
             "step": self.step, "samples_seen": self.samples_seen,
             "config": json.loads(as_json(self.config)),
             "G": self.G.state_dict(), "D": self.D.state_dict(), "G_ema": self.G_ema.state_dict(),
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
-            "fixed_z": self.fixed_inputs.z, "metadata": self.latents.state(), "random": states,
+            "fixed_z": self.fixed_inputs.z, "metadata": self.latents.state(),
+            "random": [utils.random_states(self.place.device)],     # a list: by rank in older checkpoints
         }
 
     def restore(self, state):
@@ -204,8 +214,7 @@ class Trainer:
             # take the moments only: learning rates, betas and options are those of this command line and device
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
         self.step, self.samples_seen, self.fixed_inputs = state["step"], state["samples_seen"], Inputs(state["fixed_z"])
-        if self.place.rank < len(state["random"]):
-            utils.restore_random_states(state["random"][self.place.rank], self.place.device)  # last: no draws after
+        utils.restore_random_states(state["random"][0], self.place.device)      # last: no draws after
 
     def recompute_bn_stats(self, images=BN_STATS_IMAGES):
         """Recompute G_ema's batch-norm statistics, before it is shown or saved. Leaves random states as they are."""
@@ -213,10 +222,32 @@ class Trainer:
             recompute_bn_stats(self.G_ema, self.bn_stats_inputs[:images], self.precision,
                                batch_for(self.config.imsize))
 
+    def _check_replicas(self):
+        """Raise DriftError if the ranks differ, after the first step of this process and every `--check_replicas`."""
+        every = self.config.check_replicas
+        if self.place.world_size == 1 or not every or (self._is_checked and self.step % every):
+            return
+        # ranks that read different checkpoints differ in the step; unequally many draws show in the random state
+        tensors = {"the step": torch.tensor(self.step), "the random state": torch.get_rng_state()}
+        if self.place.device.type == "cuda":
+            tensors["CUDA's random state"] = torch.cuda.get_rng_state(self.place.device)
+        tensors |= {f"{net}.{name}": tensor for net in ("G", "D", "G_ema")
+                    for name, tensor in getattr(self, net).state_dict().items()
+                    # with --sync_bn false each rank has the statistics of its own images
+                    if self.sync_bn or not name.endswith(("running_mean", "running_var"))}
+        check_replicas({name: tensor.to(self.place.device) for name, tensor in tensors.items()}, self.step)
+        self._is_checked = True
+
     def is_finite(self):
-        """Return whether all weights are finite. Synchronizes with the device."""
-        weights = [*self.G.parameters(), *self.D.parameters()]
-        return bool(torch.stack([weight.isfinite().all() for weight in weights]).all())
+        """Return whether all that a checkpoint holds is finite: weights, running statistics, G_ema, Adam's moments.
+
+        Synchronizes with the device once.
+        """
+        tensors = [tensor for net in (self.G, self.D, self.G_ema) for tensor in net.state_dict().values()]
+        tensors += [tensor for optimizer in (self.g_optimizer, self.d_optimizer)
+                    for moments in optimizer.state.values() for tensor in moments.values()]
+        on_device = [tensor.isfinite().all().to(self.place.device) for tensor in tensors]
+        return bool(torch.stack(on_device).all())
 
 
 def _mean(parts):

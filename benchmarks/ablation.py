@@ -12,6 +12,7 @@ drawn or scored twice. Exit codes are main.py's; a run that fails hands on its o
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -32,11 +33,11 @@ sys.path.insert(0, str(ROOT))
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from dataset import table  # noqa: E402
-from errors import CheckpointError, DataError, Failure, LockedError, UsageError  # noqa: E402
+from errors import CheckpointError, DataError, Failure, UsageError  # noqa: E402
 from flags.common import boolean, one_of  # noqa: E402
 from metrics import swd  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
-from storage.folders import lock_folder  # noqa: E402
+from storage.folders import FolderLock  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
 MAIN = ROOT / "main.py"
@@ -421,10 +422,7 @@ def main(argv):
     try:
         options, extra = parse(argv)
         Path(options.out).mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(options.out)
-        if lock is None:
-            raise LockedError(f"--out {options.out}: another ablation is at work there; wait, or use another")
-        with lock:
+        with contextlib.closing(FolderLock([options.out], f"--out {options.out}")):
             return Ablation(options, extra, argv).do()
     except Failure as failure:
         print(getattr(failure, "output", ""), end="", file=sys.stderr)

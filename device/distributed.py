@@ -7,6 +7,7 @@ that does not support the double backward of a gradient penalty.
 import datetime
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +95,31 @@ def mean_over_processes(values):
     return values
 
 
-def any_process(flag, device):
-    """Return on every rank whether `flag` is true on any rank. Synchronizes with the device."""
-    if not dist.is_initialized():
-        return flag
-    votes = torch.tensor(float(flag), device=device)
-    dist.all_reduce(votes)
-    return votes.item() > 0
+class StopVote:
+    """Lets all ranks stop at the same step, about a second after a request reached one of them.
+
+    Call it at every step on every rank. They talk on the CPU (gloo), so that nothing waits for a GPU, and only as often
+    as once in `SECONDS`; how many steps that are follows from numbers that all ranks have.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self):
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.steps, self.every, self.began = 0, 1, time.monotonic()
+
+    def __call__(self, wanted):
+        """Return whether any rank `wanted` to stop; False at the steps between two votes."""
+        if self.group is None:
+            return wanted
+        self.steps += 1
+        if self.steps < self.every:
+            return False
+        now = time.monotonic()
+        vote = torch.tensor([float(wanted), (now - self.began) / self.steps])
+        dist.all_reduce(vote, dist.ReduceOp.MAX, self.group)
+        self.steps, self.every, self.began = 0, max(1, int(self.SECONDS / max(vote[1].item(), 1e-6))), now
+        return vote[0].item() > 0
 
 
 def gather(value):

@@ -193,13 +193,18 @@ FLAGS = {
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
-        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "evaluate"), "train",
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "evaluate", "clean_data"), "train",
              "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
-             "skip layers) | evaluate (--metrics)", per_call=True),
+             "skip layers) | evaluate (--metrics); or clean_data: delete the pictures that the last check of this "
+             "version found damaged", per_call=True),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
              "divided among them", per_call=True),
+        Flag("sync_bn", boolean_or_auto, "auto", "batch norm's statistics over the images of all processes, so that "
+             "several train as one does; false: over those of each; auto: true"),
+        Flag("check_replicas", int, 1000, "steps between checks that all processes hold the same weights; exit code 4 "
+             "if not; 0: never", 0),
         Flag("seed", int, 0, "random seed of weights, batch order, z and flips", 0, 2**31 - 1),
         Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of convolutions and matrix products, in "
              "training and in sampling: fp32 | tf32 | bf16 (mixed precision); auto: bf16 where the hardware has units "
@@ -228,6 +233,11 @@ FLAGS = {
         Flag("check_data", one_of("auto", "full", "header", "off"), "auto", "before training, find the pictures "
              "that cannot be used, on all cores: full (decode each) | header (read start and end of each file) | off; "
              "auto: full up to 10,000 pictures, else header"),
+        Flag("max_pixels", int, 178_956_970, "pictures of more pixels are read at a reduced size (JPEG) or left out; "
+             "0: no limit", 0),
+        Flag("clean_copies", boolean, False, "--mode clean_data: delete byte-identical copies, too, but the first of "
+             "each", per_call=True),
+        Flag("yes", boolean, False, "--mode clean_data: delete without asking", per_call=True),
         Flag("cache", one_of("auto", "on", "off"), "auto", "cache decoded pictures in a file, for all runs: auto (if "
              "it takes at most a quarter of the free disk space and the run has more than one epoch) | on | off"),
         Flag("cache_dir", str, None, "folder of that file (default: .decoded in the data's folder or, where that "
@@ -293,6 +303,8 @@ FLAGS = {
     "from a checkpoint": (
         Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
              "best: that of the best fid", 1, per_call=True),
+        Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
+             per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes", 1, per_call=True),
         Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "

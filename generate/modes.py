@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from device.distributed import progress, say
 from device.precision import Precision
 from errors import CheckpointError, UsageError
-from families import FAMILIES, build_networks
+from families import FAMILIES, build_networks, find_mismatch
 from gallery import grid, page
 from generate.draw import BN_STATS_IMAGES, batch_for, draw, recompute_bn_stats
 from generate.latents import Inputs, Latents
@@ -59,7 +60,7 @@ class TrainedGenerator:
 def load_generator(config, place, precision):
     """Return the TrainedGenerator of `--version` and `--pretrained_model`. Raises CheckpointError."""
     folders = RunFolders.of(config)
-    state = checkpoint.load_step(folders.models, config.pretrained_model)
+    state = checkpoint.load_step(folders.models, config.pretrained_model, say, partial(find_mismatch, config))
     if state is None:
         raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models}.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")

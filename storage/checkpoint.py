@@ -18,7 +18,14 @@ from storage.folders import step_name
 from utils import write_atomically
 
 # What torch.load and zipfile raise on damaged files (truncated, overwritten, an HTML page, ...).
-_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, ValueError)
+_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError)
+# What every checkpoint holds, and of which type.
+_KEYS = {"step": int, "samples_seen": int, "config": dict, "G": dict, "D": dict, "G_ema": dict, "g_optimizer": dict,
+         "d_optimizer": dict, "fixed_z": torch.Tensor, "random": list}
+
+
+class MissingCheckpoint(CheckpointError):
+    """A checkpoint file that is not there: never written, or pruned since it was listed."""
 
 
 def path_of(folder, step):
@@ -63,13 +70,13 @@ def best_path(folder):
 def best_score(folder):
     """Return {"fid": float, "protocol": str, "source": str} of best.pth; None if it is missing or damaged."""
     try:
-        return load(best_path(folder)).get("best")
+        return load_state(best_path(folder)).get("best")
     except CheckpointError:
         return None
 
 
 def load(path):
-    """Return the state in `path`, on the CPU. Raise CheckpointError if the file is missing or damaged.
+    """Return what `path` holds, on the CPU. Raise MissingCheckpoint, or CheckpointError if the file is damaged.
 
     torch.load verifies no checksums and would miss a flipped bit: the CRCs of the zip archive are checked first.
     """
@@ -80,28 +87,59 @@ def load(path):
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
+        raise MissingCheckpoint(f"there is no checkpoint {path}") from None
+    except pickle.UnpicklingError:          # its text advises to load without weights_only: never do that
+        raise CheckpointError(f"{path} holds other objects than tensors and plain data; it is not read") from None
     except _DAMAGE_ERRORS as error:
         raise CheckpointError(f"{path} is damaged ({first_line(error)})") from None
 
 
-def load_newest(folder, warn=print):
-    """Return the newest undamaged state in `folder`, or None if there is no checkpoint.
+def load_state(path, find_mismatch=lambda state: None):
+    """Return the state of a run in `path`. Raise MissingCheckpoint; CheckpointError if it is damaged or another's.
 
-    Damaged ones are skipped with a warning to `warn`. Raise CheckpointError if all are damaged.
+    `find_mismatch(state)` says in words why a state does not fit this run's networks, or returns None.
+    """
+    state = load(path)
+    problem = _find_defect(state) or find_mismatch(state)
+    if problem:
+        raise CheckpointError(f"{path} is no checkpoint of this run ({problem})")
+    return state
+
+
+def _find_defect(state):
+    """Return in words what a state lacks to be one of ours, or None."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}, not a dict"
+    for key, kind in _KEYS.items():
+        if key not in state:
+            return f"it has no '{key}'"
+        if not isinstance(state[key], kind):
+            return f"'{key}' is a {type(state[key]).__name__}, not a {kind.__name__}"
+    return None
+
+
+def load_newest(folder, warn=print, find_mismatch=lambda state: None):
+    """Return the newest state in `folder` that is whole and fits, or None if there is no checkpoint.
+
+    Others are skipped with a warning to `warn`; one that another process prunes meanwhile is skipped in silence. Raise
+    CheckpointError if there are checkpoints, but none can be used.
     """
     paths = [path_of(folder, step) for step in reversed(steps_in(folder))]
     if best_path(folder).is_file():                     # last: it may be the only one left
         paths.append(best_path(folder))
+    unusable = 0
     for path in paths:
         try:
-            return load(path)
+            return load_state(path, find_mismatch)
+        except MissingCheckpoint:
+            continue
         except CheckpointError as error:
+            unusable += 1
             warn(f"warning: {error}; trying the one before")
-    if paths:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged.\n"
-                              "Move that folder away to start from scratch, or use another --version.")
-    return None
+    if unusable:
+        raise CheckpointError(f"no checkpoint in {folder} can be used.\n"
+                              "--restart true moves that run aside and starts from scratch; or use another --version.")
+    return load_newest(folder, warn, find_mismatch) if paths and steps_in(folder) else None
 
 
 def require_step(folder, step):
@@ -117,15 +155,15 @@ def require_step(folder, step):
         raise CheckpointError(f"--pretrained_model {step}: no such checkpoint in {folder}; {existing}")
 
 
-def load_step(folder, step, warn=print):
+def load_step(folder, step, warn=print, find_mismatch=lambda state: None):
     """Return the state of `step` (int or "best"); if `step` is None, as `load_newest`.
 
     Raise CheckpointError if that step is missing or damaged, instead of loading another.
     """
     if step is None:
-        return load_newest(folder, warn)
+        return load_newest(folder, warn, find_mismatch)
     require_step(folder, step)
-    return load(best_path(folder) if step == "best" else path_of(folder, step))
+    return load_state(best_path(folder) if step == "best" else path_of(folder, step), find_mismatch)
 
 
 def saved_config(folder):
@@ -134,9 +172,12 @@ def saved_config(folder):
         return None
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = load_newest(folder)["config"]
-    return config
+    except (OSError, ValueError, RecursionError):       # missing, a folder, damaged, nested without end
+        config = None
+    if isinstance(config, dict):
+        return config
+    state = load_newest(folder, warn=lambda text: None)         # warned of again when the state is loaded
+    return state and state["config"]
 
 
 def prune(folder, keep):
@@ -164,6 +205,6 @@ def supersede_after(folder, step):
 def _step_of_best(folder):
     """Return the step of best.pth; -1 if it is missing or damaged."""
     try:
-        return load(best_path(folder))["step"] if best_path(folder).is_file() else -1
+        return load_state(best_path(folder))["step"] if best_path(folder).is_file() else -1
     except CheckpointError:
         return -1

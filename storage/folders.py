@@ -1,13 +1,24 @@
 """The folders of a run, the names of its files, and the lock against other processes."""
 
+import contextlib
+import errno
+import json
 import os
-from dataclasses import dataclass
+import re
+import socket
+import time
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from errors import LockedError
 
 try:
     import fcntl
 except ImportError:             # Windows: no lock
     fcntl = None
+
+LEFTOVER = 86_400               # seconds after which a temporary file of a live or unknown process is removed, too
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def step_name(step, suffix):
@@ -34,34 +45,114 @@ class RunFolders:
             models=Path(config.model_save_path) / config.version,
         )
 
+    def each(self):
+        """Return the different folders among them."""
+        return list(dict.fromkeys(getattr(self, field.name) for field in fields(self)))
+
     def create(self):
         """Create the folders. Raise OSError."""
-        for folder in (self.samples, self.attention, self.logs, self.models):
+        for folder in self.each():
             folder.mkdir(parents=True, exist_ok=True)
 
     def supersede_records_after(self, step):
-        """Move the files of records later than `step` to `superseded/`, because the run resumes from `step`."""
+        """Move records later than `step` to `superseded/`, because the run resumes from `step`. Return their number."""
+        moved = 0
         for folder in {self.samples, self.attention}:
-            for path in folder.iterdir():
+            for path in list(folder.iterdir()):
                 number, _, rest = path.name.partition("_")
-                if rest and number.isdecimal() and int(number) > step and path.is_file():
+                if rest and number.isdecimal() and int(number) > step:
                     (folder / "superseded").mkdir(exist_ok=True)
-                    os.replace(path, folder / "superseded" / path.name)
+                    with contextlib.suppress(OSError):          # a folder of that name is there already
+                        os.replace(path, folder / "superseded" / path.name)
+                        moved += 1
+        return moved
+
+    def move_aside(self):
+        """Rename the folders of an old run, all with the same suffix. Return the old run's new name, None without one.
+
+        Raise OSError.
+        """
+        present = [folder for folder in self.each() if folder.exists()]
+        if not present:
+            return None
+        number = next(n for n in range(1, 10_000) if not any(
+            folder.with_name(f"{folder.name}.old{n}").exists() for folder in self.each()))
+        for folder in present:
+            os.replace(folder, folder.with_name(f"{folder.name}.old{number}"))
+        return f"{self.models.name}.old{number}"
+
+    def remove_leftovers(self):
+        """Delete temporary files that a killed process left. Call it under the lock. Return their number."""
+        removed = 0
+        for folder in self.each():
+            for path in list(folder.glob(".*.tmp")):
+                match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+                with contextlib.suppress(OSError):
+                    if match and (not _is_alive(int(match[1])) or time.time() - path.stat().st_mtime > LEFTOVER):
+                        path.unlink()
+                        removed += 1
+        return removed
 
 
-def lock_folder(folder):
-    """Lock `folder` for training: return the open lock file, or None if another process holds the lock.
-
-    A POSIX record lock, not flock: loader workers forked later do not inherit it, so it ends with this process.
-    """
-    file = open(Path(folder) / ".lock", "w")  # noqa: SIM115 - stays open while the run lasts
-    if fcntl is None:
-        return file
+def _is_alive(pid):
+    """Return whether a process of this number may exist on this machine."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    file.write(f"{os.getpid()}\n")
-    file.flush()
-    return file
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+class FolderLock:
+    """Holds a lock file in each of `folders`, until `close` or the end of the process, kill -9 included.
+
+    `owner` is the flag and value that name the folders. A POSIX record lock, not flock: loader workers forked later do
+    not inherit it. `unsupported` is a folder whose file system has no locks, or None. Raise LockedError, naming host
+    and process, if another process holds a lock; OSError if a folder cannot be written.
+    """
+
+    def __init__(self, folders, owner):
+        self.files, self.unsupported = [], None
+        try:
+            for folder in folders:
+                self._lock(Path(folder), owner)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lock(self, folder, owner):
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - stays open while the run lasts
+        self.files.append(file)
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                self.unsupported = folder
+                return
+            file.seek(0)
+            flag = owner.split()[0]
+            raise LockedError(f"{owner}: {_describe(file.read())} writes into {folder}; wait for it, or use another "
+                              f"{flag}") from None
+        with contextlib.suppress(OSError):              # a full disk: the lock holds without its holder's name
+            file.truncate(0)
+            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+            file.flush()
+
+    def close(self):
+        """Release the locks."""
+        for file in self.files:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _describe(text):
+    """Return who holds a lock, from the text of its file."""
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

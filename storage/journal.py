@@ -1,10 +1,16 @@
 """The log of a run: metrics.jsonl, one JSON object per line, and TensorBoard events beside it."""
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 
+import torch
+
 import utils
+from device import distributed
+from device.distributed import say
 
 
 def open_to_add(path):
@@ -30,38 +36,80 @@ class MetricsLog:
         if resume_from is not None:
             self._supersede_after(resume_from)
         self.file = open_to_add(self.path)              # stays open until `close`
-        self.board = None
-        if use_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where needed
-
-            self.board = SummaryWriter(folder, purge_step=None if resume_from is None else resume_from + 1)
+        self.use_tensorboard = use_tensorboard
+        self.board = self._open_board(None if resume_from is None else resume_from + 1) if use_tensorboard else None
 
     def _supersede_after(self, step):
         """Move lines later than `step` to superseded.jsonl; drop lines that are no JSON objects with a step."""
         if not self.path.exists():
             return
-        kept, later = [], []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+        kept, later, dropped = [], [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
             try:
                 (kept if json.loads(line)["step"] <= step else later).append(line)
-            except (ValueError, KeyError, TypeError):
-                continue
+            except (ValueError, KeyError, TypeError, RecursionError):      # ValueError: not UTF-8, too
+                dropped += 1
         if later:
-            with open(self.path.with_name("superseded.jsonl"), "a", encoding="utf-8") as file:
+            with open(self.path.with_name("superseded.jsonl"), "ab") as file:
                 file.writelines(later)
-        utils.write_atomically(self.path, lambda temporary: temporary.write_text("".join(kept), encoding="utf-8"))
+        utils.write_atomically(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+        if dropped:
+            say(f"note: {self.path}: {dropped} damaged line{'s' * (dropped > 1)} dropped")
 
     def write(self, step, values):
-        """Write a line {"step": step, **values}; TensorBoard gets the numbers only."""
+        """Append a line {"step": step, **values}. Raise OSError; what could not be written is written the next time."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                if not isinstance(value, str):
-                    self.board.add_scalar(name, value, step)
-            self.board.flush()
+
+    def write_events(self, step, values):
+        """Give the numbers to TensorBoard, if that was asked for. After an error the next call opens a new file."""
+        if not self.use_tensorboard:
+            return
+        board, self.board = self.board or self._open_board(None), None
+        for name, value in values.items():
+            if not isinstance(value, str):
+                board.add_scalar(name, value, step)
+        board.flush()
+        self.board = board                              # kept unless something was raised
+
+    def _open_board(self, purge_step):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where needed
+
+        return SummaryWriter(self.path.parent, purge_step=purge_step)
 
     def close(self):
-        self.file.close()
-        if self.board:
-            self.board.close()
+        """Close both; what the disk does not take is lost."""
+        for file in (self.file, self.board):
+            with contextlib.suppress(OSError):
+                if file:
+                    file.close()
+
+
+class Window:
+    """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Start a new window."""
+        self.sums, self.steps, self.seconds, self._began = {}, 0, 0.0, time.perf_counter()
+
+    def add(self, stats):
+        """Add the statistics of one step, {name: 0-d tensor}."""
+        for name, value in stats.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.steps += 1
+
+    def means(self):
+        """Return {name: mean over the window and all ranks}. Synchronizes with the device; all ranks must call it."""
+        values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
+        means = dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
+        self.seconds = time.perf_counter() - self._began        # after the synchronization: all steps have ended
+        return means
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leave the time inside out of `seconds`, except that `means` waits for the steps to end."""
+        yield
+        self._began = time.perf_counter() - self.seconds

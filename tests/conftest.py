@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -172,6 +173,32 @@ def two_processes(script, *flags):
     return SimpleNamespace(returncode=code, stdout="".join(out), stderr="".join(err), each=out)
 
 
+class Launched:
+    """`python main.py --flags` in a process that has imported everything; it prints into the files `out` and `err`."""
+
+    def __init__(self, *flags, out="out.txt", err="err.txt", **environment):
+        self.out, self.err = Path(out).absolute(), Path(err).absolute()
+        arguments = (MAIN, [*map(str, flags)], os.getcwd(), (self.out, self.err), {**os.environ, **environment})
+        self.process = _warm().Process(target=_run_script, args=arguments)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def wait(self, seconds=60):
+        """The exit code; the process is killed when the time is over."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running after {seconds} s: {self.err.read_text()}")
+        return self.process.exitcode
+
+    def wait_for(self, path, seconds=60):
+        """Wait until a file is there."""
+        end = time.monotonic() + seconds
+        while not Path(path).exists():
+            assert self.process.is_alive() and time.monotonic() < end, self.err.read_text()
+            time.sleep(0.005)
+
+
 @cache
 def _warm():
     """A source of processes that have imported everything."""
@@ -188,6 +215,7 @@ def _run_script(script, flags, folder, written, environment):
     for number, path in enumerate(written, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # ignored where the tests themselves run under nohup
     os.chdir(folder)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
@@ -257,7 +285,8 @@ def data_config(path=".", **changes):
     """What the rooms of the data read of a config: no check and no cache, unless `changes` say so."""
     values = dict(dataset="folder", image_path=str(path), imsize=16, batch_size=4, num_workers=0, seed=7, hflip=False,
                   holdout=0.0, check_data="off", cache="off", cache_dir=None, cache_path="cache", mode="train",
-                  dry_run=False, version="test", log_path="logs", total_step=1000, d_iters=1)
+                  dry_run=False, version="test", log_path="logs", total_step=1000, d_iters=1, max_pixels=178_956_970,
+                  sample_path="samples", model_save_path="models", attn_path=None)
     return SimpleNamespace(**{**values, **changes})
 
 

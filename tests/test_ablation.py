@@ -255,7 +255,7 @@ def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in,
     while not (Path("hanging").exists() and Path("ablation/ablation.md").exists()) and time.time() < deadline:
         time.sleep(0.05)
     assert run() == 6
-    assert "another ablation is at work" in capsys.readouterr().err
+    assert "writes into ablation; wait for it, or use another --out" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 143 and b"the same command goes on" in err and b"Traceback" not in err

@@ -54,7 +54,7 @@ class Harm:
     ({"mean": 1.0}, "is stale (other pictures, weights or program version)"),
     ({"origin": ORIGIN, "median": 1.0}, "is stale (other pictures, weights or program version)"),
     ([1, 2], "is stale (other pictures, weights or program version)"),
-    ({"origin": ORIGIN, "mean": Harm()}, "is damaged"),
+    ({"origin": ORIGIN, "mean": Harm()}, "holds other objects than tensors"),
     (b"", "is damaged"),
     (b"<html>quota</html>", "is damaged"),
 ], ids=range(7))

@@ -80,10 +80,10 @@ def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(resume_
 
     log = MetricsLog("logs", use_tensorboard=True)
     for step in (1, 2, 3):
-        log.write(step, {"fid": step / 2, "protocol": "words"})
+        log.write_events(step, {"fid": step / 2, "protocol": "words"})
     log.close()
     log = MetricsLog("logs", use_tensorboard=True, resume_from=resume_from)
-    log.write(30, {"fid": 1})
+    log.write_events(30, {"fid": 1})
     log.close()
     events = EventAccumulator("logs").Reload()
     assert events.Tags()["scalars"] == ["fid"] and not events.Tags()["tensors"]

@@ -48,6 +48,17 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--g_lr 0", "--g_lr 0.0"),
     ("--g_lr nan", "--g_lr nan"),
     ("--beta1 1.0", "--beta1 1.0: must be in [0, 1)"),
+    ("--lambda_gp inf", "--lambda_gp inf: give a finite number"),
+    ("--label_noise=-inf", "--label_noise -inf: give a finite number"),
+    ("--imsize 0", "--imsize 0: must be 32, 64, 128 or 256"),
+    ("--z_dim 9999999999", "--z_dim 9999999999: must be at most 2147483647"),
+    ("--version=", "--version '': use a plain name"),
+    ("--config=", "--config : cannot be read"),
+    ("--log_path=", "--log_path: is empty"),
+    (f"--sample_path {'x' * 256}", "--sample_path: has a name of more than 255 bytes"),
+    (f"--version {'ä' * 60}", "use a plain name of up to 100 bytes"),
+    ("--version index.html", "--version index.html: is the name of a file"),
+    ("--grapefruit 1", "unknown flag --grapefruit: see python main.py --help"),
     ("--beta2 -0.1", "--beta2 -0.1: must be in [0, 1)"),
     ("--version ../../x", "--version '../../x'"),
     ("--version /etc/x", "--version '/etc/x'"),
@@ -91,7 +102,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--num_eval 1", "--num_eval 1: must be at least"),
     ("--backtrack_steps 0", "--backtrack_steps 0: must be at least 1"),
     ("--holdout 0.6", "--holdout 0.6: must be at most 0.5"),
-    ("--holdout nan", "--holdout nan: give a number"),
+    ("--holdout nan", "--holdout nan: give a finite number"),
 ])
 def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     code, out, err = run(*flags.split(), tiny=False)
@@ -377,7 +388,7 @@ CHOICES = {
     "metadata_layer": lambda: importlib.import_module("pretrained.vgg").LAYERS,
     "augment": lambda: importlib.import_module("diffaug").POLICIES,
     "metrics": lambda: METRICS,
-    "mode": lambda: ["train", "evaluate", *importlib.import_module("generate.modes").MODES],
+    "mode": lambda: ["train", "evaluate", "clean_data", *importlib.import_module("generate.modes").MODES],
     "preset": lambda: FAMILIES["sagan"].PRESETS,
     "against": lambda: FAMILIES["fastgan"].BASELINES,
 }

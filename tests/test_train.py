@@ -56,7 +56,7 @@ def test_tensorboard_events_hold_the_same_numbers(run):
 
 def test_no_tensorboard_events_unless_asked(run):
     run("--version", "a", "--total_step", 1)
-    assert os.listdir("logs/a") == ["metrics.jsonl"]
+    assert sorted(os.listdir("logs/a")) == [".lock", "metrics.jsonl"]
 
 
 @pytest.mark.parametrize("flags", [
@@ -222,16 +222,16 @@ def test_records_of_a_future_that_is_given_up_are_set_aside(run):
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(run):
     run("--version", "a", "--total_step", 4, "--model_save_step", 2)
-    path = Path("models/a/0000004.pth")
+    path, weight = Path("models/a/0000004.pth"), state("a", 4)["G"]["to_rgb.weight"].numpy().tobytes()
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1                                           # one flipped bit
+    data[data.find(weight) + 100] ^= 1                                  # one flipped bit
     path.write_bytes(data)
     code, out, _ = run("--version", "a", "--total_step", 5)
     assert code == 0 and "0000004.pth is damaged" in out and "from step 2" in out
     for other in checkpoint.steps_in("models/a"):
         checkpoint.path_of("models/a", other).write_bytes(b"<html>quota</html>")
     code, _, err = run("--version", "a", "--total_step", 6)
-    assert code == 5 and "every checkpoint" in err
+    assert code == 5 and "no checkpoint in models/a can be used" in err
 
 
 def test_old_checkpoints_are_pruned(run):
@@ -256,7 +256,7 @@ def test_weights_that_are_no_numbers_are_not_saved(run, monkeypatch):
 
     monkeypatch.setattr("utils.ema_update", blow_up)
     code, _, err = run("--version", "a", "--total_step", 1)
-    assert code == 4 and "a weight became NaN" in err and checkpoint.steps_in("models/a") == []
+    assert code == 4 and "a weight, statistic or moment became NaN" in err and checkpoint.steps_in("models/a") == []
 
 
 def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
@@ -273,7 +273,7 @@ def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
 def test_an_output_folder_that_is_a_file_ends_with_5(run):
     Path("s").write_text("mine")
     code, _, err = run("--version", "a", "--total_step", 1, "--sample_path", "s")
-    assert code == 5 and "cannot write s" in err and "--sample_path" in err and "Traceback" not in err
+    assert code == 5 and "error: s/a: Not a directory" in err and "--sample_path" in err and "Traceback" not in err
     assert Path("s").read_text() == "mine"
 
 
@@ -309,8 +309,8 @@ def test_dry_run_prints_and_writes_nothing(run):
 def test_attention_maps_go_where_asked(run):
     run("--version", "a", "--total_step", 1, "--attn_path", "maps", "--sample_path", "s", "--log_path", "l",
         "--model_save_path", "m")
-    assert sorted(os.listdir("maps/a"))[0] == "0000001_attn_d4.png"
-    assert sorted(os.listdir("s/a")) == ["0000001_fake.png", "index.html", "real.png"]
+    assert sorted(os.listdir("maps/a"))[:2] == [".lock", "0000001_attn_d4.png"]
+    assert sorted(os.listdir("s/a")) == [".lock", "0000001_fake.png", "index.html", "real.png"]
     assert sorted(os.listdir()) == ["l", "m", "maps", "s"]
 
 
@@ -374,7 +374,7 @@ def test_a_second_process_in_the_same_folder_ends_with_6(run):
     try:
         wait_for("samples/a/0000005_fake.png")
         code, _, err = run("--version", "a")
-        assert code == 6 and "another process is training" in err
+        assert code == 6 and f"process {process.pid} on " in err and "writes into" in err
     finally:
         process.kill()
         process.communicate()
@@ -384,7 +384,7 @@ def test_a_second_process_in_the_same_folder_ends_with_6(run):
 
 @pytest.mark.slow
 def test_two_processes_train_one_run(tmp_path, monkeypatch):
-    """The batch is shared out, z differ, and resume is exact."""
+    """The batch is shared out, and resume is exact."""
     monkeypatch.chdir(tmp_path)
     straight = torchrun(MAIN, *TINY, "--version", "straight", "--total_step", 4)
     assert straight.returncode == 0, straight.stderr
@@ -393,8 +393,6 @@ def test_two_processes_train_one_run(tmp_path, monkeypatch):
         assert two_processes(MAIN, *TINY, "--version", "resumed", "--total_step", steps).returncode == 0
     assert_same_state(state("straight", 4), state("resumed", 4))
     assert state("straight", 4)["samples_seen"] == 16
-    one, other = (states["torch"] for states in state("straight", 4)["random"])
-    assert not torch.equal(one, other), "the processes draw different z"
 
 
 @pytest.mark.slow
@@ -415,7 +413,9 @@ assert all((weight.grad == 1.5).all() for weight in net.parameters())
 weights = distributed.gather([weight.tolist() for weight in net.parameters()])
 assert weights[0] == weights[1]
 assert distributed.mean_over_processes(torch.tensor(float(place.rank))).item() == 0.5
-assert distributed.any_process(place.rank == 1, place.device)
+vote = distributed.StopVote()
+assert not vote(False)
+assert any(vote(place.rank == 1) for _ in range(vote.every)), "rank 1's request reaches both"
 distributed.say("checked")
 distributed.stop()
 """)
@@ -652,7 +652,7 @@ def test_a_signal_ends_a_measurement_soon_and_saves(run, pictures, small_incepti
     found, out, err = run(*measuring(pictures), "--version", "a", "--total_step", 9, "--num_eval", 40)
     assert found == code and "Traceback" not in err and signal.getsignal(number) == before
     if when == "reference":
-        assert small_inception[0].seen == 8 and "interrupted before step 1" in out
+        assert small_inception[0].seen == 4 and err.endswith("interrupted\n"), "nothing to save: it ends at once"
         assert checkpoint.steps_in("models/a") == [] and not Path("cache/reference").exists()
     else:
         assert small_inception[0].seen == 12 + 8, "the chunk that it was at is the last"

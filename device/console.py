@@ -1,0 +1,68 @@
+"""Make stdout and stderr safe to write to: what the console cannot take is lost text, never a lost run.
+
+A reader may go away (`| head`, a closed terminal), the disk behind `> log` may be full, and a console may lack a
+character. Imports nothing but the standard library, so that it can run first of all.
+"""
+
+import contextlib
+import errno
+import os
+import sys
+
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)      # no later write can succeed
+
+
+class TolerantStream:
+    """A text stream whose `write` and `flush` never raise OSError; everything else is the wrapped stream's.
+
+    If the reader is gone for good, its file descriptor is pointed at os.devnull: then child processes and the
+    interpreter's own flush at exit do not fail either.
+    """
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        self._attempt(self._stream.flush)
+
+    def finish(self):
+        """Flush for the last time; what cannot be written is discarded, so that the exit code stays ours."""
+        self._attempt(self._stream.flush, last=True)
+
+    def _attempt(self, action, last=False):
+        try:
+            action()
+        except OSError as error:
+            if last or error.errno in _GONE:
+                devnull = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(devnull, self._stream.fileno())
+                os.close(devnull)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def protect():
+    """Wrap sys.stdout and sys.stderr for the rest of the process."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:                                      # closed before we started, as by `>&-`
+            stream = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115 - stays open while the program runs
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")       # cp1252; file names that are not UTF-8
+        setattr(sys, name, TolerantStream(stream))
+
+
+def finish():
+    """Flush both streams for the last time."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TolerantStream):
+            stream.finish()

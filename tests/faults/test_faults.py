@@ -1,0 +1,402 @@
+"""Faults while a run is going on: what ends it, what must not, and that nothing is lost."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAIN, TINY, Launched, assert_same_state, lines, state
+
+import loop
+from gallery import page
+from storage import checkpoint
+
+ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
+           1000)
+
+
+def saved():
+    return checkpoint.steps_in("models/a")
+
+
+# ------------------------------------------------------------- A. secondary things never decide over the run
+
+
+def test_a_reader_that_goes_away_ends_no_run(tmp_path, monkeypatch):
+    """As in `python main.py ... 2>&1 | head`, or when the terminal is gone."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    running = Launched(*TINY, "--version", "a", "--total_step", 30, "--log_step", 1, out="pipe", err="err.txt")
+    with open("pipe", "rb") as reader:
+        assert reader.read(20)
+    assert running.wait() == 0
+    assert saved() == [30] and [line["step"] for line in lines("a")] == list(range(1, 31))
+
+
+def test_dry_run_into_head_is_quiet(tmp_path):
+    command = f"{sys.executable} {MAIN} {' '.join(TINY)} --dry_run | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_a_console_without_the_character_shows_an_escape(tmp_path, pictures):
+    folder = tmp_path / "größe"
+    pictures.rename(folder)
+    command = [sys.executable, MAIN, *TINY, "--dataset", "folder", "--image_path", str(folder), "--dry_run"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 0 and b"gr\\xf6\\xdfe" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real disk of 8 MB; without the right to mount one, the test is skipped."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_a_full_disk_for_samples_or_logs_costs_these_alone(run, small_disk):
+    """The run goes on; the warning names the file, once for each kind; what fits again is written again."""
+    run("--version", "plain", "--total_step", 6)
+    folders = ("--sample_path", small_disk / "samples", "--log_path", small_disk / "logs")
+    (small_disk / "filler").write_bytes(bytes(8_300_000))
+    code, out, err = run("--version", "a", "--total_step", 4, "--sample_step", 1, "--log_step", 1,
+                         "--use_tensorboard", "true", *folders)
+    assert code == 0, err
+    assert out.count("warning: cannot write samples and attention maps") == 1
+    assert f"{small_disk}/samples/a/" in out and "No space left on device" in out
+    (small_disk / "filler").unlink()
+    code, out, _ = run("--version", "a", "--total_step", 6, "--sample_step", 1, "--log_step", 1, *folders)
+    assert code == 0 and "warning" not in out and (small_disk / "samples/a/0000006_fake.png").exists()
+    assert_same_state(state("plain", 6), state("a", 6))
+
+
+def test_a_page_that_cannot_be_written_is_announced_once_and_when_it_works_again(run, monkeypatch):
+    write, calls = page.write_pages, []
+
+    def fail_at_first(*arguments):
+        calls.append(arguments)
+        if len(calls) <= 2:
+            raise OSError(errno.EACCES, "Permission denied", "samples/a/index.html")
+        write(*arguments)
+
+    monkeypatch.setattr(page, "write_pages", fail_at_first)
+    code, out, _ = run("--version", "a", "--total_step", 4, "--sample_step", 1)
+    assert code == 0 and len(calls) == 4 and Path("samples/a/index.html").exists()
+    assert out.count("warning: cannot write the page (samples/a/index.html: Permission denied)") == 1
+    assert out.count("note: can write the page again") == 1
+
+
+def test_the_checkpoint_of_a_step_is_saved_before_its_record(run, monkeypatch):
+    def end_at_once(self):
+        if self.trainer.step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop.Run, "show", end_at_once)
+    code, _, _ = run("--version", "a", "--total_step", 6, "--sample_step", 1, "--model_save_step", 3)
+    assert code == 130 and saved() == [3]
+
+
+def test_a_loader_process_that_is_killed_ends_the_run_after_saving(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--dataset", "folder", "--image_path", pictures, "--cache", "off", "--num_workers", 1)
+    running = Launched(*ENDLESS, *flags)
+    running.wait_for("samples/a/0000010_fake.png")
+    workers = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    assert workers
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert running.wait() == 3
+    (step,) = saved()
+    assert step >= 10 and f"step {step} is saved in models/a" in running.out.read_text()
+    assert "--num_workers" in running.err.read_text() and "Traceback" not in running.err.read_text()
+
+
+def test_a_picture_that_is_deleted_ends_the_run_after_saving_and_it_goes_on_without(run, pictures):
+    flags = ("--dataset", "folder", "--image_path", pictures, "--cache", "off", "--version", "a", "--log_step", 1,
+             "--sample_step", 100)
+
+    def delete(self, stats, add=loop.Window.add):
+        add(self, stats)
+        for path in pictures.glob("[0-5].png") if self.steps == 1 and Path("logs/a/metrics.jsonl").exists() else ():
+            path.unlink()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop.Window, "add", delete)
+        code, out, err = run(*flags, "--total_step", 100)
+    assert code == 3 and str(pictures) in err and len(saved()) == 1, err
+    assert f"step {saved()[0]} is saved" in out
+    code, _, err = run(*flags, "--total_step", saved()[0] + 2)
+    assert code == 0, err
+
+
+def test_an_unexpected_exception_between_steps_is_shown_after_saving(run, monkeypatch):
+    due = loop.Run.due
+
+    def fail(self):
+        if self.trainer.step == 3:
+            raise ZeroDivisionError("unexpected")
+        return due(self)
+
+    monkeypatch.setattr(loop.Run, "due", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("--version", "a", "--total_step", 9)
+    assert saved() == [3]
+    monkeypatch.undo()
+
+
+# ------------------------------------------------------------------ B. state is checked for what it says
+
+
+def other_states(good):
+    """{kind: what a checkpoint of this name may hold instead of ours}."""
+    without = {key: value for key, value in good.items() if key != "samples_seen"}
+    larger = {**good, "G": {name: torch.cat([tensor, tensor]) if tensor.ndim else tensor
+                            for name, tensor in good["G"].items()}}
+    return {
+        "a list": [1, 2], "an empty dict": {}, "a missing key": without, "a step in words": {**good, "step": "6"},
+        "another size": larger, "another network": {**good, "D": {"weight": torch.ones(3)}},
+        "the published layout": {"g": good["G"], "d": good["D"], "g_ema": good["G_ema"], "opt_g": {}, "opt_d": {}},
+        "no tensors": {**good, "G": dict.fromkeys(good["G"], 1.0)},
+    }
+
+
+def test_a_whole_file_that_is_no_checkpoint_of_ours_is_passed_over_in_one_line(run):
+    run("--version", "a", "--total_step", 2)
+    good = state("a", 2)
+    for kind, other in other_states(good).items():
+        torch.save(other, "models/a/0000009.pth")
+        code, out, err = run("--version", "a", "--total_step", 3)
+        assert code == 0 and "resuming 'a' from step 2" in out, (kind, err)
+        assert out.count("0000009.pth is no checkpoint of this run (") == 1, (kind, out)
+        assert saved() == [2, 3] and Path("models/a/superseded/0000009.pth").exists()
+        os.remove("models/a/0000003.pth")
+
+
+def test_where_no_checkpoint_is_ours_it_ends_with_5_in_two_lines(run):
+    run("--version", "a", "--total_step", 2)
+    for kind, other in other_states(state("a", 2)).items():
+        torch.save(other, "models/a/0000002.pth")
+        for flags in (("--total_step", 3), ("--train", "false")):
+            code, _, err = run("--version", "a", *flags)
+            assert code == 5 and len(err.strip().splitlines()) == 2 and "weights_only" not in err, (kind, err)
+
+
+class Harm:
+    """What a malicious file asks unpickling to do."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_what_torch_advises_for_a_malicious_file_is_never_passed_on(run):
+    run("--version", "a", "--total_step", 2)
+    torch.save({**state("a", 2), "config": Harm()}, "models/a/0000002.pth")
+    code, out, err = run("--version", "a", "--total_step", 3)
+    assert code == 5 and "weights_only" not in out + err and not Path("harmed").exists()
+
+
+@pytest.mark.parametrize("kind", ["a list", "a number", "deep", "a folder", "bytes", "gone"])
+def test_a_config_json_that_is_none_is_read_from_the_checkpoint(run, kind):
+    run("--version", "a", "--total_step", 2)
+    config = Path("models/a/config.json")
+    config.unlink()
+    if kind == "a folder":
+        config.mkdir()
+    elif kind != "gone":
+        config.write_bytes({"a list": b"[1]", "a number": b"3", "deep": b"[" * 200_000, "bytes": b"\xff\xfe"}[kind])
+    code, out, err = run("--version", "a", "--train", "false", "--device", "cpu", "--num_samples", 2, tiny=False)
+    assert code == 0, err
+    assert len(list(Path("samples/a/0000002_generated_seed0").iterdir())) == 2
+
+
+def test_damaged_lines_of_metrics_are_dropped_with_a_word(run):
+    run("--version", "a", "--total_step", 2, "--log_step", 1)
+    with open("logs/a/metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 2, "\xff\xfe": 1}\n' + b"[" * 200_000 + b"\n" + b"null\n")
+    code, out, err = run("--version", "a", "--total_step", 3, "--log_step", 1)
+    assert code == 0 and "3 damaged lines dropped" in out, err
+    assert [line["step"] for line in lines("a")] == [1, 2, 3]
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_listed_is_no_damage(run, monkeypatch):
+    run("--version", "a", "--total_step", 4, "--model_save_step", 1)
+    load = checkpoint.load
+
+    def prune_first(path):
+        if Path(path).name == "0000004.pth" and Path(path).exists():
+            os.rename(path, "models/a/0000005.pth")         # as a training that goes on meanwhile does
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", prune_first)
+    code, out, err = run("--version", "a", "--train", "false", "--num_samples", 1)
+    assert code == 0 and "warning" not in out + err, err
+
+
+# ----------------------------------------------------------------------------------- C. not finite, and unhealthy
+
+
+def test_infinite_moments_of_adam_end_the_run_before_they_are_saved(run):
+    code, _, err = run("--version", "a", "--adv_loss", "wgan-gp", "--lambda_gp", "1e22", "--total_step", 30,
+                       "--model_save_step", 5)
+    assert code == 4 and "became NaN or infinite" in err and saved() == []
+
+
+def test_what_goes_wrong_in_training_is_warned_of_once_with_what_to_try(capsys):
+    health, images = loop.Health(), torch.rand(8, 3, 4, 4)
+    fine = {"real": torch.tensor([1.0, 2.0]), "fake": torch.tensor([-1.0, -2.0]), "heldout": torch.tensor([0.9, 2.0])}
+    dead = {name: torch.full((2,), 0.25) for name in fine}
+    memorized = {**fine, "heldout": torch.tensor([-1.0, -2.0])}
+    collapsed = images[:1].expand(8, -1, -1, -1)
+    health.check(499, collapsed, images, dead)
+    assert health.check(500, images, images, fine) == {"d_heldout": pytest.approx(1.45), "d_trained": 1.5}
+    assert capsys.readouterr().out == ""
+    for _ in range(2):
+        health.check(500, collapsed, images, dead)
+        health.check(600, images, images, memorized)
+    warnings = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in warnings] == ["step 500", "step 500", "step 600"]
+    words = (("same logit", "--d_lr"), ("mode collapse", "--g_lr"), ("memorized", "--augment"))
+    assert all(cause in line and cure in line for line, (cause, cure) in zip(warnings, words, strict=True))
+
+
+def test_held_out_pictures_give_ds_logits_a_curve(run, pictures):
+    run("--version", "a", "--dataset", "folder", "--image_path", pictures, "--holdout", 0.2, "--total_step", 2,
+        "--sample_step", 1, "--log_step", 1)
+    assert all({"d_heldout", "d_trained"} <= line.keys() for line in lines("a"))
+
+
+# ----------------------------------------------------------------------------------------- D. requests to end
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_a_request_to_end_saves_first(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    running = Launched(*ENDLESS)
+    running.wait_for("samples/a/0000010_fake.png")
+    number = getattr(signal, name)
+    os.kill(running.pid, number)
+    os.kill(running.pid, number)                            # a forwarded copy
+    assert running.wait(10) == 128 + number
+    assert len(saved()) == 1 and "Traceback" not in running.err.read_text()
+
+
+def test_under_nohup_a_terminal_that_goes_away_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen([sys.executable, MAIN, *map(str, ENDLESS)], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    end = time.monotonic() + 60
+    while not Path("samples/a/0000010_fake.png").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(10) == 143
+
+
+@pytest.mark.parametrize("after", [0.05, 1.0])
+def test_before_training_a_request_is_answered_within_5_seconds(tmp_path, after):
+    """While the program imports, checks its data, or starts."""
+    process = subprocess.Popen([sys.executable, MAIN, *map(str, ENDLESS)], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    time.sleep(after)
+    process.terminate()
+    began = time.monotonic()
+    _, err = process.communicate(timeout=20)
+    assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err, err
+    assert time.monotonic() - began < 5
+
+
+# ------------------------------------------------------------------------------------------ E. what a run owns
+
+
+def test_a_second_run_into_any_of_its_folders_is_turned_away_by_name(run, tmp_path):
+    running = Launched(*ENDLESS, "--sample_path", "shared")
+    running.wait_for("shared/a/0000010_fake.png")
+    code, _, err = run("--version", "a", "--sample_path", "shared", "--model_save_path", "m", "--log_path", "l")
+    assert code == 6 and f"process {running.pid} on {os.uname().nodename} writes into shared/a" in err
+    os.kill(running.pid, signal.SIGKILL)
+    running.process.join()
+    code, _, err = run("--version", "a", "--sample_path", "shared", "--total_step", 1)
+    assert code == 0, "the lock ends with its process"
+
+
+def test_a_file_system_without_locks_gets_one_warning(run, monkeypatch):
+    from storage import folders
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folders.fcntl, "lockf", refuse)
+    code, out, _ = run("--version", "a", "--total_step", 1)
+    assert code == 0 and out.count("has no locks") == 1
+
+
+def test_leftovers_of_a_killed_run_go_at_the_next_start(run):
+    run("--version", "a", "--total_step", 1)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    ours, alive, other = (Path("models/a", f".0000001.pth.{pid}.tmp") for pid in (dead.pid, os.getpid(), "x"))
+    for path in (ours, alive, other):
+        path.write_bytes(b"part")
+    run("--version", "a", "--total_step", 2)
+    assert [path.exists() for path in (ours, alive, other)] == [False, True, True]
+
+
+def test_a_fresh_start_sets_an_older_runs_records_aside(run):
+    run("--version", "a", "--total_step", 4, "--sample_step", 2)
+    shutil.rmtree("models")
+    code, out, _ = run("--version", "a", "--total_step", 2, "--sample_step", 1)
+    assert code == 0 and "starting 'a'" in out and "records of an older run" in out
+    shown = {path.name[:7] for path in Path("samples/a").glob("*_fake.png")}
+    assert shown == {"0000001", "0000002"} and Path("samples/a/superseded/0000004_fake.png").exists()
+
+
+def test_restart_moves_the_old_run_aside_and_begins_again(run):
+    run("--version", "a", "--total_step", 3, "--seed", 1)
+    old = state("a", 3)
+    for number in (1, 2):
+        code, out, _ = run("--version", "a", "--total_step", 2, "--restart", "true", "--g_conv_dim", 8)
+        assert code == 0 and f"the run 'a' is now called 'a.old{number}'" in out and "starting 'a'" in out
+    assert_same_state(old, state("a.old1", 3))
+    assert saved() == [2] and Path("samples/a.old1/index.html").exists() and Path("logs/a.old1/metrics.jsonl").exists()
+    code, _, err = run("--version", "a.old1", "--train", "false", "--num_samples", 1, "--device", "cpu", tiny=False)
+    assert code == 0, err
+    assert json.loads(Path("models/a/config.json").read_text())["g_conv_dim"] == 8
+
+
+# --------------------------------------------------------------------------------- F. what a run is trained on
+
+
+def test_what_changed_since_the_checkpoint_is_said_and_other_pictures_are_refused(run, pictures, tmp_path):
+    flags = ("--version", "a", "--dataset", "folder", "--image_path")
+    run(*flags, pictures, "--total_step", 1)
+    code, out, _ = run(*flags, pictures, "--total_step", 2)
+    assert code == 0 and "12 pictures in" in out and "were" not in out
+    (pictures / "0.png").unlink()
+    (pictures / "1.png").rename(pictures / "new.png")
+    code, out, _ = run(*flags, pictures, "--total_step", 3)
+    assert code == 0 and "note: 11 pictures, were 12: 1 added, 2 gone" in out
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(5):
+        shutil.copy(pictures / "2.png", other / f"x{number}.png")
+    code, _, err = run(*flags, other, "--total_step", 4)
+    assert code == 2 and "5 pictures, were 11" in err and "--restart true" in err and saved() == [1, 2, 3]
+    code, out, err = run(*flags, other, "--total_step", 1, "--restart", "true")
+    assert code == 0 and saved() == [1], err
