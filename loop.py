@@ -23,6 +23,7 @@ from errors import CheckpointError, NonFiniteError, UsageError, first_line
 from families import FAMILIES, find_mismatch
 from gallery import page
 from gallery.grid import save_grid
+from gallery.health import Health
 from gallery.records import Record
 from generate import metadata
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
@@ -356,43 +357,6 @@ class Run:
         """Real images for a grid, spread evenly over the data set: (N, 3, imsize, imsize) in [-1, 1], on the CPU."""
         indices = utils.spread_indices(len(self.trainer.fixed_inputs), len(self.dataset))
         return to_images(self.dataset.load_batch(indices))
-
-
-class Health:
-    """Warns, once each, of training that has gone wrong, and says what to try."""
-
-    FROM = 500              # steps: before, networks are not expected to differ from their initialization
-    SPREAD = 0.05           # of the real images' spread that G's may fall to
-    _TEXTS = {
-        "D": "D gives the same logit to all images, so that G learns nothing: try a lower --d_lr, or --sn both",
-        "G": "G draws nearly the same image for every z (mode collapse): try --augment color,translation, a lower "
-             "--g_lr, or go back with --pretrained_model",
-        "memorized": "D rates held-out pictures as it rates fakes, so it has memorized the training pictures: try "
-                     "--augment color,translation, --hflip true, or more pictures",
-    }
-
-    def __init__(self):
-        self.warned = set()
-
-    def check(self, step, fakes, reals, logits):
-        """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
-
-        Return {name: float} for the metrics line.
-        """
-        means = {name: values.mean().item() for name, values in logits.items()}
-        everything = torch.cat(list(logits.values()))
-        spreads = [images.float().std(0).mean().item() for images in (fakes, reals) if len(images) > 1]
-        self._warn("D", step, bool(everything.max() - everything.min() < 1e-4 * (1 + everything.abs().max())))
-        self._warn("G", step, len(spreads) == 2 and spreads[0] < self.SPREAD * spreads[1])
-        if "heldout" in means:
-            middle = (means["real"] + means["fake"]) / 2
-            self._warn("memorized", step, means["heldout"] < middle and means["real"] - means["fake"] > 0.5)
-        return {"d_heldout": means["heldout"], "d_trained": means["real"]} if "heldout" in means else {}
-
-    def _warn(self, kind, step, is_wrong):
-        if is_wrong and step >= self.FROM and kind not in self.warned:
-            self.warned.add(kind)
-            say(f"warning: step {step}: {self._TEXTS[kind]}")
 
 
 def _find_bank(config, dataset, place, state):

@@ -77,6 +77,12 @@ def test_the_top_shows_the_paper_and_folders_stay_small():
         assert len(files) <= 9 and docstring.startswith('"""') and docstring.endswith('."""'), folder
 
 
+def test_no_function_is_longer_than_45_lines():
+    long = {f"{path.relative_to(ROOT)}: {node.name}" for path in FILES for node in ast.walk(tree_of(path))
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 45}
+    assert not long
+
+
 def test_no_torch_before_the_command_line_is_known_to_parse():
     command = "import errors, parameter, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0

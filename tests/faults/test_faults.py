@@ -16,6 +16,7 @@ from conftest import MAIN, TINY, Launched, assert_same_state, lines, state
 
 import loop
 from gallery import page
+from gallery.health import Health
 from storage import checkpoint
 
 ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
@@ -253,7 +254,7 @@ def test_infinite_moments_of_adam_end_the_run_before_they_are_saved(run):
 
 
 def test_what_goes_wrong_in_training_is_warned_of_once_with_what_to_try(capsys):
-    health, images = loop.Health(), torch.rand(8, 3, 4, 4)
+    health, images = Health(), torch.rand(8, 3, 4, 4)
     fine = {"real": torch.tensor([1.0, 2.0]), "fake": torch.tensor([-1.0, -2.0]), "heldout": torch.tensor([0.9, 2.0])}
     dead = {name: torch.full((2,), 0.25) for name in fine}
     memorized = {**fine, "heldout": torch.tensor([-1.0, -2.0])}

@@ -1,0 +1,42 @@
+"""Warnings of training that has gone wrong, from what a record shows: a dead D, a collapsed G, a D that memorizes."""
+
+import torch
+
+from device.distributed import say
+
+
+class Health:
+    """Warns, once each, of training that has gone wrong, and says what to try."""
+
+    FROM = 500              # steps: before, networks are not expected to differ from their initialization
+    SPREAD = 0.05           # of the real images' spread that G's may fall to
+    _TEXTS = {
+        "D": "D gives the same logit to all images, so that G learns nothing: try a lower --d_lr, or --sn both",
+        "G": "G draws nearly the same image for every z (mode collapse): try --augment color,translation, a lower "
+             "--g_lr, or go back with --pretrained_model",
+        "memorized": "D rates held-out pictures as it rates fakes, so it has memorized the training pictures: try "
+                     "--augment color,translation, --hflip true, or more pictures",
+    }
+
+    def __init__(self):
+        self.warned = set()
+
+    def check(self, step, fakes, reals, logits):
+        """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
+
+        Return {name: float} for the metrics line.
+        """
+        means = {name: values.mean().item() for name, values in logits.items()}
+        everything = torch.cat(list(logits.values()))
+        spreads = [images.float().std(0).mean().item() for images in (fakes, reals) if len(images) > 1]
+        self._warn("D", step, bool(everything.max() - everything.min() < 1e-4 * (1 + everything.abs().max())))
+        self._warn("G", step, len(spreads) == 2 and spreads[0] < self.SPREAD * spreads[1])
+        if "heldout" in means:
+            middle = (means["real"] + means["fake"]) / 2
+            self._warn("memorized", step, means["heldout"] < middle and means["real"] - means["fake"] > 0.5)
+        return {"d_heldout": means["heldout"], "d_trained": means["real"]} if "heldout" in means else {}
+
+    def _warn(self, kind, step, is_wrong):
+        if is_wrong and step >= self.FROM and kind not in self.warned:
+            self.warned.add(kind)
+            say(f"warning: step {step}: {self._TEXTS[kind]}")
