@@ -81,8 +81,8 @@ def parse(argv):
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
         description="Train a GAN on your pictures and show what its networks attend to. To resume a run, give the same "
                     "command again.",
-        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 non-finite loss, 5 checkpoint or disk, "
-               "6 run folder in use, 130/143 interrupted after saving",
+        epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 not finite, or ranks that differ, 5 checkpoint or "
+               "disk, 6 run folder in use, 128 + signal: interrupted, after saving",
     )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(f"--model {title} only" if title in FAMILIES else title)
