@@ -86,7 +86,7 @@ class Record:
             try:
                 self.data.update(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
-                raise DataError(f"{path} cannot be read ({error}); delete it to score the runs anew") from None
+                raise DataError(f"{path} cannot be read ({error}); delete it to score the runs again") from None
         for name, now in settings.items():
             before = self.data["settings"].get(name)
             if before != now:

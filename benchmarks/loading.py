@@ -55,16 +55,16 @@ def draw(folder, count=DRAWN):
 class TimedLoader:
     """One way to load: `open()` gives an endless iterator over batches; `seconds` per batch, a number for each round.
 
-    `anew`: it is opened again for every round.
+    `reopen`: it is opened again for every round.
     """
 
-    def __init__(self, name, open, options, device, anew=False):
-        self.name, self.open, self.options, self.device, self.anew = name, open, options, device, anew
+    def __init__(self, name, open, options, device, reopen=False):
+        self.name, self.open, self.options, self.device, self.reopen = name, open, options, device, reopen
         self.batches, self.seconds = None, []
 
     def run(self, steps):
         """Seconds per batch over `steps` batches, after those that were prefetched."""
-        if self.batches is None or self.anew:
+        if self.batches is None or self.reopen:
             self.close()
             self.batches = self.open()
         time.sleep(PAUSE)
@@ -136,7 +136,7 @@ def sides_of(options, root, scratch, device):
         f"first epoch, filling the cache, {workers}": fresh,
         f"later epochs and runs, from the cache{here}": lambda: filled(options, root, device, scratch),
     }
-    return [TimedLoader(name, open, options, device, anew=open is fresh) for name, open in ways.items()]
+    return [TimedLoader(name, open, options, device, reopen=open is fresh) for name, open in ways.items()]
 
 
 def main(argv):

@@ -235,7 +235,7 @@ class _Index:
         self.reasons = {}
 
     def add(self, picture: int, look: "_Look"):
-        """Add the results of a look."""
+        """Add the findings of one picture."""
         self.digest[picture], self.edges[picture], self.level[picture] = look.digest, look.edges, LEVELS["header"]
         traits = look.traits
         self.side[picture], self.kind[picture] = traits.side, traits.kind
@@ -294,7 +294,7 @@ def _is_valid(state: dict) -> bool:
 
 @dataclass
 class _Look:
-    """What a look at a file found. `edges`: only the ends are in `digest`. `reason`: why it is unusable, or None."""
+    """What was found in a file. `edges`: only the ends are in `digest`. `reason`: why it is unusable, or None."""
 
     digest: int = 0
     edges: bool = False

@@ -83,7 +83,7 @@ def printable(text: object) -> str:
                    else c.encode("unicode_escape").decode() for c in str(text))
 
 
-# ---- a look, without decoding ----
+# ---- checks without decoding ----
 
 
 @dataclass(frozen=True)

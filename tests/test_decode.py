@@ -217,7 +217,7 @@ def test_folder_is_described(tmp_path):
 
 
 def look(data: bytes, max_pixels=decoding.MAX_PIXELS) -> str | None:
-    """Why a look refuses it, or None."""
+    """Why the check refuses it, or None."""
     try:
         decoding.look(io.BytesIO(data), len(data), max_pixels=max_pixels)
     except UnusablePicture as error:
