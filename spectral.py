@@ -32,7 +32,8 @@ class SpectralNorm(nn.Module):
         rows = weight.shape[out_dim]
         self.register_buffer("u", nn.functional.normalize(torch.randn(rows), dim=0, eps=_EPS))
         self.register_buffer("v", nn.functional.normalize(torch.randn(weight.numel() // rows), dim=0, eps=_EPS))
-        self.iterate(weight, WARM_UP_ITERATIONS)
+        if not weight.is_meta:              # on the meta device a network is built for its shapes alone
+            self.iterate(weight, WARM_UP_ITERATIONS)
 
     def _times(self, weight, vector, transpose):
         """W^T u (in * kh * kw,) if `transpose`, else W v (out,), in fp32.

@@ -95,7 +95,7 @@ def _read(path: Path) -> list[dict] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"--mode clean_data: cannot read {printable(path)} ({error}); train again, which writes it "
-                        "anew") from None
+                        "again") from None
 
 
 def _doomed(rows: dict, copies: bool) -> Iterator[_Doomed]:

@@ -45,9 +45,9 @@ class SetMeter:
         # rank 0 first, since it may have to download the weights
         self.net = distributed.after_first(load, load).to(place.device)
 
-    def prepare(self, stopped):
-        """Compute the reference's features, or read them from the cache. Abort without features if `stopped()`."""
-        self.real = self._reference_features(stopped)
+    def prepare(self):
+        """Compute the reference's features, or read them from the cache."""
+        self.real = self._reference_features()
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return the Score of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.
@@ -61,7 +61,7 @@ class SetMeter:
         return distributed.on_first(lambda: Score(distances(self.real, fake, self.chosen, self.place.device),
                                                   self._protocol(pictures, fake), source))
 
-    def _reference_features(self, stopped):
+    def _reference_features(self):
         config, reference = self.config, self.reference
         cache = Cache(config.cache_path, "reference", {
             "pictures": reference.fingerprint, "weights": inception.FILE.identity(config.inception_weights),
@@ -71,9 +71,8 @@ class SetMeter:
             say(f"reference: {reference.words}, features read from {cache.path}")
             return Features(len(reference), entry["mean"], entry["covariance"], entry["rows"])
         say(f"reference: {reference.words}, computing features once")
-        features = compute_features(self.net, ThreadedReader(reference.dataset), self.place, "reference",
-                                    stopped=stopped)
-        if distributed.is_first() and features is not None:
+        features = compute_features(self.net, ThreadedReader(reference.dataset), self.place, "reference")
+        if distributed.is_first():
             cache.write({"mean": features.mean, "covariance": features.covariance, "rows": features.rows})
         return features
 

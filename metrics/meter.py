@@ -2,8 +2,7 @@
 
 The table `METRICS` in flags/common.py lists the metrics and the file of this folder that computes each. Such a file has
 a class `SetMeter(config, reference, place)`, whose constructor raises DataError if the metric cannot be computed.
-`prepare(stopped)` precomputes what the metric needs of the reference, `measure(pictures, source, stopped)` returns a
-Score.
+`prepare()` precomputes what the metric needs of the reference, `measure(pictures, source, stopped)` returns a Score.
 """
 
 from dataclasses import dataclass
@@ -58,15 +57,15 @@ def of_folder(path, imsize, flag):
 class Meter:
     """Scores sets of pictures against one `reference` with those of `config.metrics` that compare two sets.
 
-    The constructor computes the features of the reference. All ranks must construct it and call `measure`. If
-    `stopped()` becomes true in the constructor, `measure` must not be called. Raises DataError, UsageError.
+    The constructor computes the features of the reference. All ranks must construct it and call `measure`. Raises
+    DataError, UsageError.
     """
 
-    def __init__(self, config, reference, place, stopped=lambda: False):
+    def __init__(self, config, reference, place):
         files = dict.fromkeys(METRICS[name].file for name in config.metrics if METRICS[name].of_sets)
         self.meters = [import_module(f"metrics.{file}").SetMeter(config, reference, place) for file in files]
         for meter in self.meters:
-            meter.prepare(stopped)
+            meter.prepare()
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return [Score, ...] of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.

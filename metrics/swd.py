@@ -39,7 +39,7 @@ class SetMeter:
             raise DataError(f"--metrics swd: needs pictures of 16, 32, 64, ... px, these have {reference.imsize}; "
                             "add --imsize 64, or another power of two")
 
-    def prepare(self, stopped):
+    def prepare(self):
         """Do nothing: this metric precomputes nothing."""
 
     def measure(self, pictures, source, stopped=lambda: False):
