@@ -1,6 +1,6 @@
 # make demo    set up .venv, train on toy faces, say where to look
 # make test    set up .venv, run the whole suite, a process and a thread for each core
-# make soak    the tests that take too long for every change
+# make soak    every fault many times, with a table of what was lost, and whatever else takes too long for every change
 # make lint    ruff over everything
 # make docs    write docs/flags.md from the flags
 
@@ -16,7 +16,7 @@ test: .venv/ready-for-tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 soak: .venv/ready-for-tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m soak
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal -m "soak or faults"
 
 lint: .venv/ready-for-tests
 	$(PY) -m ruff check .

@@ -6,7 +6,7 @@ from any source of the pictures.
 """
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
 from typing import NamedTuple
@@ -27,32 +27,52 @@ from errors import DataError, first_line
 ON_DEVICE = 1 / 8  # the share of a GPU's free memory that the pictures may take
 
 
-def open_dataset(config) -> ImageDataset:
+def find_dataset(config) -> ImageDataset:
+    """Return the data set of `config` before its pictures are looked at, which writes nothing.
+
+    Raise DataError if it is missing, or too small to train on.
+    """
+    dataset = DATASETS[config.dataset](config)
+    _refuse_few(without_held_out(dataset, config), config)
+    return dataset
+
+
+def open_dataset(config, found: ImageDataset | None = None) -> ImageDataset:
     """Return the data set of `config` without its unusable pictures: `len()`, and `[index]` -> uint8
-    (3, imsize, imsize). All ranks must call this.
+    (3, imsize, imsize). `found` is it as `find_dataset` returned it. All ranks must call this.
 
     Raise DataError if it is missing or unreadable, CheckpointError if `--cache on` cannot write to disk.
     """
-    dataset = DATASETS[config.dataset](config)
+    dataset = DATASETS[config.dataset](config) if found is None else found
     return usable(dataset, lambda: cached(dataset, config), config)
 
 
-def build_dataset(config) -> ImageDataset:
+def build_dataset(config, found: ImageDataset | None = None) -> ImageDataset:
     """Return what a run of this `config` trains on: `open_dataset` without the pictures of `--holdout`. Say it.
 
     Raise what `open_dataset` does, and DataError if it is smaller than one batch.
     """
-    dataset = open_dataset(config)
-    if config.holdout:
-        dataset, _ = split(dataset, config.holdout)
+    dataset = without_held_out(open_dataset(config, found), config)
+    _refuse_few(dataset, config)
+    if not config.dry_run:  # which prints this line itself
+        say(f"data: {describe(dataset, config)}")
+    return dataset
+
+
+def without_held_out(dataset: ImageDataset, config) -> ImageDataset:
+    """Return the data set without the pictures of `--holdout`."""
+    return split(dataset, config.holdout)[0] if config.holdout else dataset
+
+
+def _refuse_few(dataset: ImageDataset, config):
+    """Raise DataError if the data set is smaller than one batch."""
+    if not len(dataset):
+        raise DataError(f"--holdout {config.holdout:g} leaves no picture to train on ({dataset.summary}); leave it out")
     if len(dataset) < config.batch_size:
         raise DataError(
             f"--batch_size {config.batch_size} is more than the {dataset.summary}; "
             f"use --batch_size {len(dataset)} or less"
         )
-    if not config.dry_run:  # which prints this line itself
-        say(f"data: {describe(dataset, config)}")
-    return dataset
 
 
 def describe(dataset: ImageDataset, config) -> str:
@@ -81,10 +101,10 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(length)
 
 
-def flip_coins(seed: int, numbers: range) -> np.ndarray:
-    """Return whether each of these consecutive sample numbers is flipped, (len(numbers),) bool."""
+def flip_coins(seed: int, first: int, count: int) -> np.ndarray:
+    """Return whether each of the `count` sample numbers from `first` on is flipped, (count,) bool."""
     # Philox is counter-based: a function of key and counter (four words each), so there is no state to save.
-    words = np.random.Philox(key=seed, counter=numbers.start).random_raw(4 * len(numbers))[::4]
+    words = np.random.Philox(key=seed, counter=first).random_raw(4 * count)[::4]
     return (words >> np.uint64(63)).astype(bool)
 
 
@@ -94,19 +114,19 @@ class Samples(Dataset):
     def __init__(self, dataset: ImageDataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
-    def indices(self, numbers: range) -> list[int]:
+    def indices(self, numbers: Sequence[int]) -> list[int]:
         """Return the picture index of each of these sample numbers."""
         length = len(self.dataset)
         return [int(epoch_order(self.seed, n // length, length)[n % length]) for n in numbers]
 
-    def fetch(self, numbers: range) -> torch.Tensor:
+    def fetch(self, numbers: Sequence[int]) -> torch.Tensor:
         """Return uint8 (len(numbers), 3, imsize, imsize). Raise DataError if a picture cannot be read."""
         try:
             return self.dataset.load_batch(self.indices(numbers))
         except UnusablePicture as error:
             raise DataError(f"{error}\n`--check_data full` finds all such pictures before training") from None
 
-    def __getitems__(self, numbers: range) -> torch.Tensor | str:
+    def __getitems__(self, numbers: Sequence[int]) -> torch.Tensor | str:
         """`fetch` for a worker, in shared memory. Return an error as text: torch would add the worker's traceback to an
         exception.
         """
@@ -133,7 +153,10 @@ class RealBatches:
         self.samples_seen = first_sample  # over all ranks; prefetched samples do not count until the caller has them
         self.samples = Samples(dataset, config.seed)
         self.seed, self.hflip, self.imsize = config.seed, config.hflip, config.imsize
-        self.batch_size, self.device, self.rank, self.world_size = config.batch_size, device, rank, world_size
+        self.batch_size, self.device = config.batch_size, device
+        # CRUCIAL: this rank's rows of each part, not a part of its rows. So the parts of all ranks together are those
+        # of one process, and meet the same random numbers and batch statistics.
+        self.rows = np.arange(self.batch_size).reshape(config.accumulate, world_size, -1)[:, rank].reshape(-1)
         self.pin = device.type == "cuda"
         self._loaded = None  # all pictures, once they are on the device
         self._from_workers = None
@@ -158,10 +181,9 @@ class RealBatches:
                 return
             atexit.register(self.close)  # workers ignore SIGTERM and would keep a failed program from exiting
 
-    def _numbers(self, start: int) -> range:
+    def _numbers(self, start: int) -> list[int]:
         """Return this rank's sample numbers in the batch that starts at sample number `start`."""
-        share = self.batch_size // self.world_size
-        return range(start + self.rank * share, start + (self.rank + 1) * share)
+        return (start + self.rows).tolist()
 
     def _use_decoded(self):
         """Once all pictures are decoded: stop the workers, and copy the pictures to the GPU if they fit."""
@@ -188,7 +210,8 @@ class RealBatches:
         else:
             pictures = self._on_device(self.samples.fetch(numbers))
         if self.hflip:
-            flipped = self._on_device(torch.from_numpy(flip_coins(self.seed, numbers)))
+            coins = flip_coins(self.seed, before, self.batch_size)[self.rows]
+            flipped = self._on_device(torch.from_numpy(coins))
             pictures = torch.where(flipped[:, None, None, None], pictures.flip(-1), pictures)
         self.samples_seen += self.batch_size
         if not self._decoded and before // length != self.samples_seen // length:
@@ -233,9 +256,9 @@ def real_batches(
 ) -> RealBatches:
     """Return an endless iterator over Batches of batch_size / world_size images on `device`.
 
-    Batch t holds the batch_size sample numbers from first_sample + t * batch_size on; `rank` gets its contiguous
-    share. The last pictures of an epoch share a batch with the first of the next: no picture is dropped. Global
-    random states stay as they are. `samples_seen` is the first_sample to resume with; `close()`, or the end of the
-    program, stops the workers.
+    Batch t holds the batch_size sample numbers from first_sample + t * batch_size on, in `--accumulate` parts; `rank`
+    gets its contiguous share of each part. The last pictures of an epoch share a batch with the first of the next: no
+    picture is dropped. Global random states stay as they are. `samples_seen` is the first_sample to resume with;
+    `close()`, or the end of the program, stops the workers.
     """
     return RealBatches(config, dataset, first_sample, torch.device(device), rank, world_size)

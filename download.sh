@@ -132,7 +132,7 @@ fi
 say "$id, terms of use: $terms"
 
 # Python runs isolated ("python3 -IS"), so that no module in the current folder shadows one of the standard library.
-child='' owned=''
+child='' owned='' made=()
 run() {  # in the background: bash handles a signal only after a foreground command has ended
     "$@" <&0 &
     child=$!
@@ -144,6 +144,8 @@ run() {  # in the background: bash handles a signal only after a foreground comm
 cleanup() {
     if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; wait "$child" 2>/dev/null || true; fi
     [ -z "$owned" ] || rm -rf "$scratch" "$lock"
+    local folder
+    for folder in ${made[@]+"${made[@]}"}; do rmdir "$folder" 2>/dev/null || true; done  # fails if it holds anything
 }
 interrupted() { fail "$1" "interrupted; run the same command again to resume"; }
 trap cleanup EXIT
@@ -370,6 +372,8 @@ EOF
     esac
 }
 
+missing=$to
+while [ ! -e "$missing" ]; do made+=("$missing") missing=$(dirname "$missing"); done
 mkdir -p "$to" 2>/dev/null || fail 5 "--to $to: cannot create this folder; choose another one"
 take_lock
 done_already

@@ -1,10 +1,19 @@
 """Exceptions that end the program with a short message instead of a traceback, and their exit codes."""
 
+import os
+
 
 class Failure(Exception):
-    """Ends the program with exit code `code` and a message of one or two lines, without a traceback."""
+    """Ends the program with exit code `code` and a message of one or two lines, without a traceback.
+
+    `silent`: another process of the same run prints the message.
+    """
 
     code = 1
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.silent = os.environ.get("RANK", "0") != "0"    # all ranks have the same command line
 
 
 class UsageError(Failure):
@@ -35,6 +44,12 @@ class LockedError(Failure):
     """Another process is training in this run's folder."""
 
     code = 6
+
+
+class LostRankError(Failure):
+    """Another process of the same run was killed, stopped, or lost with its machine."""
+
+    code = 7
 
 
 def first_line(error):

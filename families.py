@@ -18,7 +18,8 @@ from pretrained import lpips
 class Family:
     """One network family.
 
-    `build(config) -> (G, D)`, on the CPU; `objective(config, device)` returns an objective of losses.py;
+    `build(config) -> (G, D)`, on the CPU; `objective(config, device)` returns an objective of losses.py, and
+    `require(config)` raises what it would raise if weights are missing; all ranks must call both;
     `gammas(G, D) -> {layer: (1,) tensor}`, the learned weight of each attention layer's output;
     `records`, each (G, D, record) -> {name: float}, and `sheet(G, inputs, images, queries, step)` show what the
     networks attend to, see gallery/records.py; `baselines` is {--against: (its name in tables, the settings in which it
@@ -27,6 +28,7 @@ class Family:
 
     build: Callable
     objective: Callable
+    require: Callable
     gammas: Callable
     records: tuple
     sheet: Callable
@@ -44,6 +46,11 @@ RECONSTRUCTIONS = {     # --recon: the distance between images and their reconst
 }
 
 
+def _require_lpips(config):
+    if config.recon == "lpips":
+        lpips.require(config.vgg_weights)
+
+
 def _self_supervised(config, device):
     say(f"reconstruction loss of D: {config.recon}")
     distance = RECONSTRUCTIONS[config.recon](config, device)        # DataError if its weights are missing
@@ -51,10 +58,10 @@ def _self_supervised(config, device):
 
 
 FAMILIES = {    # --model
-    "sagan": Family(sagan_models.build, _adversarial, sagan_models.gammas,
+    "sagan": Family(sagan_models.build, _adversarial, lambda config: None, sagan_models.gammas,
                     (records.write_attention,), records.attention_sheet, {},
                     compile_from=100_000),      # compiling takes a minute or two and saves some 0.7 ms a step
-    "fastgan": Family(fastgan_models.build, _self_supervised, lambda G, D: {},
+    "fastgan": Family(fastgan_models.build, _self_supervised, _require_lpips, lambda G, D: {},
                       (records.write_masks,), records.mask_sheet, flags.fastgan.BASELINES,
                       compile_from=float("inf")),
 }

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 
 import utils
-from data_loader import real_batches, to_images
+from data_loader import build_dataset, find_dataset, real_batches, to_images, without_held_out
+from dataset.check import write_lists
 from dataset.images import split
 from dataset.table import describe_changes, is_other_set, summarize
-from device import distributed
+from device import distributed, watch
 from device.distributed import say
-from errors import CheckpointError, NonFiniteError, UsageError, first_line
+from errors import CheckpointError, LockedError, NonFiniteError, UsageError, first_line
 from families import FAMILIES, find_mismatch
 from gallery import page
 from gallery.grid import save_grid
@@ -27,10 +28,10 @@ from gallery.health import Health
 from gallery.records import Record
 from generate import metadata
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
-from metrics.meter import Meter, of_run
+from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint, score_table
-from storage.folders import FolderLock, RunFolders
+from storage.folders import FolderLock, RunFolders, require_folders
 from storage.journal import MetricsLog, Window
 from trainer import Trainer
 
@@ -38,42 +39,79 @@ HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
 
 
-def train(config, dataset, place, precision, interrupt):
+def train(config, place, precision, interrupt):
     """Train until `--total_step`, from `--pretrained_model` or the newest checkpoint if there is one.
 
-    Return the exit code: 0, or 128 + the signal's number. Raise LockedError, CheckpointError, NonFiniteError or
-    DataError.
+    Return the exit code: 0, or 128 + the signal's number. Raise UsageError, DataError, NonFiniteError, CheckpointError,
+    LockedError or OSError. Until nothing can be refused any more, only caches are written: a run that is refused
+    leaves no folder, and `--restart true` then moves nothing.
     """
+    # what is known at once
     folders = RunFolders.of(config)
-    if config.pretrained_model is not None:
-        checkpoint.require_step(folders.models, config.pretrained_model)    # before anything is written
-    lock = distributed.after_first(lambda: _claim(config, folders), lambda: None)
+    require_folders(folders.each(), _owner(config))
+    saved = checkpoint.steps_in(folders.models)
+    state = None if config.restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
+                                                             partial(find_mismatch, config))
+    if state and state["step"] >= config.total_step:
+        say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
+            f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
+        return 0
+    found = find_dataset(config)
+    if state:
+        _compare_data(config, state, summarize(found, config))
+    meter = _load_what_is_needed(config, place, state, len(without_held_out(found, config)))
+
+    # what takes work, whose results are cached
+    dataset = build_dataset(config, found)
+    data = summarize(dataset, config)
+    changes = _compare_data(config, state, data)
+    if changes:
+        say(f"note: {changes}")
+    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
+    if meter:
+        meter.prepare(of_run(config, dataset))
+
+    lock = distributed.after_first(lambda: _claim(config, folders, saved), lambda: None)
     try:
-        state = checkpoint.load_step(folders.models, config.pretrained_model, say, partial(find_mismatch, config))
-        if state and state["step"] >= config.total_step:        # before anything is moved
-            say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
-                f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
-            return 0
-        data = summarize(dataset, config)
-        _compare_data(config, state, data)
-        trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
         _restore(trainer, state, folders)
         del state                                       # frees the checkpoint's memory
-        return Run(trainer, dataset, data, folders, interrupt).loop()
+        run = Run(trainer, meter, dataset, data, folders, interrupt)
+        run.try_to("write the lists of pictures", lambda: write_lists(found, config))
+        return run.loop()
     finally:
         if lock:
             lock.close()
 
 
-def _claim(config, folders):
-    """Create and lock the run's folders, after moving an old run aside for `--restart true`. Return the lock."""
+def _load_what_is_needed(config, place, state, pictures):
+    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics."""
+    if config.metric_step:
+        refuse_few(config.metrics, pictures, "real")
+    FAMILIES[config.model].require(config)
+    if state is None:
+        metadata.require(config)
+    return Meter(config, place) if config.metric_step else None
+
+
+def _owner(config):
+    return f"--version {config.version}"
+
+
+def _claim(config, folders, saved):
+    """Create and lock the run's folders, after moving an old run aside for `--restart true`. Return the lock.
+
+    Raise LockedError if another process trains, or has trained since the steps `saved` were listed.
+    """
     folders.create()
-    lock = FolderLock(folders.each(), f"--version {config.version}")
-    if config.restart and checkpoint.steps_in(folders.models):
+    lock = FolderLock(folders.each(), _owner(config))
+    if checkpoint.steps_in(folders.models) != saved:
+        lock.close()
+        raise LockedError(f"{_owner(config)}: another process has trained in the meantime; run the same command again")
+    if config.restart and (saved or checkpoint.best_path(folders.models).is_file()):
         lock.close()                                    # its files move with the folders
         say(f"the run '{config.version}' is now called '{folders.move_aside()}'")
         folders.create()
-        lock = FolderLock(folders.each(), f"--version {config.version}")
+        lock = FolderLock(folders.each(), _owner(config))
     if lock.unsupported:
         say(f"warning: the file system of {lock.unsupported} has no locks: nothing keeps a second process from "
             "training in the same folders")
@@ -92,14 +130,15 @@ class Due(NamedTuple):
 
 
 class Run:
-    """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`."""
+    """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`.
 
-    def __init__(self, trainer, dataset, data, folders, interrupt):
-        self.trainer, self.folders, self.interrupt = trainer, folders, interrupt
+    `meter` computes the metrics of `--metric_step`, or is None.
+    """
+
+    def __init__(self, trainer, meter, dataset, data, folders, interrupt):
+        self.trainer, self.meter, self.folders, self.interrupt = trainer, meter, folders, interrupt
         self.dataset, self.data = dataset, data         # the pictures, and what a checkpoint keeps of which they are
         self.config, self.place = trainer.config, trainer.place
-        # built before the first step: missing weights must fail now, not after hours
-        self.meter = Meter(self.config, of_run(self.config, dataset), self.place) if self.config.metric_step else None
         self.figures = {}                               # numbers from the last record, for the next log line
         self.failing = set()                            # what `try_to` could not do the last time
         self.saved_step = self.first_step = trainer.step
@@ -244,16 +283,19 @@ class Run:
         return self.metrics_log
 
     def state(self):
-        """Return all that a checkpoint holds. All ranks must call it."""
-        return {**self.trainer.state(), "data": self.data}
+        """Return all that a checkpoint holds."""
+        return {**self.trainer.state(), "data": self.data, "processes": self.place.world_size}
 
     def save(self):
-        """Write a checkpoint and prune the old ones."""
-        state = self.state()
+        """Write a checkpoint, on rank 0, and prune the old ones."""
         if distributed.is_first():
-            checkpoint.save(state, self.folders.models)
-            checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
+            self.write_checkpoint()
         self.saved_step = self.trainer.step
+
+    def write_checkpoint(self):
+        """Write a checkpoint and prune the old ones, on this rank."""
+        checkpoint.save(self.state(), self.folders.models)
+        checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
 
     def measure(self):
         """Compute the metrics of G_ema's samples; save best.pth if their fid is the best so far."""
@@ -301,18 +343,22 @@ class Run:
 
     @contextmanager
     def saved_if_it_ends_early(self):
-        """Whatever ends the run between two steps, such as a dead loader process: save first, then leave as it came."""
+        """Whatever ends the run between two steps, such as a dead loader process: save first, then leave as it came.
+
+        All ranks hold the same state: the first that meets it between two steps saves, whichever it is.
+        """
         try:
             yield
         except (NonFiniteError, CheckpointError, KeyboardInterrupt):
             raise
         except BaseException:
+            watch.take_over()
             trainer = self.trainer
-            unsaved = self.place.world_size == 1 and trainer.is_whole and trainer.step > self.saved_step
-            if unsaved and trainer.is_finite():
+            unsaved = trainer.is_whole and trainer.step > self.saved_step
+            if unsaved and trainer.is_finite() and watch.claim(f"save step {trainer.step}"):
                 trainer.recompute_bn_stats()
-                self.save()
-                say(f"step {trainer.step} is saved in {self.folders.models}")
+                self.write_checkpoint()
+                say(f"step {trainer.step} is saved in {self.folders.models}", any_rank=True)
             raise
 
     def stop(self):
@@ -372,14 +418,13 @@ def _find_bank(config, dataset, place, state):
 
 
 def _compare_data(config, state, data):
-    """Say how the pictures differ from those of the checkpoint `state`. Raise UsageError if none is the same."""
+    """Return how the pictures differ from those of the checkpoint `state`, or None. Raise UsageError if all differ."""
     before = state and state.get("data")                # older checkpoints have none
     changes = before and describe_changes(before, data)
     if changes and is_other_set(before, data):
         raise UsageError(f"--version {config.version}: this run was trained on other pictures ({changes}).\n"
                          "Use another --version; or --restart true, which moves this run aside and begins again.")
-    if changes:
-        say(f"note: {changes}")
+    return changes
 
 
 def _restore(trainer, state, folders):
@@ -399,6 +444,9 @@ def _restore(trainer, state, folders):
             folders.supersede_records_after(trainer.step)
     distributed.barrier()
     say(f"resuming '{config.version}' from step {trainer.step}")
+    processes, before = trainer.place.world_size, state.get("processes")       # older checkpoints lack it
+    if before not in (processes, None):
+        say(f"note: {processes} process{'es' * (processes > 1)}, were {before}")
     for name, value in json.loads(as_json(config)).items():
         if name in RUN_SETTINGS and name in state["config"] and state["config"][name] != value:
             say(f"  --{name} is now {value}, was {state['config'][name]}")

@@ -12,6 +12,7 @@ To resume, run the same command again. Pictures are written to samples/, metrics
 """
 
 import errno
+import os
 import sys
 
 import parameter
@@ -26,18 +27,21 @@ def main(argv):
         with Interrupt() as interrupt:
             return run(argv, interrupt)
     except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        if not failure.silent:
+            console.report(failure)
         return failure.code
     except Interrupted as request:
-        print("interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("interrupted", file=sys.stderr)
         return 128 + request.number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
-        if error.errno in _DISK_ERRORS:
-            print("Free some space, or set other --sample_path, --log_path and --model_save_path.", file=sys.stderr)
+        advice = "\nFree some space, or set other --sample_path, --log_path and --model_save_path."
+        if not getattr(error, "silent", False):
+            console.report(f"{error.filename or 'the disk'}: {error.strerror or error}"
+                           f"{advice if error.errno in _DISK_ERRORS else ''}")
         return CheckpointError.code
 
 
@@ -47,16 +51,11 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 def run(argv, interrupt):
     """Parse the command line, dispatch on --mode, return the exit code. Raise Failure for what the user can fix."""
     typed = parameter.parse(argv)
+    # of several ranks, the end of one lets the others print 20 lines of C++ frames for each connection to it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # importing torch takes seconds, so parse first: mistakes are reported at once
-    import torch
-
-    import data_loader
-    import loop
-    from dataset import workers
-    from device import distributed
-    from device.precision import Precision, choose_algorithms
-    from generate import clean, modes
-    from metrics import evaluate
+    from device import distributed, launch, watch
+    from generate import clean
     from pretrained import vgg
     from storage import checkpoint
 
@@ -64,35 +63,59 @@ def run(argv, interrupt):
     if config.mode == "clean_data":
         return clean.clean_data(config) if distributed.is_first() else 0
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
-        distributed.relaunch(__file__, argv)
-    place = distributed.start(config)
+        return launch.on_every_gpu(__file__, argv)
     try:
-        choose_algorithms(config.deterministic)
-        dataset = data_loader.build_dataset(config) if config.mode == "train" else None
-        if config.dry_run:
-            describe(config, dataset, place)
-            return 0
-        precision = Precision(config.precision, place.device)
-        precision.announce()
-        if config.mode == "evaluate":
-            return evaluate.evaluate(config, place, precision)
-        if config.mode != "train":
-            return modes.MODES[config.mode](config, place, precision) if distributed.is_first() else 0
-        if place.device.type == "cpu" and config.preset == "published":
-            distributed.say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
-        return loop.train(config, dataset, place, precision, interrupt)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise _out_of_memory(place) from None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):       # torch's words for it on a CPU
-            raise _out_of_memory(place) from None
-        raise workers.death(error) or error from None
+        with watch.Watch():
+            return watched(config, interrupt)
     finally:
         distributed.stop()
 
 
-def _out_of_memory(place):
-    return Failure(f"out of memory on {place.device}: lower --batch_size, --imsize, or the widths --g_conv_dim and "
+def watched(config, interrupt):
+    """`dispatch`, which names the cause if memory, a loader process or another rank is lost."""
+    import torch
+
+    from dataset import workers
+    from device import distributed, watch
+
+    try:
+        return dispatch(config, distributed.start(config), interrupt)
+    except torch.OutOfMemoryError:
+        raise _out_of_memory("the GPU") from None
+    except MemoryError:
+        raise _out_of_memory("this machine") from None
+    except (RuntimeError, Interrupted) as error:
+        if "can't allocate memory" in str(error):       # torch's words for it on a CPU
+            raise _out_of_memory("this machine") from None
+        raise watch.lost_rank(error) or workers.death(error) or error from None
+
+
+def dispatch(config, place, interrupt):
+    """Do what `config` asks for on this `place`. Return the exit code."""
+    import data_loader
+    import loop
+    from device.distributed import is_first, say
+    from device.precision import Precision, choose_algorithms
+    from generate import modes
+    from metrics import evaluate
+
+    choose_algorithms(config.deterministic)
+    if config.dry_run:
+        describe(config, data_loader.build_dataset(config) if config.mode == "train" else None, place)
+        return 0
+    precision = Precision(config.precision, place.device)
+    precision.announce()
+    if config.mode == "evaluate":
+        return evaluate.evaluate(config, place, precision)
+    if config.mode != "train":
+        return modes.MODES[config.mode](config, place, precision) if is_first() else 0
+    if place.device.type == "cpu" and config.preset == "published":
+        say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
+    return loop.train(config, place, precision, interrupt)
+
+
+def _out_of_memory(where):
+    return Failure(f"out of memory on {where}: lower --batch_size, --imsize, or the widths --g_conv_dim and "
                    "--d_conv_dim")
 
 

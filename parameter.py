@@ -46,6 +46,7 @@ RUN_SETTINGS = tuple(flag.name for title, group in GROUPS.items() for flag in gr
                      if title not in ("records", "evaluation", "from a checkpoint") and not flag.per_call)
 
 
+NAMED = 10                  # runs listed in a message, at most
 LARGEST = 2**31 - 1         # of a whole number whose flag names no limit
 RESERVED = ("index.html", "scores.jsonl", "scores.md")      # files of ours beside the folders of the runs
 
@@ -109,11 +110,12 @@ def defaults(flag):
     return "; ".join(texts)
 
 
-def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights: False):
+def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     """Return the full, checked Config of what the user typed. Raise UsageError.
 
     `find_saved(folder)` returns the config of the run whose checkpoints are in `folder`, or None. Its settings fill
-    in what was not typed, so that a run can be resumed or sampled without repeating its flags.
+    in what was not typed, so that a run can be resumed or sampled without repeating its flags. Without `find_saved` no
+    run is looked for.
     `weights_there(weights)` returns whether these `--vgg_weights` are available without a download.
     """
     typed = dict(typed)
@@ -126,10 +128,9 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
     values = {flag.name: flag.default for flag in FLAGS.values()} | given
     version = f"{values['model']}_{values['dataset']}" if values["version"] is None else values["version"]
     _check_version(version)
-    needs_run = not (values["fake_dir"] and values["real_dir"]) and not values["restart"]
-    saved = find_saved(Path(values["model_save_path"]) / version) if needs_run else None
+    saved = _find_run(values, version, find_saved) if find_saved else None
     known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or {}).items()
-             if name in FLAGS and not FLAGS[name].per_call
+             if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
     values.update(FAMILIES[model].PRESETS[preset] | known)
@@ -139,11 +140,32 @@ def resolve(typed, find_saved=lambda folder: None, weights_there=lambda weights:
     _clear_other_families(values, typed)
     _fill_in(values, weights_there)
     validate(values)
+    _check_effect(values, typed)
     if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given} and not values["real_dir"]:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
     if saved:
         _check_fixed(values, saved, values["version"])
     return Config.of(values)
+
+
+def _find_run(values, version, find_saved):
+    """Return the saved config of the run `version`, or None. Raise UsageError where one must be there, but is not."""
+    if values["restart"] or (values["fake_dir"] and values["real_dir"]):
+        return None
+    runs = Path(values["model_save_path"])
+    saved = find_saved(runs / version)
+    reads_a_checkpoint = values["mode"] not in ("train", "clean_data") and not values["fake_dir"]
+    if saved is None and reads_a_checkpoint and not (runs / version).exists():
+        there = sorted({path.parent.name for path in runs.glob("*/*.pth")})
+        near = difflib.get_close_matches(version, there, n=3)
+        if near:
+            hint = f"did you mean {' or '.join(near)}?"
+        elif there:
+            hint = f"there are {', '.join(there[:NAMED])}" + f" and {len(there) - NAMED} more" * (len(there) > NAMED)
+        else:
+            hint = "there is none at all; train one first, or name their folder with --model_save_path"
+        raise UsageError(f"--version {version}: there is no such run in {runs}; {hint}")
+    return saved
 
 
 def _read_file(path):
@@ -189,8 +211,6 @@ def _fill_in(values, weights_there):
         values["d_iters"] = loss["d_iters"]
     if values["sn"] == "auto":
         values["sn"] = loss["sn"]
-    if values["vgg_weights"] is None:                   # None in configs saved before the flag existed
-        values["vgg_weights"] = FLAGS["vgg_weights"].default
     FAMILIES[values["model"]].fill_in(values, weights_there)
     values["train"] = values["mode"] == "train"
 
@@ -200,6 +220,7 @@ def validate(values):
     for flag in FLAGS.values():
         _check_range(flag, values[flag.name])
     _check_evaluation(values)
+    _check_restart(values)
     model = values["model"]
     *others, last = FAMILIES[model].IMSIZES
     imsize = 64 if values["imsize"] is None else values["imsize"]
@@ -259,9 +280,31 @@ def _check_evaluation(values):
         wrong = [name for name in chosen if not allowed(METRICS[name])]
         if applies and wrong:
             raise UsageError(f"--metrics {written(chosen)}: {' and '.join(wrong)} {where}")
+    samples = mode == "evaluate" and not values["fake_dir"] or mode == "train" and values["metric_step"]
+    for name in chosen if samples else ():
+        least = METRICS[name].least if METRICS[name].of_sets else 1
+        if values["num_eval"] < least:
+            raise UsageError(f"--num_eval {values['num_eval']}: --metrics {name} needs at least {least}")
     imsize = values["imsize"]
     if values["fake_dir"] and imsize is not None and not 16 <= imsize <= 4096:
         raise UsageError(f"--imsize {imsize}: must be from 16 to 4096 with --fake_dir")
+
+
+def _check_restart(values):
+    """Raise UsageError if `--restart true` contradicts another flag."""
+    if values["restart"] and values["mode"] != "train":
+        raise UsageError(f"--restart true: is for training, not for --mode {values['mode']}; leave it out")
+    if values["restart"] and values["pretrained_model"] is not None:
+        raise UsageError(f"--restart true begins from scratch, --pretrained_model {values['pretrained_model']} goes on "
+                         "from a checkpoint: leave one out")
+
+
+def _check_effect(values, typed):
+    """Raise UsageError for a typed setting, other than the default, that has no effect with the others."""
+    for name in typed:
+        setting = FLAGS[name].unused and FLAGS[name].unused(values)
+        if setting and values[name] != FLAGS[name].default:
+            raise UsageError(f"--{name} {written(values[name])}: has no effect with {setting}; leave it out")
 
 
 def _check_version(version):

@@ -16,7 +16,7 @@ import utils
 from device import distributed
 from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
-from device.replicas import check_replicas, draw_rows, sync_batch_norm
+from device.replicas import GradientAverage, check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
 from families import FAMILIES, build_networks
 from gallery.grid import grid_side
@@ -51,6 +51,8 @@ class Trainer:
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
+        self.g_average, self.d_average = (GradientAverage(net.parameters(), config.accumulate)
+                                          for net in (self.G, self.D))
         # a separate generator: a run's fixed inputs depend on the seed alone
         generator = torch.Generator().manual_seed(config.seed)
         self.fixed_inputs = self.latents.sampling(grid_side(config.imsize) ** 2, generator)
@@ -95,7 +97,7 @@ class Trainer:
                     loss, stats = self._d_loss(self.D, reals[-1], [self.augment(x.detach()) for x in fake])
                 self._backward(loss)
                 d_stats.append({"d_loss": loss.detach(), **stats})
-            self._optimize(self.d_optimizer)
+            self._optimize(self.d_optimizer, self.d_average)
 
         # G phase: minimize g_loss(G). Freezing D skips its weight gradients, which halves the backward pass.
         self.D.requires_grad_(False)
@@ -107,7 +109,7 @@ class Trainer:
                 loss, stats = self._g_loss(self.D, real, [self.augment(x) for x in fake])
             self._backward(loss)
             g_stats.append({"g_loss": loss.detach(), **stats})
-        self._optimize(self.g_optimizer)
+        self._optimize(self.g_optimizer, self.g_average)
         return {**_mean(d_stats), **_mean(g_stats)}
 
     def augment(self, images):
@@ -124,8 +126,8 @@ class Trainer:
         (loss / self.config.accumulate).backward()
 
     @staticmethod
-    def _optimize(optimizer):
-        distributed.average_gradients(optimizer.param_groups[0]["params"])
+    def _optimize(optimizer, average):
+        average.finish()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-"""Seeding and random states, the averaged generator, atomic writes, evenly spread indices."""
+"""Seeding and random states, the averaged generator, new folders, atomic writes, evenly spread indices."""
 
 import contextlib
 import os
@@ -47,6 +47,24 @@ def spread_indices(count, length):
     """Return `count` indices spread evenly over range(length), ascending; all of them if length <= count."""
     count = min(count, length)
     return [i * length // count for i in range(count)]
+
+
+@contextlib.contextmanager
+def new_folders(*folders):
+    """Create these folders, with their parents; if this or the block fails, remove those of them that are empty."""
+    created = []
+    try:
+        for folder in map(Path, folders):
+            for path in (*reversed(folder.parents), folder):
+                if not path.is_dir():
+                    path.mkdir(exist_ok=True)
+                    created.append(path)
+        yield
+    except BaseException:
+        for path in reversed(created):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def write_atomically(path, write):

@@ -1,5 +1,8 @@
 """Commands as child processes, several at a time, that end well when the program is told to end."""
 
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: python benchmarks/ablation.py --help")
+
 import os
 import re
 import shlex

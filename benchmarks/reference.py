@@ -5,6 +5,9 @@ without fusing; D is not frozen in G's phase. SAGAN draws fakes for D and again 
 phase, so its backward pass runs through G as well. FastGAN, as published, draws once and detaches.
 """
 
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: python benchmarks/speed.py --help")
+
 import copy
 
 import torch

@@ -3,6 +3,9 @@
     results = {row's label: {seed: {column: number}}}       in the order of the table
 """
 
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: python benchmarks/ablation.py --help")
+
 import json
 import math
 import platform

@@ -26,6 +26,9 @@ def _side(argv):
 
 def main(argv):
     """Compare the two sides of the command line and print the figures. Returns exit code 0 or a Failure's."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip(), "The flags are those of main.py: python main.py --help", sep="\n\n")
+        return 0
     try:
         if argv.count("--") != 2:
             raise UsageError("give the flags of both, --, those of A, --, those of B")

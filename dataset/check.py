@@ -55,8 +55,8 @@ class Findings:
 def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config) -> ImageDataset:
     """Return `open_cache()` (`dataset` or a cache of it) without the unusable pictures, and print what was found.
 
-    A training run also writes the lists to its logs. Rank 0 checks; all ranks must call this. Raises DataError if more
-    than SHARE of the pictures are unusable.
+    It is kept in `dataset.findings`, for `write_lists`. Rank 0 checks; all ranks must call this. Raises DataError if
+    more than SHARE of the pictures are unusable, after writing the lists, which tell which ones to mend.
     """
     if not isinstance(dataset, EncodedDataset):
         return open_cache()
@@ -77,24 +77,26 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
     cached = open_cache()
     if _level(dataset, config) == "full":
         findings = on_first(lambda: checks[0].decode(cached))
-    lists = _write_lists(dataset, findings, config)
+    dataset.findings = findings
     _say_traits(dataset, findings, config)
-    _say_copies(dataset, findings, lists)
-    return _without_bad(dataset, cached, findings, lists)
+    _say_copies(dataset, findings, config)
+    return _without_bad(dataset, cached, findings, config)
 
 
-def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findings, lists: dict) -> ImageDataset:
+def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findings, config) -> ImageDataset:
     if not findings.bad:
         return cached
     bad = [f"{dataset.name(index)}: {reason}" for index, reason in findings.bad.items()]
     shown = "\n  ".join(bad[:NAMED]) + (f"\n  and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
-    full_list = f", all listed in {decode.printable(lists[BAD])}" if BAD in lists else ""
+    where = f", all listed in {decode.printable(_path(BAD, config))}" if _has_logs(config) else ""
     if len(bad) > SHARE * len(dataset):
         damaged = len(findings.bad) - len(findings.intact)
+        write_lists(dataset, config)
         delete = "Delete or replace them (--mode clean_data deletes the damaged ones)" if damaged else "Mend that"
-        raise DataError(f"{len(bad)} of the {dataset.summary} cannot be used{full_list}:\n  {shown}\n"
+        raise DataError(f"{len(bad)} of the {dataset.summary} cannot be used{where}:\n  {shown}\n"
                         f"{delete}; only up to {SHARE:.0%} of the pictures would be skipped.")
-    say(f"pictures: {len(bad)} of {len(dataset)} cannot be used and are skipped{full_list}:\n  {shown}")
+    later = f"{where} once training starts" if where else ""
+    say(f"pictures: {len(bad)} of {len(dataset)} cannot be used and are skipped{later}:\n  {shown}")
     return Subset(cached, [index for index in range(len(dataset)) if index not in findings.bad], "usable")
 
 
@@ -102,13 +104,22 @@ def _level(dataset: ImageDataset, config) -> str:
     return config.check_data if config.check_data in LEVELS else "full" if len(dataset) <= FULL else "header"
 
 
-def _write_lists(dataset: EncodedDataset, findings: Findings, config) -> dict:
-    """Write the lists of findings to the run's logs, remove outdated ones. Return {name: path} of those written.
+def _has_logs(config) -> bool:
+    return config.mode == "train" and not config.dry_run
+
+
+def _path(name: str, config) -> Path:
+    return Path(config.log_path, config.version, name)
+
+
+def write_lists(dataset: ImageDataset, config):
+    """Write the lists of what `usable` found to the run's logs and remove outdated ones; on rank 0, in training only.
 
     JSON lines: a name of any bytes can be read back from them. `--mode clean_data` reads them.
     """
-    if config.mode != "train" or config.dry_run or not is_first():
-        return {}
+    findings = dataset.findings if isinstance(dataset, EncodedDataset) else None
+    if findings is None or not _has_logs(config) or not is_first():
+        return
     left_out = dataset.found.left_out if dataset.found else {}
     rows = {BAD: [{**dataset.entry(index), "reason": reason, "damaged": index not in findings.intact}
                   for index, reason in findings.bad.items()] +
@@ -116,17 +127,14 @@ def _write_lists(dataset: EncodedDataset, findings: Findings, config) -> dict:
                   for path, reason in left_out.items()],
             COPIES: [{**dataset.entry(copy), "copy_of": dataset.entry(first)}
                      for first, *copies in findings.copies for copy in copies]}
-    lists = {}
     for name, lines in rows.items():
-        path = Path(config.log_path, config.version, name)
+        path = _path(name, config)
         path.with_suffix(".txt").unlink(missing_ok=True)  # of an older version
         if lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_list(path, lines)
-            lists[name] = path
         else:
             path.unlink(missing_ok=True)
-    return lists
 
 
 def write_list(path: Path, rows: list[dict]):
@@ -145,12 +153,12 @@ def _say_traits(dataset: EncodedDataset, findings: Findings, config):
             f"than 8 bits; {ranges}, the range of the whole set, becomes 0..255")
 
 
-def _say_copies(dataset: EncodedDataset, findings: Findings, lists: dict):
+def _say_copies(dataset: EncodedDataset, findings: Findings, config):
     count = sum(len(group) - 1 for group in findings.copies)
     if count:
         original, copy, *_ = map(dataset.name, findings.copies[0])
-        where = (f"all listed in {decode.printable(lists[COPIES])}" if COPIES in lists else
-                 f"such as {copy} of {original}")
+        where = (f"all listed in {decode.printable(_path(COPIES, config))} once training starts" if _has_logs(config)
+                 else f"such as {copy} of {original}")
         say(f"pictures: {count} {'is a copy' if count == 1 else 'are copies'} of others (byte-identical), {where}; "
             "training uses them anyway")
 

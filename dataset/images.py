@@ -61,13 +61,15 @@ class ImageDataset(Dataset):
 class EncodedDataset(ImageDataset):
     """Pictures decoded from files in the folder `home`. They may be damaged, and caching them saves time.
 
-    `max_pixels` is the limit of --max_pixels, `found` what else is in the folder, in lines for the user.
+    `max_pixels` is the limit of --max_pixels, `found` what else is in the folder, in lines for the user, `findings`
+    what the check of the pictures found, or None (dataset/check.py).
     """
 
     home: Path
     crop: int | None = None
     max_pixels: int = MAX_PIXELS
     found: Found | None = None
+    findings: object = None
 
     def use_levels(self, levels: Levels | None):
         """Map values of more than 8 bits to 0..255 by these levels from now on; None if there are none."""

@@ -6,8 +6,10 @@ character. Imports nothing but the standard library, so that it can run first of
 
 import contextlib
 import errno
+import json
 import os
 import sys
+import time
 
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET)      # no later write can succeed
 
@@ -59,6 +61,15 @@ def protect():
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")       # cp1252; file names that are not UTF-8
         setattr(sys, name, TolerantStream(stream))
+
+
+def report(message):
+    """Print an error; under torchrun, also let the report with which torchrun ends give it as the cause."""
+    print(f"error: {message}", file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        cause = {"message": str(message), "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError), open(file, "w", encoding="utf-8") as written:
+            json.dump({"message": cause}, written)
 
 
 def finish():

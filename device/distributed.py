@@ -1,8 +1,4 @@
-"""Several processes in one run: start under torchrun, gradient averaging, collectives, output on rank 0.
-
-Gradients are averaged by one explicit all-reduce per update, of all gradients flattened, instead of by DDP's wrapper:
-that does not support the double backward of a gradient penalty.
-"""
+"""Several processes in one run: start under torchrun, collectives, output on rank 0."""
 
 import datetime
 import os
@@ -56,33 +52,12 @@ def stop():
         dist.destroy_process_group()
 
 
-def relaunch(script, argv):
-    """Replace this process by torchrun with one process per visible GPU (`--parallel true`)."""
-    count = torch.cuda.device_count()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, script, *argv])
-
-
 def broadcast(*modules):
     """Broadcast the parameters and buffers of the modules from rank 0 to all ranks."""
     if dist.is_initialized():
         for module in modules:
             for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
-
-
-@torch.no_grad()
-def average_gradients(parameters):
-    """Replace each gradient by its mean over the ranks, with one all-reduce of all gradients, flattened."""
-    if not dist.is_initialized():
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat.div_(dist.get_world_size())
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 @torch.no_grad()
@@ -186,8 +161,8 @@ def progress(total, unit, what=None, **more):
                 mininterval=0.5 if sys.stderr.isatty() else 10, **more)
 
 
-def say(*words, end="\n"):
-    """Print on rank 0, flushed, without breaking a progress bar."""
-    if is_first():
+def say(*words, end="\n", any_rank=False):
+    """Print on rank 0, or on `any_rank`, flushed, without breaking a progress bar."""
+    if any_rank or is_first():
         tqdm.write(" ".join(map(str, words)), end=end)
         sys.stdout.flush()

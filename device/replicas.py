@@ -3,7 +3,7 @@
 Every rank holds the same weights and the same random state. Random numbers are drawn on every rank for the whole batch,
 and each rank keeps the rows of its own samples (`draw_rows`): this draws more than a rank needs but sends nothing, and
 a run can resume with another number of ranks. Batch norm takes its statistics over all ranks (`sync_batch_norm`).
-`check_replicas` notices ranks that no longer agree.
+Gradients are averaged (`GradientAverage`). `check_replicas` notices ranks that no longer agree.
 """
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from errors import NonFiniteError
 
+BUCKET = 2 * 2**20      # bytes of gradients that are sent together, at least; little is left when backward ends
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes per element
 
 
@@ -111,6 +112,84 @@ def _all_ranks(values):
     parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, values)
     return torch.stack(parts)
+
+
+# ---------------------------------------------------------------------------------------- gradients over all ranks
+
+
+class GradientAverage:
+    """Replaces the gradients of `parameters` by their means over the ranks, while backward still computes others.
+
+    Backward goes through a network from its end to its start, so the gradients are grouped into buckets from the last
+    parameter to the first. The all-reduce of a bucket starts as soon as backward has run `parts` times through all of
+    its parameters. `finish()` starts those that lack a gradient, and waits for all.
+
+    This is explicit, since DDP's wrapper does not support the double backward of a gradient penalty. Without a process
+    group it does nothing.
+    """
+
+    def __init__(self, parameters, parts=1):
+        # the same at every step: with other buckets the sum over three ranks or more may round differently
+        buckets = _bucket(parameters) if dist.is_initialized() else []
+        self.buckets = [_Bucket(bucket, parts) for bucket in buckets]
+
+    def finish(self):
+        """Replace the gradients. Call it after the last backward pass of an update, on all ranks."""
+        for bucket in self.buckets:
+            if bucket.work is None:
+                bucket.start()
+        for bucket in self.buckets:
+            bucket.finish()
+
+
+def _bucket(parameters):
+    """Return the parameters, last first, as lists of at least BUCKET bytes each; the last list may be smaller."""
+    buckets, size = [[]], 0
+    for parameter in reversed(list(parameters)):
+        if size >= BUCKET:
+            buckets, size = [*buckets, []], 0
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+    return buckets
+
+
+class _Bucket:
+    """Parameters whose gradients travel together, as one flat tensor."""
+
+    def __init__(self, parameters, parts):
+        self.parameters, self.passes = parameters, parts * len(parameters)
+        self.missing, self.flat, self.work = self.passes, None, None
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._count)
+
+    def _count(self, parameter):
+        self.missing -= 1
+        if not self.missing:
+            self.start()
+
+    def _gradients(self):
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    @torch.no_grad()
+    def start(self):
+        """Start the all-reduce of the gradients that there are."""
+        gradients = self._gradients()
+        if gradients:
+            self.flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self.work = dist.all_reduce(self.flat, async_op=True)
+
+    @torch.no_grad()
+    def finish(self):
+        """Wait for the all-reduce and replace the gradients."""
+        self.missing = self.passes
+        if self.work is None:
+            return
+        self.work.wait()
+        self.flat.div_(dist.get_world_size())
+        gradients = self._gradients()
+        for gradient, part in zip(gradients, self.flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+        self.flat = self.work = None
 
 
 # ------------------------------------------------------------------------------------------------------- the check

@@ -24,22 +24,25 @@ LOSSES = {
 @dataclass(frozen=True)
 class Metric:
     """One metric: its `file` in metrics/; its description `words` for --help; `of_sets`: it compares two sets of
-    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir.
+    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir. A set needs
+    at least `least` pictures.
     """
 
     file: str
     words: str = ""
     of_sets: bool = False
     of_folders: bool = False
+    least: int = 1
 
 
 METRICS = {     # --metrics, in the order in which --mode evaluate computes them
-    "fid":     Metric("inception", of_sets=True, of_folders=True),
-    "kid":     Metric("inception", of_sets=True, of_folders=True),
-    "pr":      Metric("inception", "precision and recall", of_sets=True, of_folders=True),
-    "is":      Metric("inception", "Inception Score", of_sets=True, of_folders=True),
+    "fid":     Metric("inception", of_sets=True, of_folders=True, least=2),
+    "kid":     Metric("inception", of_sets=True, of_folders=True, least=2),
+    # of a picture and its three nearest neighbours
+    "pr":      Metric("inception", "precision and recall", of_sets=True, of_folders=True, least=4),
+    "is":      Metric("inception", "Inception Score", of_sets=True, of_folders=True, least=2),
     "swd":     Metric("swd", "sliced Wasserstein distance: needs no weights", of_sets=True, of_folders=True),
-    "nearest": Metric("nearest", "are samples copies?", of_folders=True),
+    "nearest": Metric("nearest", "are samples copies?", of_folders=True, least=2),
     "lpips":   Metric("backtrack", "back-tracking of held-out pictures"),
     "cost":    Metric("cost", "time, memory"),
 }
@@ -151,8 +154,9 @@ class Flag:
     """One flag: its converter, default and help; for a number the closed range [low, high], or [low, below).
 
     `fixed(values)` returns whether this setting cannot change within a run, as its checkpoints depend on it.
-    `per_call`: the flag describes one call, not the run, and is never read from a saved config. In `help`, `{families}`
-    is replaced by the text of each family's `HELP`.
+    `per_call`: the flag describes one call, not the run, and is never read from a saved config. `unused(values)`
+    returns the setting with which the flag has no effect, such as `--adv_loss hinge`, or a false value. In `help`,
+    `{families}` is replaced by the text of each family's `HELP`.
     """
 
     name: str
@@ -164,6 +168,7 @@ class Flag:
     below: float | None = None
     fixed: Callable | None = None
     per_call: bool = False
+    unused: Callable | None = None
 
     @property
     def metavar(self):
@@ -171,6 +176,11 @@ class Flag:
         kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
                  sizes: "SIZES", policies: "NAMES", metrics: "NAMES", points: "POINTS", step_or_best: "STEP"}
         return kinds.get(self.type, "NAME")
+
+
+def only_with_loss(name):
+    """For `Flag.unused`: a flag of this loss alone."""
+    return lambda values: values["adv_loss"] != name and f"--adv_loss {values['adv_loss']}"
 
 
 def _by_loss(setting):
@@ -255,8 +265,9 @@ FLAGS = {
     "optimization": (
         Flag("adv_loss", one_of(*LOSSES), "hinge", f"adversarial loss: {' | '.join(LOSSES)}", fixed=always),
         Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
-             0.0, 1.0),
-        Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0),
+             0.0, 1.0, unused=only_with_loss("hinge")),
+        Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
+             unused=only_with_loss("wgan-gp")),
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "
              "color,translation,cutout, or none"),
         Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),

@@ -13,16 +13,22 @@ HELP = {
     "compile": "never, as its gain was not measured",
 }
 
+
+def _without_metadata(values):
+    return not values["metadata"] and "--metadata false"
+
+
 FLAGS = (
     Flag("slae", boolean, True, "spatial attention in G's skip-layer excitations; false: plain FastGAN",
          fixed=always),
-    Flag("slae_kernel", int, 7, "kernel size of the spatial attention: 7 or 3", fixed=always),
+    Flag("slae_kernel", int, 7, "kernel size of the spatial attention: 7 or 3", fixed=always,
+         unused=lambda values: not (values["slae"] or values["slae_d"]) and "--slae false"),
     Flag("slae_d", boolean, False, "spatial attention in D's skip-layer excitations too", fixed=always),
     Flag("metadata", boolean, True, "feed G VGG-16 features of the training pictures beside the noise", fixed=always),
     Flag("metadata_layer", one_of("relu5_3", "relu4_3"), "relu5_3", "layer of VGG-16 for the metadata: "
-         "relu5_3 | relu4_3 (shallower, for small pictures)", fixed=always),
+         "relu5_3 | relu4_3 (shallower, for small pictures)", fixed=always, unused=_without_metadata),
     Flag("metadata_sample", one_of("mix", "bank", "gauss"), "mix", "metadata of a sample: mix (of 2 or 3 "
-         "pictures) | bank (of one picture) | gauss (normal, with the same covariance)"),
+         "pictures) | bank (of one picture) | gauss (normal, with the same covariance)", unused=_without_metadata),
     Flag("recon", one_of("lpips", "l1"), DERIVED, "reconstruction loss of D's decoders: "
          "lpips | l1 (default: lpips if VGG-16's weights are available, else l1)"),
     Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss", 0.0),

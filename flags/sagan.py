@@ -13,15 +13,20 @@ HELP = {
     "compile": "on a GPU if 100,000 or more steps are ahead",
 }
 
+
+def _without_attention(values):
+    return not (values["g_attn"] or values["d_attn"]) and "--g_attn none --d_attn none"
+
+
 FLAGS = (
     Flag("g_attn", sizes, DERIVED, "feature sizes with attention in G, such as 16,32, or none "
          "(default: the last two before the image)", fixed=always),
     Flag("d_attn", sizes, DERIVED, "feature sizes with attention in D, such as 8,4, or none "
          "(default: 8,4 at 64 px, growing with imsize)", fixed=always),
     Flag("attn_pool", boolean, False, "2x2 max-pooling of keys and values: a quarter of attention's work",
-         fixed=always),
+         fixed=always, unused=_without_attention),
     Flag("attn_queries", points, None, "query points whose attention maps are shown, 'y,x;y,x' as fractions of the "
-         "image, from its top left (default: on a face the eyes, mouth, hair and a corner)"),
+         "image, from its top left (default: on a face the eyes, mouth, hair and a corner)", unused=_without_attention),
 )
 
 PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published settings are the flags' defaults

@@ -6,18 +6,21 @@ it describes the content of the picture and not the identity of the face. The av
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch.nn.functional import interpolate
 
 from data_loader import to_images
 from dataset.table import fingerprint
-from device.distributed import after_first, progress, say
+from device.distributed import after_first, on_first, progress, say
 from errors import DataError
 from pretrained import vgg
 from storage.cache import Cache
 from utils import spread_indices
 
+CACHE = "metadata"      # its folder below --cache_path
+FALLBACK_HINT = "--metadata false"
 MAX_ROWS = 4096         # rows in a bank, at most: 4 MB of a checkpoint
 CACHE_VERSION = 1       # increment when `_extract` or the decoding of pictures changes: invalidates the caches
 LARGEST = 256           # pixels: larger pictures are downscaled to this before VGG-16, which was trained at 224
@@ -95,6 +98,17 @@ SAMPLERS = {"bank": _sample_rows, "mix": _sample_mixtures, "gauss": _sample_norm
 # ----------------------------------------------------------------------------------------- computing it from pictures
 
 
+def require(config):
+    """Raise what `find_bank` raises for missing weights, if it needs them whatever the pictures are.
+
+    That is so if nothing was cached yet: what a cache is worth is known once the pictures have been checked. All ranks
+    must call this.
+    """
+    cached = Path(config.cache_path, CACHE)
+    if config.metadata and not on_first(lambda: any(cached.glob("*.pt"))):
+        vgg.FILE.require(config.vgg_weights, FALLBACK_HINT)
+
+
 def find_bank(config, dataset, device):
     """Return the Bank of `dataset` on `device`, from the cache below `config.cache_path` or newly computed and cached.
 
@@ -105,7 +119,7 @@ def find_bank(config, dataset, device):
     # the fingerprint first: if a picture changes while it is read, the next run has another fingerprint and recomputes
     origin = {"pictures": fingerprint(dataset, config), "weights": vgg.FILE.identity(config.vgg_weights),
               "layer": config.metadata_layer, "procedure": CACHE_VERSION}
-    cache = Cache(config.cache_path, "metadata", origin)
+    cache = Cache(config.cache_path, CACHE, origin)
     averages = after_first(lambda: _read_or_compute(cache, config, dataset, device), lambda: _read(cache, len(dataset)))
     if averages is None:
         raise DataError(f"--cache_path {config.cache_path}: rank 0 did not write {cache.path}.\n"
@@ -143,7 +157,7 @@ def _read(cache, count):
 @torch.no_grad()
 def _extract(config, dataset, device):
     """Return the layer's spatial averages, float16 (len(dataset), 512), of all pictures in order, not flipped."""
-    net = vgg.load_vgg(config.vgg_weights, "--metadata false")[: vgg.LAYERS[config.metadata_layer]].to(device)
+    net = vgg.load_vgg(config.vgg_weights, FALLBACK_HINT)[: vgg.LAYERS[config.metadata_layer]].to(device)
     averages = torch.empty(len(dataset), vgg.WIDTH, dtype=torch.float16)
     with progress(len(dataset), "picture", "metadata") as done:
         for indices in torch.arange(len(dataset)).split(BATCH):

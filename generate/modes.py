@@ -75,8 +75,14 @@ def load_generator(config, place, precision):
             generator = torch.Generator().manual_seed(config.seed)
             inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
             recompute_bn_stats(G, inputs, precision, batch)
-    folders.samples.mkdir(parents=True, exist_ok=True)
     return TrainedGenerator(G, latents, precision, batch, state["step"], folders)
+
+
+def _start(config, place, precision):
+    """`load_generator`, then create the folder of the outputs: nothing can be refused any more. Raises OSError, too."""
+    trained = load_generator(config, place, precision)
+    trained.folders.samples.mkdir(parents=True, exist_ok=True)
+    return trained
 
 
 def sample(config, place, precision):
@@ -84,7 +90,7 @@ def sample(config, place, precision):
 
     Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
     """
-    trained = load_generator(config, place, precision)
+    trained = _start(config, place, precision)
     folder = trained.path("generated", config)
     folder.mkdir(exist_ok=True)
     batches = trained.latents.seeded_batches(config.seed)
@@ -124,7 +130,7 @@ def interpolate(config, place, precision):
     """
     if config.film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
-    trained = load_generator(config, place, precision)
+    trained = _start(config, place, precision)
     generator = torch.Generator().manual_seed(config.seed)
     count = max(2, round(config.num_frames / FRAMES_PER_LEG))
     inputs = Inputs(walk(trained.latents.sampling(count, generator).z, config.num_frames))
@@ -170,7 +176,7 @@ def style_mix(config, place, precision):
     The skip layers get the low-resolution maps of the style's latent, all other layers the content's latent. Return
     exit code 0. Raises CheckpointError.
     """
-    trained = load_generator(config, place, precision)
+    trained = _start(config, place, precision)
     generator = torch.Generator().manual_seed(config.seed)
     contents, styles = trained.latents.sampling(2 * STYLES, generator).to(place.device).split(STYLES)
     first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, 3, imsize, imsize)

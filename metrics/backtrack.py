@@ -12,6 +12,7 @@ import torch
 import data_loader
 from data_loader import to_images
 from dataset.images import Subset, ThreadedReader, split
+from dataset.table import DATASETS
 from device import distributed
 from device.distributed import is_first, say
 from gallery.sheets import save_reconstructions
@@ -27,6 +28,12 @@ HELD_OUT = 0.1          # share of the pictures that is back-tracked if the run 
 BACKTRACKED = 100       # pictures that are back-tracked, at most
 STARTS = 256            # samples; each search starts at the one nearest to its target
 RATE, MSE_WEIGHT = 0.1, 0.2
+
+
+def require(config):
+    """Raise DataError or UsageError if the pictures, weights or packages that `evaluate` needs are missing."""
+    DATASETS[config.dataset](config)
+    lpips.require(config.vgg_weights, FALLBACK_HINT)
 
 
 def evaluate(evaluation):

@@ -31,6 +31,12 @@ WARM_UP = fast_step.WARM_UP + 1         # steps: with the last one the faster st
 OWN = "the run's model"
 
 
+def require(config):
+    """Raise DataError or UsageError if weights are missing; Failure if the system does not tell a process's memory."""
+    FAMILIES[config.model].require(config)
+    _peak_resident()
+
+
 def evaluate(evaluation):
     """Yield [Score, ...]: the cost of training the evaluation's run. Measured on rank 0 only."""
     if distributed.is_first():

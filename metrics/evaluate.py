@@ -4,7 +4,9 @@ Scores go to metrics.jsonl and the page of the run, and to scores.md, the table 
 as it is computed, so that interrupting the program loses only the unfinished one.
 
 `METRICS` in flags/common.py names the file of this folder that computes a metric. `Meter` computes the metrics that
-compare two sets of pictures; each other file has `evaluate(evaluation)`, a generator of lists of Scores.
+compare two sets of pictures; each other file has `evaluate(evaluation)`, a generator of lists of Scores, and
+`require(config)`, which raises if something that it needs is missing. All that can be missing is asked for before the
+first score is computed.
 """
 
 from collections import Counter
@@ -25,10 +27,10 @@ from flags.common import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
 from generate.modes import TrainedGenerator, load_generator
-from metrics.meter import Meter, Reference, of_folder, of_run
+from metrics.meter import Meter, Reference, of_folder, of_run, refuse_few
 from parameter import Config
 from storage import checkpoint, score_table
-from storage.folders import step_name
+from storage.folders import RunFolders, require_folders, step_name
 from storage.journal import MetricsLog
 
 
@@ -51,22 +53,34 @@ class Evaluation:
 
 
 def evaluate(config, place, precision):
-    """Compute and record `--metrics`. Return exit code 0. Raises CheckpointError, DataError, UsageError."""
+    """Compute and record `--metrics`. Return exit code 0. Raises CheckpointError, DataError, UsageError, OSError."""
+    folders = RunFolders.of(config)
+    require_folders([Path(config.log_path)] if config.fake_dir else [folders.logs, folders.samples])
     code = _evaluate_folder(config, place) if config.fake_dir else _evaluate_run(config, place, precision)
     distributed.barrier()           # a rank that exits while another still receives from it can abort the other
     return code
 
 
-def _evaluate(evaluation, samples, source, report, keep_best=lambda scores: None):
-    """Compute those of `--metrics` that compare two sets on `samples`, then the others; report each."""
-    config = evaluation.config
-    if any(METRICS[name].of_sets for name in config.metrics):
-        scores = Meter(config, evaluation.reference, evaluation.place).measure(samples, source)
+def _load(config, place):
+    """Return (the Meter, or None; the modules of the other metrics). Raise if something that they need is missing."""
+    chosen = [row for name, row in METRICS.items() if name in config.metrics]
+    others = [import_module(f"metrics.{file}") for file in dict.fromkeys(row.file for row in chosen if not row.of_sets)]
+    for module in others:
+        module.require(config)
+    return Meter(config, place) if any(row.of_sets for row in chosen) else None, others
+
+
+def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lambda scores: None):
+    """Compute the metrics that `_load` returned: `meter` on `samples`, then the others; report each."""
+    if evaluation.reference:
+        refuse_few(evaluation.config.metrics, len(evaluation.reference), "real")
+    if meter:
+        meter.prepare(evaluation.reference)
+        scores = meter.measure(samples, source)
         report.add(scores)
         keep_best(scores)
-    others = dict.fromkeys(row.file for name, row in METRICS.items() if name in config.metrics and not row.of_sets)
-    for file in others:
-        for scores in import_module(f"metrics.{file}").evaluate(evaluation):
+    for module in others:
+        for scores in module.evaluate(evaluation):
             report.add(scores)
     report.end()
     return 0
@@ -79,7 +93,9 @@ def _evaluate_run(config, place, precision):
     trained = load_generator(config, place, precision)
     trained.G.requires_grad_(False)
     needs_pictures = any(METRICS[name].of_folders for name in config.metrics)
-    reference = _reference(config, config.imsize) if needs_pictures else None
+    read_reference = _find_reference(config, config.imsize) if needs_pictures else lambda: None
+    meter, others = _load(config, place)
+    reference = read_reference()
     say(f"evaluating '{config.version}' at step {trained.step}")
 
     def samples_of(generator):
@@ -101,7 +117,8 @@ def _evaluate_run(config, place, precision):
 
     evaluation = Evaluation(config, place, reference, sample_sets, picture_path, trained, trained.step)
     report = _Report(config, config.version, trained)
-    return _evaluate(evaluation, samples_of(trained), trained.latents.source(config.seed), report, keep_best)
+    return _evaluate(evaluation, meter, others, samples_of(trained), trained.latents.source(config.seed), report,
+                     keep_best)
 
 
 def _keep_best(config, trained, scores):
@@ -135,6 +152,7 @@ class _Report:
                 log.write(self.step, score.line())
                 log.write_events(self.step, score.line())
             log.close()
+            self.trained.folders.samples.mkdir(parents=True, exist_ok=True)
             page.write_pages(self.trained.folders, self.config)
         say("\n" + "\n".join(lines))
 
@@ -150,8 +168,10 @@ class _Report:
 
 def _evaluate_folder(config, place):
     imsize = config.imsize or _common_size(config)
-    reference = _reference(config, imsize)
     samples = ThreadedReader(of_folder(config.fake_dir, imsize, "--fake_dir").dataset)
+    read_reference = _find_reference(config, imsize)
+    meter, others = _load(config, place)
+    reference = read_reference()
     _note_resized(config.fake_dir, "--fake_dir", imsize)
 
     def picture_path(name):
@@ -160,24 +180,28 @@ def _evaluate_folder(config, place):
         return path
 
     evaluation = Evaluation(config, place, reference, lambda: [("", samples, "the folder")], picture_path)
-    return _evaluate(evaluation, samples, "the folder", _Report(config, config.fake_dir))
+    return _evaluate(evaluation, meter, others, samples, "the folder", _Report(config, config.fake_dir))
 
 
-def _reference(config, imsize):
-    """Return the Reference: the pictures of --real_dir, or the run's training pictures. Raises DataError."""
+def _find_reference(config, imsize):
+    """Return `read() -> Reference`, of the pictures of --real_dir or of the run's training pictures.
+
+    `read` checks the latter, which takes time and writes caches. Raise DataError if there are none.
+    """
     if config.real_dir:
         reference = of_folder(config.real_dir, imsize, "--real_dir")
         _note_resized(config.real_dir, "--real_dir", imsize)
-        return reference
+        return lambda: reference
     sized = Config.of({**vars(config), "imsize": imsize})
     try:
-        return of_run(sized, data_loader.build_dataset(sized))
+        found = data_loader.find_dataset(sized)
     except DataError as error:
         if not config.fake_dir:
             raise
         problem = first_line(error)
         raise DataError(f"{problem}\nname the real pictures with --real_dir DIR, or a run that has them with "
                         "--version") from None
+    return lambda: of_run(sized, data_loader.build_dataset(sized, found))
 
 
 def _sizes(folder):

@@ -14,6 +14,7 @@ from dataset.images import ThreadedReader
 from device import distributed
 from device.distributed import say
 from errors import DataError
+from metrics.meter import refuse_few
 from pretrained import inception
 from storage.cache import Cache
 from storage.score_table import Score
@@ -32,12 +33,9 @@ class SetMeter:
     All ranks must construct it, then call `prepare`. Raises DataError, UsageError.
     """
 
-    def __init__(self, config, reference, place):
-        self.config, self.reference, self.place = config, reference, place
+    def __init__(self, config, place):
+        self.config, self.place, self.reference = config, place, None
         self.chosen = [name for name in _FORMULAS if name in config.metrics]
-        self._refuse_few(len(reference), "real")
-        if not config.fake_dir:                         # fail now, not after hours of training
-            self._refuse_few(config.num_eval, "generated")
 
         def load():
             return inception.load_inception(config.inception_weights)
@@ -45,16 +43,19 @@ class SetMeter:
         # rank 0 first, since it may have to download the weights
         self.net = distributed.after_first(load, load).to(place.device)
 
-    def prepare(self):
-        """Compute the reference's features, or read them from the cache."""
+    def prepare(self, reference):
+        """Set the Reference; compute its features, or read them from the cache."""
+        refuse_few(self.chosen, len(reference), "real")
+        self.reference = reference
         self.real = self._reference_features()
+        _refuse_not_finite(self.real, "real")
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return the Score of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.
 
         All ranks must call this. Raises DataError.
         """
-        self._refuse_few(len(pictures), "generated")
+        refuse_few(self.chosen, len(pictures), "generated")
         fake = compute_features(self.net, pictures, self.place, "scoring", "is" in self.chosen, stopped)
         if fake is None:
             return None
@@ -88,13 +89,6 @@ class SetMeter:
         if min(len(self.reference), len(pictures)) < FEW:
             parts.append(f"fewer than {FEW:,} pictures, their number moves the FID")
         return "; ".join(parts)
-
-    def _refuse_few(self, count, who):
-        """Raise DataError if the metrics cannot be computed for `count` pictures."""
-        required = NEIGHBOURS + 1 if "pr" in self.chosen else 2
-        if count < required:
-            raise DataError(f"{count} {who} picture{'s' * (count != 1)}: --metrics {','.join(self.chosen)} need at "
-                            f"least {required}, and thousands for meaningful values")
 
 
 def _is_valid(entry):
@@ -169,11 +163,15 @@ def distances(real, fake, metrics, device="cpu"):
     kid_std is the standard deviation over KID's subsets, inception_score_std over its splits. Deterministic. Raises
     DataError if features are not finite.
     """
-    for who, features in (("real", real), ("generated", fake)):
-        if not features.covariance.isfinite().all():
-            raise DataError(f"--inception_weights: the features of the {who} pictures are not finite")
+    _refuse_not_finite(real, "real")
+    _refuse_not_finite(fake, "generated")
     return {name: value for metric, formula in _FORMULAS.items() if metric in metrics
             for name, value in formula(real, fake, device).items()}
+
+
+def _refuse_not_finite(features, who):
+    if not features.covariance.isfinite().all():
+        raise DataError(f"--inception_weights: the features of the {who} pictures are not finite")
 
 
 def _fid(real, fake, device):

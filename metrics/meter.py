@@ -1,8 +1,9 @@
 """The metrics of `--metrics` that compare two sets of pictures, one of which is a fixed reference.
 
 The table `METRICS` in flags/common.py lists the metrics and the file of this folder that computes each. Such a file has
-a class `SetMeter(config, reference, place)`, whose constructor raises DataError if the metric cannot be computed.
-`prepare()` precomputes what the metric needs of the reference, `measure(pictures, source, stopped)` returns a Score.
+a class `SetMeter(config, place)`, whose constructor loads what the metric needs, or raises DataError or UsageError.
+`prepare(reference)` raises DataError if the metric cannot be computed against these pictures, and precomputes what it
+needs of them; `measure(pictures, source, stopped)` returns a Score.
 """
 
 from dataclasses import dataclass
@@ -54,18 +55,30 @@ def of_folder(path, imsize, flag):
                      fingerprint(dataset, config), imsize)
 
 
-class Meter:
-    """Scores sets of pictures against one `reference` with those of `config.metrics` that compare two sets.
+def refuse_few(metrics, count, who):
+    """Raise DataError if a set of `count` pictures, "real" or "generated", is too small for one of `metrics`."""
+    needy = [name for name in metrics if METRICS[name].least > 1]
+    least = max((METRICS[name].least for name in needy), default=0)
+    if count < least:
+        raise DataError(f"{count} {who} picture{'s' * (count != 1)}: --metrics {','.join(needy)} need at least "
+                        f"{least}, and thousands for meaningful values")
 
-    The constructor computes the features of the reference. All ranks must construct it and call `measure`. Raises
-    DataError, UsageError.
+
+class Meter:
+    """Scores sets of pictures against one reference with those of `config.metrics` that compare two sets.
+
+    The constructor loads what they need, `prepare` computes the features of the reference. All ranks must call both and
+    `measure`. Raises DataError, UsageError.
     """
 
-    def __init__(self, config, reference, place):
+    def __init__(self, config, place):
         files = dict.fromkeys(METRICS[name].file for name in config.metrics if METRICS[name].of_sets)
-        self.meters = [import_module(f"metrics.{file}").SetMeter(config, reference, place) for file in files]
+        self.meters = [import_module(f"metrics.{file}").SetMeter(config, place) for file in files]
+
+    def prepare(self, reference):
+        """Set the Reference that sets are scored against."""
         for meter in self.meters:
-            meter.prepare()
+            meter.prepare(reference)
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return [Score, ...] of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.

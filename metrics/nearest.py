@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from data_loader import to_images
 from dataset.images import ThreadedReader
 from device import distributed
-from errors import DataError
 from gallery.sheets import save_reconstructions
 from pretrained import lpips, vgg
 from storage.score_table import Score
@@ -29,15 +28,15 @@ CHUNK = 64              # batch size
 SCALE = 64.0            # factor on embeddings stored as float16, to keep small values out of the subnormal range
 
 
-def evaluate(evaluation):
-    """Yield [Score] for each of the evaluation's sample sets, and write a sheet of its closest pairs.
+def require(config):
+    """Raise DataError or UsageError if the weights or packages that `evaluate` needs are missing."""
+    lpips.require(config.vgg_weights, FALLBACK_HINT)
 
-    Raises DataError.
-    """
+
+def evaluate(evaluation):
+    """Yield [Score] for each of the evaluation's sample sets, and write a sheet of its closest pairs."""
     config, place, reference = evaluation.config, evaluation.place, evaluation.reference
     real, real_distances = ThreadedReader(reference.dataset), None
-    if len(real) < 2:
-        raise DataError(f"--metrics nearest: {len(real)} real picture has no other to compare with; give more")
     net = lpips.load_on_every_rank(config.vgg_weights, place.device, FALLBACK_HINT)
     for suffix, samples, source in evaluation.sample_sets():
         neighbours = find_neighbours(net, real, samples, place, real_distances)

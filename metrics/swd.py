@@ -31,16 +31,17 @@ _BINOMIAL = torch.tensor((1.0, 4.0, 6.0, 4.0, 1.0)) / 16
 
 
 class SetMeter:
-    """Scores sets of pictures against one reference. Raises DataError if the size is not a power of two."""
+    """Scores sets of pictures against one reference."""
 
-    def __init__(self, config, reference, place):
-        self.reference = reference
+    def __init__(self, config, place):
+        self.reference = None                           # it needs nothing but the pictures
+
+    def prepare(self, reference):
+        """Set the Reference. Raise DataError if its size is not a power of two."""
         if reference.imsize & (reference.imsize - 1):
             raise DataError(f"--metrics swd: needs pictures of 16, 32, 64, ... px, these have {reference.imsize}; "
                             "add --imsize 64, or another power of two")
-
-    def prepare(self):
-        """Do nothing: this metric precomputes nothing."""
+        self.reference = reference
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return the Score of a set of uint8 pictures, the same on every rank. All ranks must call this."""

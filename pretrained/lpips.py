@@ -50,19 +50,34 @@ class Lpips(nn.Module):
             yield unit, getattr(self, f"head{i}").to(x.dtype)
 
 
-def load_lpips(weights, fallback_hint="--recon l1"):
-    """Return `Lpips` with these VGG-16 weights, on the CPU, frozen: gradients flow to its inputs only.
+def require(weights, fallback_hint="--recon l1"):
+    """Raise what `load_lpips` raises where torchmetrics or these VGG-16 weights are missing. All ranks must call this.
 
-    Global random states stay as they are. Raise what `load_vgg` does, and UsageError if torchmetrics is missing.
+    Weights that torchvision publishes are downloaded.
     """
+    _torchmetrics_lpips(fallback_hint)
+    vgg.FILE.require(weights, fallback_hint)
+
+
+def _torchmetrics_lpips(fallback_hint):
+    """Return torchmetrics' class of LPIPS. Raise UsageError."""
     try:
         from torchmetrics.functional.image.lpips import _LPIPS  # takes seconds to import, so only when needed
     except ImportError as error:
         raise UsageError(f"LPIPS needs torchmetrics ({error}): pip install torchmetrics, "
                          f"or do without it: {fallback_hint}") from None
+    return _LPIPS
+
+
+def load_lpips(weights, fallback_hint="--recon l1"):
+    """Return `Lpips` with these VGG-16 weights, on the CPU, frozen: gradients flow to its inputs only.
+
+    Global random states stay as they are. Raise what `load_vgg` does, and UsageError if torchmetrics is missing.
+    """
+    kind = _torchmetrics_lpips(fallback_hint)
     features = vgg.load_vgg(weights, fallback_hint)
     with torch.random.fork_rng(devices=[]):             # builds and initializes torchvision's whole network
-        reference = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+        reference = kind(pretrained=True, net="vgg", pnet_rand=True)
     heads = [head.model[-1].weight.detach() for head in reference.lins]
     # channels-last like G and D, so that no map is converted between memory formats
     return Lpips(features, reference.scaling_layer, heads).to(memory_format=torch.channels_last)

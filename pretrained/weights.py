@@ -10,12 +10,14 @@ import os
 import pickle
 import socket
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from device.distributed import is_first, say
+from device.distributed import after_first, is_first, say
 from errors import DataError, UsageError
+from utils import new_folders
 
 _TIMEOUT = 30                                           # seconds without data after which a download is aborted
 # What torch.load raises on files that are damaged or hold no tensors.
@@ -70,6 +72,19 @@ class Published:
         identity = self.identity(weights)
         return {self.sha256: published, "random": random}.get(identity, other).format(identity[:8])
 
+    def require(self, weights, fallback_hint):
+        """Raise what `load` raises for a file that is missing, cannot be read or, if published, is damaged.
+
+        A missing published file is downloaded. All ranks must call this: rank 0 downloads it for its machine.
+        """
+        def find():
+            if weights == self.word:
+                self._find(fallback_hint)
+            elif weights != "random":
+                self._open(weights).close()
+
+        after_first(find, find)
+
     def load(self, weights, fallback_hint):
         """Return the state dict of `weights`: `word` or a path. The published file is verified; if missing, it is
         downloaded, by every process that calls this. `fallback_hint` is the flag to do without it, for error messages.
@@ -78,13 +93,12 @@ class Published:
         is damaged or cannot be downloaded.
         """
         path = self._find(fallback_hint) if weights == self.word else Path(weights)
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-            raise self._unreadable(weights, error) from None
-        except _DAMAGE_ERRORS as error:
-            raise DataError(f"{self.flag} {weights}: {path} holds no state dict that can be read "
-                            f"({type(error).__name__})") from None
+        with self._open(path) as file:
+            try:
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
+            except _DAMAGE_ERRORS as error:
+                raise DataError(f"{self.flag} {weights}: {path} holds no state dict that can be read "
+                                f"({type(error).__name__})") from None
         if not isinstance(loaded, dict):
             raise DataError(f"{self.flag} {weights}: {path} holds a {type(loaded).__name__}, not a state dict")
         return loaded
@@ -98,7 +112,8 @@ class Published:
         existing = [path for path in self.places() if os.path.isfile(path)]
         path = existing[0] if existing else self._download(fallback_hint)
         try:
-            actual = sha256(path)
+            file = os.stat(path)
+            actual = _known_sha256(os.path.abspath(path), file.st_ino, file.st_size, file.st_mtime_ns)
         except OSError as error:
             raise DataError(f"{self.flag} {self.word}: cannot read {path} ({error.strerror})") from None
         if actual != self.sha256:
@@ -114,8 +129,8 @@ class Published:
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(_TIMEOUT)              # torch.hub sets none: a stalled connection would hang forever
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=is_first())
+            with new_folders(path.parent):
+                torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=is_first())
         except (OSError, RuntimeError, http.client.HTTPException) as error:     # RuntimeError: wrong hash
             raise DataError(
                 f"{self.flag} {self.word}: {self.name} is neither in {default_path.parent} nor in {path.parent}, and "
@@ -126,9 +141,21 @@ class Published:
             socket.setdefaulttimeout(timeout)
         return path
 
+    def _open(self, weights):
+        try:
+            return open(weights, "rb")
+        except OSError as error:
+            raise self._unreadable(weights, error) from None
+
     def _unreadable(self, weights, error):
         return UsageError(f"{self.flag} {weights}: cannot be read ({error.strerror}); give {self.word}, or the path "
                           f"of a state dict of {self.net}")
+
+
+@lru_cache
+def _known_sha256(path, *version):
+    """`sha256`, computed once for each version of a file: VGG-16's takes a second, and several parts load it."""
+    return sha256(path)
 
 
 def sha256(path):

@@ -10,13 +10,16 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from device.distributed import on_first
 from errors import LockedError
+from utils import new_folders
 
 try:
     import fcntl
 except ImportError:             # Windows: no lock
     fcntl = None
 
+LOCK = ".lock"                  # the file in each folder that a running process locks
 LEFTOVER = 86_400               # seconds after which a temporary file of a live or unknown process is removed, too
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -50,9 +53,9 @@ class RunFolders:
         return list(dict.fromkeys(getattr(self, field.name) for field in fields(self)))
 
     def create(self):
-        """Create the folders. Raise OSError."""
-        for folder in self.each():
-            folder.mkdir(parents=True, exist_ok=True)
+        """Create the folders, or none of them. Raise OSError."""
+        with new_folders(*self.each()):
+            pass
 
     def supersede_records_after(self, step):
         """Move records later than `step` to `superseded/`, because the run resumes from `step`. Return their number."""
@@ -105,6 +108,64 @@ def _is_alive(pid):
     return True
 
 
+def require_folders(folders, owner=None):
+    """Raise what creating these folders, and locking them for `owner` (see FolderLock), would raise, on every rank.
+
+    Write nothing. All ranks must call this.
+    """
+    obstacle = on_first(lambda: _find_obstacle(folders, owner))
+    if obstacle:
+        raise obstacle
+
+
+def _find_obstacle(folders, owner):
+    """Return a LockedError, an OSError, or None."""
+    try:
+        for folder in map(Path, folders):
+            _require_writable(folder)
+            if owner:
+                _require_unlocked(folder, owner)
+    except (LockedError, OSError) as error:
+        return error
+    return None
+
+
+def _require_writable(folder):
+    existing = folder
+    while not os.path.isdir(existing):
+        try:
+            os.lstat(existing)                          # raises, too, where a parent is a file or a name is too long
+        except FileNotFoundError:
+            existing = existing.parent
+            continue
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", str(folder))
+
+
+def _require_unlocked(folder, owner):
+    try:
+        with open(folder / LOCK, "r+", encoding="utf-8") as file:
+            _lock(file, folder, owner)
+    except FileNotFoundError:
+        pass                                            # no run was here
+
+
+def _lock(file, folder, owner):
+    """Lock an open lock file. Return False if its file system has no locks. Raise LockedError."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        flag = owner.split()[0]
+        raise LockedError(f"{owner}: {_describe(file.read())} writes into {folder}; wait for it, or use another "
+                          f"{flag}") from None
+    return True
+
+
 class FolderLock:
     """Holds a lock file in each of `folders`, until `close` or the end of the process, kill -9 included.
 
@@ -117,26 +178,18 @@ class FolderLock:
         self.files, self.unsupported = [], None
         try:
             for folder in folders:
-                self._lock(Path(folder), owner)
+                self._add(Path(folder), owner)
         except BaseException:
             self.close()
             raise
 
-    def _lock(self, folder, owner):
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - stays open while the run lasts
+    def _add(self, folder, owner):
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - stays open while the run lasts
         self.files.append(file)
-        if fcntl is None:
+        file.seek(0)
+        if not _lock(file, folder, owner):
+            self.unsupported = folder
             return
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                self.unsupported = folder
-                return
-            file.seek(0)
-            flag = owner.split()[0]
-            raise LockedError(f"{owner}: {_describe(file.read())} writes into {folder}; wait for it, or use another "
-                              f"{flag}") from None
         with contextlib.suppress(OSError):              # a full disk: the lock holds without its holder's name
             file.truncate(0)
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
@@ -30,6 +31,8 @@ from parameter import parse, resolve
 from pretrained import inception
 from storage import checkpoint
 
+pytest.register_assert_rewrite("kills")
+
 MAIN = str(Path(__file__).parent.parent / "main.py")
 
 TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
@@ -37,17 +40,49 @@ TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped, with the reason, where there is no CUDA device."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Tests marked gpu are skipped, with the reason, where there is no CUDA device. Reports get their test's fault."""
+    for item in items:
+        if item.path.parent.name == "faults":
+            item.add_marker(pytest.mark.faults)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if fault := item.get_closest_marker("fault"):
+            item.user_properties.append(("fault", fault.args[0]))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of the faults that were tried: each test marked `fault` is one try, and a test that fails is a loss."""
+    tries, lost = defaultdict(set), defaultdict(set)
+    for report in (report for group in terminalreporter.stats.values() for report in group):
+        fault = dict(getattr(report, "user_properties", ())).get("fault")
+        ended = getattr(report, "outcome", None)            # none of those that were deselected
+        if fault and (ended == "failed" or ended == "passed" and report.when == "call"):
+            tries[fault].add(report.nodeid)
+            lost[fault] |= {report.nodeid} if ended == "failed" else set()
+    if not tries:
+        return
+    rows = [("fault", "tries", "lost"), *((fault, len(tries[fault]), len(lost[fault])) for fault in sorted(tries))]
+    rows.append(("all", *(sum(map(len, table.values())) for table in (tries, lost))))
+    width = max(len(fault) for fault, _, _ in rows)
+    terminalreporter.section("faults")
+    for fault, tried, gone in rows:
+        terminalreporter.write_line(f"{fault:<{width}}  {tried:>5}  {gone:>4}")
 
 
 @pytest.fixture(autouse=True)
 def same_arithmetic_on_every_processor(monkeypatch):
     """`--precision auto` is fp32 on any CPU, as if none had units for bf16."""
     monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "cuda" and has_bf16(device))
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """Kills what a failed test left running. Python would wait for it at the end of all tests, without end."""
+    yield
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
 
 
 @pytest.fixture
@@ -131,11 +166,22 @@ def state(version, step):
     return checkpoint.load(checkpoint.path_of(Path("models", version), step))
 
 
+def start_torchrun(script, *flags, **streams):
+    """A real torchrun with two processes on the CPU (gloo), as a Popen."""
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             str(script), *map(str, flags)], text=True, **streams,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
+
+
 def torchrun(script, *flags):
-    """A real torchrun with two processes on the CPU (gloo)."""
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(script), *map(str, flags)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(MAIN).parent)})
+    """What a real torchrun returned and printed."""
+    with start_torchrun(script, *flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        try:
+            out, err = running.communicate(timeout=120)
+        except BaseException:
+            running.kill()
+            raise
+    return SimpleNamespace(returncode=running.returncode, stdout=out, stderr=err)
 
 
 def environment_of_two():
@@ -157,9 +203,7 @@ def two_processes(script, *flags):
         running = []
         for rank, paths in enumerate(written):
             environment = {**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = (str(script), [*map(str, flags)], os.getcwd(), paths, environment)
-            running.append(_warm().Process(target=_run_script, args=arguments))
-            running[-1].start()
+            running.append(_start(str(script), [*map(str, flags)], os.getcwd(), paths, environment))
         end = time.monotonic() + 120
         while any(process.is_alive() for process in running) and time.monotonic() < end:
             if any(process.exitcode for process in running):    # torchrun ends the others too
@@ -174,13 +218,15 @@ def two_processes(script, *flags):
 
 
 class Launched:
-    """`python main.py --flags` in a process that has imported everything; it prints into the files `out` and `err`."""
+    """`python main.py --flags` in a process that has imported everything; it prints into the files `out` and `err`.
 
-    def __init__(self, *flags, out="out.txt", err="err.txt", **environment):
+    `script` may be another than main.py. It is killed at the end of the test, if it has not ended.
+    """
+
+    def __init__(self, *flags, out="out.txt", err="err.txt", script=MAIN, **environment):
         self.out, self.err = Path(out).absolute(), Path(err).absolute()
-        arguments = (MAIN, [*map(str, flags)], os.getcwd(), (self.out, self.err), {**os.environ, **environment})
-        self.process = _warm().Process(target=_run_script, args=arguments)
-        self.process.start()
+        arguments = (str(script), [*map(str, flags)], os.getcwd(), (self.out, self.err), {**os.environ, **environment})
+        self.process = _start(*arguments)
         self.pid = self.process.pid
 
     def wait(self, seconds=60):
@@ -207,14 +253,27 @@ def _warm():
     with pytest.MonkeyPatch.context() as only_there:
         only_there.setenv("PYTHONPATH", os.pathsep.join([str(Path(MAIN).parent), str(Path(__file__).parent)]))
         only_there.setenv("OMP_NUM_THREADS", "1")
+        only_there.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")    # as main.py sets it before it imports torch
         forkserver.ensure_running()
     return context
+
+
+_started = []
+
+
+def _start(*arguments):
+    """A new process that runs a script: see `_run_script`."""
+    process = _warm().Process(target=_run_script, args=arguments)
+    process.start()
+    _started.append(process)
+    return process
 
 
 def _run_script(script, flags, folder, written, environment):
     for number, path in enumerate(written, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # loader processes start as those of `python main.py` do
     signal.signal(signal.SIGHUP, signal.SIG_DFL)        # ignored where the tests themselves run under nohup
     os.chdir(folder)
     sys.argv = [script, *flags]
@@ -285,8 +344,8 @@ def data_config(path=".", **changes):
     """What the rooms of the data read of a config: no check and no cache, unless `changes` say so."""
     values = dict(dataset="folder", image_path=str(path), imsize=16, batch_size=4, num_workers=0, seed=7, hflip=False,
                   holdout=0.0, check_data="off", cache="off", cache_dir=None, cache_path="cache", mode="train",
-                  dry_run=False, version="test", log_path="logs", total_step=1000, d_iters=1, max_pixels=178_956_970,
-                  sample_path="samples", model_save_path="models", attn_path=None)
+                  dry_run=False, version="test", log_path="logs", total_step=1000, d_iters=1, accumulate=1,
+                  max_pixels=178_956_970, sample_path="samples", model_save_path="models", attn_path=None)
     return SimpleNamespace(**{**values, **changes})
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from data_loader import build_dataset, describe, open_dataset, real_batches
 from dataset import check, decode, images
 from dataset.check import Check, Findings
+from dataset.table import DATASETS
 from device import distributed
 from errors import DataError
 
@@ -56,7 +57,12 @@ def damaged() -> bytes:
 
 
 def opened(folder, **changes):
-    return open_dataset(data_config(folder, **{"check_data": "auto", **changes}))
+    """The data set as a training opens it, which then writes the lists."""
+    config = data_config(folder, **{"check_data": "auto", **changes})
+    found = DATASETS[config.dataset](config)
+    dataset = open_dataset(config, found)
+    check.write_lists(found, config)
+    return dataset
 
 
 def found(folder, level="full", **changes) -> Findings:
@@ -93,12 +99,11 @@ def spoil(folder, *names) -> Path:
 @pytest.mark.parametrize("name", BAD)
 def test_a_few_bad_pictures_are_left_out_listed_and_said(home, capsys, level, name):
     folder = spoil(fill(home / "pictures", 120), name)
-    config = data_config(folder, check_data=level)
-    dataset = open_dataset(config)
+    dataset = opened(folder, check_data=level)
     assert len(dataset) == 120 and name not in shown(dataset)
     good = images.Files(fill(home / "good", 120), 16)
     assert torch.equal(dataset.load_batch(range(120)), good.load_batch(range(120)))
-    assert describe(dataset, config) == f"folder: 120 usable of 121 pictures in {folder}"
+    assert describe(dataset, data_config(folder)) == f"folder: 120 usable of 121 pictures in {folder}"
     (row,) = rows("bad_images")
     path, reason = row["path"], row["reason"]
     assert path == str(folder / name) and reason and "delete or replace" not in reason

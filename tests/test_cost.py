@@ -13,7 +13,7 @@ from conftest import lines
 from device.distributed import Place
 from errors import DataError
 from metrics import cost
-from parameter import Config, parse, resolve
+from parameter import parse, resolve
 
 ALONE = Place(torch.device("cpu"))
 SMALL = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")
@@ -69,17 +69,15 @@ def test_memory_is_that_of_the_training_and_not_of_this_process():
     assert ballast[0] == 1
 
 
-def test_a_mistake_in_the_other_process_is_told_here(tmp_path, monkeypatch):
+def without_weights(config, place, bank):
+    raise DataError("weights that are missing")
+
+
+def test_a_mistake_in_the_other_process_is_told_here(monkeypatch):
     fork = SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
     monkeypatch.setattr(cost, "multiprocessing", fork)  # starts at once: nothing is measured here
-    monkeypatch.chdir(tmp_path)
-    config = resolve(parse(["--model", "fastgan", "--metadata", "false", "--recon", "lpips", "--vgg_weights", "random",
-                            "--imsize", "64", "--device", "cpu"]))
-    broken = tmp_path / "w.pth"
-    broken.write_bytes(b"no weights")
-    config = Config.of({**vars(config), "vgg_weights": str(broken)})
-    with pytest.raises(DataError, match="holds no state dict"):
-        cost.peak_memory(config, None, ALONE)
+    with pytest.raises(DataError, match="weights that are missing"):
+        cost.peak_memory(config_of_batch(1), None, ALONE, without_weights)
 
 
 def test_sides_take_turns_and_the_order_changes(quick, monkeypatch):

@@ -84,6 +84,15 @@ def test_ranks_share_the_global_batch(ten, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_each_accumulated_part_of_the_global_batch(ten, num_workers):
+    changes = dict(hflip=True, num_workers=num_workers, batch_size=8, accumulate=2)
+    whole = take(open_batches(ten, **changes), 5).view(5, 2, 4, 3, 16, 16)              # (batches, parts, B, ...)
+    parts = [take(open_batches(ten, rank=r, world_size=2, **changes), 5).view(5, 2, 2, 3, 16, 16) for r in (0, 1)]
+    assert torch.equal(torch.cat(parts, dim=2), whole)
+    assert torch.equal(whole.flatten(0, 2), take(open_batches(ten, **{**changes, "accumulate": 1}), 5))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_samples_seen_counts_what_the_caller_got(ten, num_workers):
     batches = open_batches(ten, first_sample=8, num_workers=num_workers)
     assert batches.samples_seen == 8

@@ -942,6 +942,20 @@ def test_web_page_is_refused(bench):
     assert bench.left() == []
 
 
+@pytest.mark.parametrize("name", shipped_table())
+def test_a_source_that_is_away_leaves_no_folder(bench, tmp_path, name):
+    bench.to = tmp_path / "new" / "data"
+    bench.source(name, urls=["/404/x"])
+    code, text = bench.run(*name.split())
+    assert code == 3 and "no source gave" in text and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_was_there_stays_when_a_download_fails(bench):
+    bench.to.mkdir()
+    bench.source("CelebA", urls=["/404/x"])
+    assert bench.run("CelebA")[0] == 3 and bench.to.is_dir() and bench.left() == []
+
+
 @pytest.mark.parametrize("change", ["flipped", "short"])
 def test_wrong_archive_is_removed_and_both_hashes_are_shown(bench, change):
     other = CELEBA[:-1] + bytes([CELEBA[-1] ^ 1]) if change == "flipped" else CELEBA[:-10]

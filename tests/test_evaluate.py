@@ -36,6 +36,7 @@ def folders(tmp_path):
 def small_lpips(monkeypatch):
     """Replace LPIPS by a small network, and let each search choose its start among 64 samples."""
     monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
+    monkeypatch.setattr(lpips, "require", lambda weights, hint: None)
     monkeypatch.setattr(backtrack, "STARTS", 64)
 
 
@@ -271,6 +272,7 @@ from metrics import backtrack, swd
 from pretrained import inception, lpips
 inception.load_inception = lambda weights: conftest.SmallInception()
 lpips.load_lpips = lambda weights, hint: stand_ins.SmallLpips()
+lpips.require = lambda weights, hint: None
 backtrack.STARTS = 64
 swd.sliced_wasserstein = stand_ins.small_swd
 sys.exit(main.main(sys.argv[1:]))

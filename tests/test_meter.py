@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SmallInception
 from PIL import Image
 from stand_ins import CPU, small_swd
 
@@ -37,7 +38,9 @@ def samples(count=8, seed=1):
 
 
 def meter_of(config):
-    return Meter(config, meter.of_run(config, data_loader.build_dataset(config)), CPU)
+    ready = Meter(config, CPU)
+    ready.prepare(meter.of_run(config, data_loader.build_dataset(config)))
+    return ready
 
 
 def measured(config, pictures=None, **how):
@@ -209,13 +212,21 @@ def test_too_few_samples_are_refused(real, chosen, count, words):
     assert measured(real(metrics=chosen), samples(4))
 
 
-def test_too_few_real_pictures_are_refused_before_anything_is_loaded(real, pictures, small_inception):
+def test_too_few_real_pictures_are_refused(real, pictures, small_inception):
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
     with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need at least 4"):
         meter_of(real(batch_size=1))
-    assert not small_inception
+    assert not small_inception[0].seen
     assert measured(real(batch_size=1, metrics=("fid", "kid")))
+
+
+def test_weights_that_give_no_numbers_are_refused_before_anything_is_scored(real, monkeypatch):
+    forward = SmallInception.forward
+    monkeypatch.setattr(SmallInception, "forward", lambda self, pictures: [
+        part * torch.nan for part in forward(self, pictures)])
+    with pytest.raises(DataError, match="the features of the real pictures are not finite"):
+        meter_of(real())
 
 
 def test_swd_alone_needs_no_network_and_no_cache(real, small_inception):

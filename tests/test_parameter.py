@@ -85,19 +85,14 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--pretrained_model bset", "--pretrained_model: 'bset' is neither a step nor best"),
     ("--pretrained_model 0", "--pretrained_model 0: must be at least 1"),
     ("--fake_dir x", "--fake_dir x: is for --mode evaluate"),
-    ("--mode sample --real_dir x", "--real_dir x: is for --mode evaluate"),
     ("--metric_step 5 --metrics fid,lpips", "--metrics fid,lpips: lpips cannot be computed during training"),
     ("--metric_step 5 --metrics cost", "--metrics cost: cost cannot be computed during training, only by --mode ev"),
     ("--metric_step 5 --metrics nearest,swd,cost", "nearest and cost cannot be computed during training"),
     ("--mode evaluate --fake_dir x --metrics fid,lpips,cost", "lpips and cost cannot be computed for --fake_dir"),
     ("--mode evaluate --fake_dir x --real_dir y --metrics lpips", "lpips cannot be computed for --fake_dir"),
-    ("--model fastgan --mode evaluate --against baseline", "--against baseline: needs --metrics cost"),
-    ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
     ("--model fastgan --mode evaluate --metrics cost --against sagan", "--against: 'sagan' is not one of baseline"),
-    ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
     ("--mode evaluate --fake_dir x --imsize 15", "--imsize 15: must be from 16 to 4096 with --fake_dir"),
     ("--mode evaluate --fake_dir x --real_dir y --imsize 4097", "--imsize 4097: must be from 16 to 4096"),
-    ("--mode evaluate --imsize 100", "--imsize 100: must be 32, 64, 128 or 256"),
     ("--metric_step -1", "--metric_step -1: must be at least 0"),
     ("--num_eval 1", "--num_eval 1: must be at least"),
     ("--backtrack_steps 0", "--backtrack_steps 0: must be at least 1"),
@@ -110,6 +105,54 @@ def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     assert words in err
     assert len(err.strip().splitlines()) <= 2 and "Traceback" not in err
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("--mode sample --real_dir x", "--real_dir x: is for --mode evaluate"),
+    ("--model fastgan --mode evaluate --against baseline", "--against baseline: needs --metrics cost"),
+    ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
+    ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
+    ("--mode evaluate --imsize 100", "--imsize 100: must be 32, 64, 128 or 256"),
+    ("--mode evaluate --num_eval 3", "--num_eval 3: --metrics pr needs at least 4"),
+    ("--metric_step 5 --metrics fid,pr --num_eval 3", "--num_eval 3: --metrics pr needs at least 4"),
+    ("--mode sample --restart true", "--restart true: is for training, not for --mode sample"),
+    ("--restart true --pretrained_model 5", "--restart true begins from scratch, --pretrained_model 5 goes on"),
+    ("--adv_loss wgan-gp --label_noise 0.2", "--label_noise 0.2: has no effect with --adv_loss wgan-gp; leave it out"),
+    ("--lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),
+    ("--model fastgan --lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),
+    ("--g_attn none --d_attn none --attn_pool true", "--attn_pool true: has no effect with --g_attn none --d_attn"),
+    ("--model fastgan --metadata false --metadata_sample bank", "--metadata_sample bank: has no effect with --meta"),
+    ("--model fastgan --slae false --slae_kernel 3", "--slae_kernel 3: has no effect with --slae false"),
+])
+def test_settings_that_do_not_fit_together_name_the_flag(flags, words):
+    with pytest.raises(UsageError) as refused:
+        resolve(parameter.parse(flags.split()))
+    assert words in str(refused.value)
+
+
+def test_a_setting_without_effect_is_refused_only_if_typed_and_not_the_default(tmp_path):
+    before = saved(adv_loss="wgan-gp", label_noise=0.0)(None) | {"label_noise": 0.2, "lambda_gp": 10.0}
+    assert resolve({"version": "a"}, lambda folder: before).label_noise == 0.2
+    (tmp_path / "c.json").write_text(json.dumps({"lambda_gp": 5.0, "adv_loss": "hinge"}))
+    assert resolve({"config": str(tmp_path / "c.json")}).lambda_gp == 5
+    assert resolve({"lambda_gp": 10.0, "adv_loss": "hinge"}).lambda_gp == 10
+    with pytest.raises(UsageError, match="no effect"):
+        resolve({"version": "a", "label_noise": 0.3}, lambda folder: before)
+
+
+@pytest.mark.parametrize("mode", ["sample", "interpolate", "evaluate"])
+def test_a_misspelt_version_is_told_the_near_ones(run, mode):
+    flags = ("--mode", mode, "--device", "cpu")
+    code, _, err = run("--version", "faces", *flags, tiny=False)
+    assert code == 2 and "--version faces: there is no such run in models; there is none at all" in err
+    for name in ("faces_a", "faces_b", *(f"z{number:02}" for number in range(12))):
+        Path("models", name).mkdir(parents=True)
+        Path("models", name, "0000001.pth").touch()
+    code, _, err = run("--version", "facesa", *flags, tiny=False)
+    assert code == 2 and "--version facesa: there is no such run in models; did you mean faces_a or faces_b?" in err
+    code, _, err = run("--version", "portraits", *flags, tiny=False)
+    assert code == 2 and "; there are faces_a, faces_b, z00, " in err and "z07 and 4 more" in err
+    assert len(err.splitlines()) == 1 and os.listdir() == ["models"]
 
 
 @pytest.mark.parametrize("word", ["true", "1", "yes", "True", "YES"])
@@ -415,7 +458,8 @@ def test_a_flag_takes_the_names_of_its_table_and_no_others(name):
 def test_every_metric_has_the_file_and_the_functions_that_its_row_says():
     for name, row in METRICS.items():
         module = importlib.import_module(f"metrics.{row.file}")
-        assert hasattr(module, "SetMeter" if row.of_sets else "evaluate"), name
+        assert all(hasattr(module, word) for word in (["SetMeter"] if row.of_sets else ["require", "evaluate"])), name
+    assert METRICS["pr"].least == importlib.import_module("metrics.inception").NEIGHBOURS + 1
 
 
 def test_families_agree_on_presets_and_every_loss_fills_the_same_settings():

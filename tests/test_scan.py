@@ -8,8 +8,9 @@ import pytest
 from conftest import data_config, encode, fill, forks, gradient
 
 from data_loader import open_dataset
-from dataset import decode
+from dataset import check, decode
 from dataset.scan import find_pictures, printable
+from dataset.table import DATASETS
 from errors import DataError
 from gallery import page
 from storage.folders import RunFolders
@@ -22,7 +23,12 @@ def home(tmp_path, monkeypatch):
 
 
 def opened(folder="pictures", **changes):
-    return open_dataset(data_config(folder, check_data="header", **changes))
+    """The data set as a training opens it, which then writes the lists."""
+    config = data_config(folder, check_data="header", **changes)
+    found = DATASETS[config.dataset](config)
+    dataset = open_dataset(config, found)
+    check.write_lists(found, config)
+    return dataset
 
 
 def names(dataset) -> list[str]:

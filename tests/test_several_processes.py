@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_FASTGAN, TINY, two_processes
+from conftest import MAIN, SMALL, SMALL_FASTGAN, TINY, state, two_processes
 from torch import nn
 
 from data_loader import build_dataset, real_batches
-from device import distributed
+from device import distributed, replicas
 from device.precision import Precision
 from device.replicas import SyncBatchNorm2d
 from families import FAMILIES
@@ -84,6 +84,7 @@ def by_two(tmp_path):
 
 def work(folder):
     """What each of the two processes does."""
+    replicas.BUCKET = 2**14                             # as a few buckets, though these networks are small
     asked = torch.load(f"{folder}/job.pth", weights_only=True)
     if asked["float64"]:
         with in_float64():
@@ -110,12 +111,13 @@ def furthest(one, other):
     return max(apart.values())
 
 
+@pytest.mark.parametrize(("parts", "steps"), [("1", 2), ("2", 10)], ids=["whole", "accumulated"])
 @pytest.mark.parametrize("kind", RUNS)
-def test_ten_steps_of_two_ranks_are_those_of_one_process(kind, by_two):
-    flags = (*RUNS[kind], "--check_replicas", "1")
+def test_steps_of_two_ranks_are_those_of_one_process(kind, parts, steps, by_two):
+    flags = (*RUNS[kind], "--accumulate", parts, "--check_replicas", "1")
     with in_float64():
-        one = trained(flags, 10)
-    two = by_two(flags, 10)
+        one = trained(flags, steps)
+    two = by_two(flags, steps)
     assert furthest(one["state"], two["state"]) < 1e-8
     assert (one["losses"] - two["losses"]).abs().max() < 1e-8
     assert (one["losses"][0] - one["losses"][-1]).abs().min() > 1e-3, "the losses change"
@@ -138,19 +140,8 @@ def test_batch_norm_of_each_rank_alone_is_another_run(by_two):
     assert (one["losses"] - two["losses"]).abs().max() > 1e-4
 
 
-def test_accumulated_parts_of_two_ranks(by_two):
-    """z of a part is that of one process, the real images are others of the same batch: the same sum where D neither
-    has batch norm nor pairs real images with random numbers.
-    """
-    flags = (*SMALL, "--num_workers", "0", "--accumulate", "2")
-    with in_float64():
-        one = trained(flags, 3)
-    two = by_two(flags, 3)
-    assert furthest(one["state"], two["state"]) < 1e-8
-
-
 def test_a_run_goes_on_with_another_number_of_ranks(by_two):
-    flags = RUNS["hinge"]
+    flags = (*RUNS["hinge"], "--accumulate", "2")
     with in_float64():
         straight = trained(flags, 6)["state"]
         by_one = trained(flags, 2)["state"]
@@ -158,6 +149,20 @@ def test_a_run_goes_on_with_another_number_of_ranks(by_two):
         resumed = trained(flags, 2, then_by_two)["state"]
     assert furthest(straight, resumed) < 1e-8
 
+
+def test_another_number_of_processes_is_said(run):
+    run("--version", "a", "--total_step", 1)
+    by_two = two_processes(MAIN, *TINY, "--version", "a", "--total_step", 2)
+    assert by_two.stdout.count("resuming 'a' from step 1\nnote: 2 processes, were 1\n") == 1
+    _, out, _ = run("--version", "a", "--total_step", 3)
+    assert "note: 1 process, were 2\n" in out
+    _, out, _ = run("--version", "a", "--total_step", 4)
+    assert "were" not in out
+    older = state("a", 2)
+    del older["processes"]
+    checkpoint.save(older, "models/a")
+    _, out, _ = run("--version", "a", "--total_step", 3, "--pretrained_model", 2)
+    assert "resuming 'a' from step 2" in out and "were" not in out
 
 
 def test_checkpoints_with_a_random_state_by_rank_go_on(by_two):
@@ -178,7 +183,7 @@ NORM = """
 import sys, torch
 from torch import nn
 from device import distributed
-from device.replicas import SyncBatchNorm2d, sync_batch_norm
+from device.replicas import GradientAverage, SyncBatchNorm2d, sync_batch_norm
 from parameter import resolve
 place = distributed.start(resolve({"device": "cpu"}))
 for dtype, layout, affine, tolerance in (
@@ -201,7 +206,7 @@ for dtype, layout, affine, tolerance in (
     (got * up[mine]).mean().backward()
     weights = list(ours.parameters())
     if affine:
-        distributed.average_gradients(weights)
+        GradientAverage(weights).finish()
 
     def close(a, b):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1), (dtype, a, b)
@@ -234,6 +239,57 @@ def test_one_process_keeps_the_plain_one():
         trainer = Trainer(config, place, Precision("fp32", place.device), 8)
         kinds = {type(layer) for net in (trainer.G, trainer.D, trainer.G_ema) for layer in net.modules()}
         assert nn.BatchNorm2d in kinds and SyncBatchNorm2d not in kinds
+
+
+# ---- gradients over all ranks ----
+
+AVERAGE = """
+import sys, torch
+from torch import nn
+from device import distributed, replicas
+from device.replicas import GradientAverage
+from parameter import resolve
+place = distributed.start(resolve({"device": "cpu"}))
+torch.manual_seed(0)
+replicas.BUCKET = 1                                     # each parameter alone
+net = nn.Sequential(*(nn.Linear(3, 3, bias=False) for _ in range(4)))
+unused = nn.Parameter(torch.zeros(2))
+average = GradientAverage([*net.parameters(), unused], parts=2)
+started = []                                            # by the gradient that each all-reduce carries
+for bucket in average.buckets:
+    def start(bucket=bucket, start=bucket.start):
+        started.append(bucket.parameters[0])
+        start()
+    bucket.start = start
+images = torch.randn(2, 2, 5, 3)                        # (parts, ranks, B, 3)
+for step in range(2):                                   # the second step starts anew
+    net.zero_grad()
+    started.clear()
+    net[3](net[2](net[1](net[0](images[0, place.rank])))).square().mean().backward()
+    assert not started, "the other part is missing"
+    through = net[1:] if step == 0 else net             # the first layer gets no gradient from the second part
+    through(images[1, place.rank]).square().mean().backward()
+    expected = [net[number].weight for number in (3, 2, 1, 0)]
+    assert [*map(id, started)] == [*map(id, expected[:3 if step == 0 else 4])], "while backward goes on, last first"
+    average.finish()
+    got = [weight.grad.clone() for weight in net.parameters()]
+    net.zero_grad()
+    for rank in range(2):
+        loss = net(images[0, rank]).square().mean() + through(images[1, rank]).square().mean()
+        (plain,) = [torch.autograd.grad(loss / 2, list(net.parameters()))]
+        got = [gradient - part for gradient, part in zip(got, plain)]
+    assert max(gradient.abs().max() for gradient in got) < 1e-6
+    assert unused.grad is None
+distributed.say("checked")
+distributed.stop()
+"""
+
+
+def test_gradients_are_averaged_while_backward_goes_on(tmp_path):
+    script = tmp_path / "average.py"
+    script.write_text(AVERAGE)
+    done = two_processes(script)
+    assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
 
 
 # ---- the check ----

@@ -1,6 +1,11 @@
 """The comparison of two configurations' time per step."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 import step_time
 from metrics import cost
@@ -23,3 +28,17 @@ def test_mistakes_are_told_in_a_line(capsys):
     assert step_time.main([*TINY, "--", "--slae", "true", "--"]) == 2
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 2 and "--slae is for --model fastgan" in err[1]
+
+
+def test_help_says_how_it_is_called(capsys):
+    assert step_time.main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert "python benchmarks/step_time.py" in out and "python main.py --help" in out and not err
+
+
+@pytest.mark.parametrize(("file", "program"), [("processes", "ablation"), ("report", "ablation"),
+                                               ("reference", "speed")])
+def test_a_file_that_is_no_program_names_the_one_it_belongs_to(file, program):
+    script = Path(step_time.__file__).with_name(f"{file}.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.stderr == f"this file is a part of another program: python benchmarks/{program}.py --help\n"

@@ -120,11 +120,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
         torch.testing.assert_close(parted, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_must_divide_the_batch(run):
+def test_accumulation_must_divide_the_batch(run, monkeypatch):
     code, _, err = run("--accumulate", 3)
     assert code == 2 and "--batch_size 4 must be a multiple of --accumulate 3" in err
     code, _, _ = run("--accumulate", 2, "--total_step", 2, "--version", "a")
     assert code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("--accumulate", 2, "--batch_size", 6)
+    assert code == 2 and "--batch_size 6 must be a multiple of the 2 processes times --accumulate 2" in err
 
 
 def test_accumulation_saves_activation_memory():

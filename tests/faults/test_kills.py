@@ -1,0 +1,190 @@
+"""SIGKILL at any moment of a run: the same command goes on, and at its end nothing shows that it was killed.
+
+One test is one try. Its seed decides the moment.
+"""
+
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Launched, assert_same_state, lines, state
+from kills import (
+    RECORDS,
+    SHORT,
+    STEPS,
+    Cold,
+    assert_goes_on,
+    is_there,
+    kill,
+    launch_that_kills_itself,
+    moments,
+    never_killed,
+    pictures,
+    run_to_the_end,
+    stop_while,
+    tries,
+)
+
+from storage import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def of_pictures(count, *flags):
+    """A run on pictures in a folder, with its decoded cache in this folder, so that no try finds that of another."""
+    return (*SHORT, "--dataset", "folder", "--image_path", pictures(count), "--cache", "on", "--cache_dir", "decoded",
+            *flags)
+
+
+# ------------------------------------------------------------------------------------------- before the first step
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: while it imports", 6))
+def test_while_it_imports(seed):
+    """Of a new run, and of one that goes on from step 4."""
+    if seed % 2:
+        run_to_the_end(*SHORT, "--total_step", 4)
+    running = Cold(*SHORT)
+    time.sleep(moments("imports", seed).uniform(0, 2))
+    saved = kill(running)
+    assert saved == ([2, 4] if seed % 2 else [])
+    assert_goes_on(SHORT, saved)
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: while pictures are checked", 8))
+def test_while_pictures_are_checked(seed):
+    flags = of_pictures(300)
+    running, drawn = Launched(*flags), moments("check", seed)
+    if seed % 4 == 0:
+        stop_while(running, is_there("cache/index/.*.tmp", "decoded/*/.*.tmp"), drawn)
+    elif seed % 4 == 1:
+        time.sleep(drawn.uniform(0, 0.2))
+    else:
+        running.wait_for("decoded")
+        time.sleep(drawn.uniform(0, 0.5))
+    assert kill(running) == [] and not Path("models").exists(), "it was not yet training"
+    assert_goes_on(flags, [])
+
+
+METADATA = (*SHORT[2:], "--model", "fastgan", "--imsize", 64, "--preset", "cpu", "--vgg_weights", "random", "--recon",
+            "l1", "--cache_dir", "decoded", "--dataset", "folder", "--image_path")
+REFERENCE = ("--inception_weights", "random", "--metric_step", STEPS, "--num_eval", 4, "--metrics", "fid")
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: while metadata are computed", 4))
+def test_while_metadata_are_computed(seed):
+    flags, drawn = (*METADATA, pictures(48)), moments("metadata", seed)
+    running = Launched(*flags)
+    running.wait_for("models/a/.lock")
+    if seed % 2:
+        stop_while(running, is_there("cache/metadata/.*.tmp"), moments("written", 0))
+    else:
+        time.sleep(drawn.uniform(0, 0.5))
+    assert kill(running) == [] and not list(Path("cache/metadata").glob("*.pt"))
+    assert_goes_on(flags, [])
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: while reference statistics are computed", 4))
+def test_while_reference_statistics_are_computed(seed):
+    flags = of_pictures(12, *REFERENCE)
+    running = Launched(*flags)
+    running.wait_for("models/a/.lock")
+    time.sleep(moments("reference", seed).uniform(0, 1))
+    assert kill(running) == [] and not list(Path("cache/reference").glob("*.pt"))
+    assert_goes_on(flags, [])
+
+
+# -------------------------------------------------------------------------------------------------- in training
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: in a step", 12, quick=1))
+def test_in_a_step(seed):
+    """Of a run without loader processes, and with one."""
+    flags = of_pictures(40, "--cache", "off", "--num_workers", 1) if seed % 2 else SHORT
+    running = Launched(*flags)
+    running.wait_for("logs/a/metrics.jsonl")
+    time.sleep(moments("step", seed).uniform(0, 0.6))
+    assert_goes_on(flags, kill(running))
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: a record is being written", 8))
+def test_while_a_record_is_written(seed):
+    running = Launched(*RECORDS)
+    stop_while(running, is_there("samples/a/.*.png.*.tmp"), moments("record", seed), 8)
+    assert_goes_on(RECORDS, kill(running))
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: a checkpoint is being written", 10, quick=1))
+def test_while_a_checkpoint_is_written(seed):
+    running = Launched(*SHORT)
+    stop_while(running, is_there("models/a/.*.pth.*.tmp"), moments("checkpoint", seed))
+    assert_goes_on(SHORT, kill(running))
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: the page is being written", 6))
+def test_while_the_page_is_written(seed):
+    running = Launched(*RECORDS)
+    stop_while(running, is_there("samples/a/.index.html.*.tmp", "samples/.index.html.*.tmp"), moments("page", seed))
+    assert_goes_on(RECORDS, kill(running))
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: old checkpoints are being pruned", 6))
+def test_while_old_checkpoints_are_pruned(seed):
+    """Twelve checkpoints of a run that kept all; then the same run that keeps two."""
+    flags = (*SHORT, "--model_save_step", 1, "--keep_checkpoints", 2)
+    run_to_the_end(*flags, "--keep_checkpoints", 0, "--total_step", 8)
+    saved = launch_that_kills_itself(r"os.remove .*\.pth$", moments("prune", seed).randrange(10), *flags)
+    assert 2 <= len(saved) <= 9 and saved[-1] >= 9
+    assert_goes_on(flags, saved)
+
+
+# -------------------------------------------------------------------------------------------------- at a start
+
+
+OF_THE_RUN = r" (models|logs|samples)\b|/(models|logs|samples)/"          # changes of its folders
+
+
+def killed_in_the_middle():
+    """A run that was killed after step 5, when its metrics were ahead of its newest checkpoint. The checkpoints."""
+    launch_that_kills_itself(r"os.rename .*0000006\.pth", 0, *RECORDS)
+    assert lines("a")[-1]["step"] == 5
+    return checkpoint.steps_in("models/a")
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: while it resumes", 10))
+def test_while_it_resumes(seed):
+    """Before any of the first changes of the disk that a start makes, or at any time."""
+    before, drawn = killed_in_the_middle(), moments("resume", seed)
+    if seed % 2:
+        saved = launch_that_kills_itself(OF_THE_RUN, drawn.randrange(16), *RECORDS)
+    else:
+        running = Launched(*RECORDS)
+        time.sleep(drawn.uniform(0, 0.8))
+        saved = kill(running)
+    assert saved[: len(before)] == before
+    assert_goes_on(RECORDS, saved)
+
+
+def everything_in(version):
+    """{path in its folder: bytes} of what a run wrote, except its locks."""
+    return {(root, path.name): path.read_bytes() for root in ("models", "logs", "samples")
+            for path in Path(root, version).glob("[!.]*")}
+
+
+@pytest.mark.parametrize("seed", tries("SIGKILL: during --restart", 10, quick=1))
+def test_during_a_restart(seed):
+    """The old run is whole, under one name, and the new one begins from the start."""
+    run_to_the_end(*RECORDS, "--total_step", 4, "--seed", 1)
+    old, flags = everything_in("a"), (*RECORDS, "--restart", "true")
+    launch_that_kills_itself(OF_THE_RUN, moments("restart", seed).randrange(30), *flags)
+    run_to_the_end(*flags)
+    names = [path.name for path in Path("models").glob("a.old*")]
+    assert old in [everything_in(name) for name in names], {name: sorted(everything_in(name)) for name in names}
+    assert_same_state(never_killed(run_to_the_end, *RECORDS)[STEPS], state("a", STEPS))
+    assert [line["step"] for line in lines("a")] == list(range(1, STEPS + 1))
+    assert not [str(path) for path in Path().rglob("*.tmp")]
+    shown = {path.name[:7] for path in Path("samples/a").glob("*_fake.png")}
+    assert shown == {f"{step:07}" for step in range(3, STEPS + 1, 3)}

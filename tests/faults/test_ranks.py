@@ -1,0 +1,178 @@
+"""Faults of one rank among several: the others end soon, with one message, and the same command goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import MAIN, TINY, Launched, environment_of_two, lines, two_processes
+
+from device import launch
+from storage import checkpoint
+
+ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
+           10)
+IMPATIENT = """
+import sys, main
+from device import watch
+if __name__ == "__main__":      # loader processes import this file
+    watch.SILENT, watch.GRACE, watch.AWAY = 3.0, 2.0, 2.0
+    sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+class Two:
+    """Two ranks of `python main.py --flags`, without torchrun, which would end one when the other ends."""
+
+    def __init__(self, *flags, script=MAIN):
+        meeting = environment_of_two()
+        self.ranks = [Launched(*flags, out=f"{rank}.out", err=f"{rank}.err", script=script, RANK=str(rank),
+                               LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
+
+    def wait(self, seconds=30):
+        """[exit code of each rank]"""
+        return [rank.wait(seconds) for rank in self.ranks]
+
+    def errors(self):
+        """What both have printed to stderr below their progress bars."""
+        return "".join(rank.err.read_text().rpartition("\r")[2] for rank in self.ranks)
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    return lambda *flags: Two(*flags, script=tmp_path / "impatient.py")
+
+
+@pytest.mark.fault("a rank of two is killed or stopped")
+@pytest.mark.parametrize(("number", "victim", "words"), [
+    (signal.SIGKILL, 1, "was killed"), (signal.SIGSTOP, 1, "is stopped or hangs"),
+    pytest.param(signal.SIGKILL, 0, "was killed", marks=pytest.mark.soak),
+    pytest.param(signal.SIGSTOP, 0, "is stopped or hangs", marks=pytest.mark.soak)])
+def test_the_other_rank_names_it_and_the_same_command_goes_on(two, run, number, victim, words):
+    running = two(*ENDLESS)
+    lost, left = running.ranks[victim], running.ranks[1 - victim]
+    left.wait_for("models/a/0000010.pth")
+    began = time.monotonic()
+    os.kill(lost.pid, number)
+    assert left.wait(20) == 7
+    assert time.monotonic() - began < 15
+    lost.process.kill()
+    lost.process.join()
+    err = running.errors()
+    assert err.count("error:") == 1 and f"error: rank {victim} (process {lost.pid} on " in err and words in err, err
+    assert "Traceback" not in err and len(err.strip().splitlines()) <= 4, err
+    step = checkpoint.steps_in("models/a")[-1]
+    code, out, _ = run("--version", "a", "--total_step", step + 1)
+    assert code == 0 and f"resuming 'a' from step {step}" in out
+
+
+def test_a_loader_process_of_one_rank_that_is_killed_ends_both_after_saving(two, pictures):
+    running = two(*ENDLESS, "--model_save_step", 10_000, "--dataset", "folder", "--image_path", pictures, "--cache",
+                  "off", "--num_workers", 2)
+    running.ranks[0].wait_for("samples/a/0000010_fake.png")
+    workers = subprocess.run(["pgrep", "-P", str(running.ranks[1].pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert running.wait() == [7, 3]
+    (step,) = checkpoint.steps_in("models/a")
+    assert step >= 10 and f"step {step} is saved in models/a" in running.ranks[1].out.read_text()
+    assert running.errors().count("error:") == 1 and "Traceback" not in running.errors()
+
+
+def test_what_all_ranks_meet_is_printed_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for code, *flags in ((2, "--imsize", 33), (3, "--dataset", "folder", "--image_path", "nowhere"),
+                         (4, "--adv_loss", "wgan-gp", "--lambda_gp", "1e22")):
+        done = two_processes(MAIN, *TINY, "--version", "a", "--total_step", 3, *flags)
+        assert done.returncode == code and done.stderr.count("error:") == 1, done.stderr
+
+
+LAUNCH = "import sys; from device import launch; sys.exit(launch.run(2, sys.argv[1], sys.argv[2:]))"
+
+
+def launched(*flags, **more):
+    """`--parallel true` as if there were two GPUs."""
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, MAIN, *map(str, flags)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(Path(MAIN).parent)},
+                            **more)
+
+
+@pytest.mark.slow
+def test_parallel_prints_only_what_the_program_says_and_returns_its_exit_code(tmp_path):
+    mistake = launched(*TINY, "--imsize", 33, cwd=tmp_path)
+    _, err = mistake.communicate(timeout=60)
+    assert mistake.returncode == 2 and err.startswith("error:") and len(err.splitlines()) <= 2, err
+    running = launched(*ENDLESS, cwd=tmp_path)
+    end = time.monotonic() + 60
+    while not (tmp_path / "models/a/0000010.pth").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    running.terminate()
+    out, err = running.communicate(timeout=40)
+    assert running.returncode == 143 and "Traceback" not in err and "interrupted: step" in out, err
+
+
+def test_the_exit_code_is_the_first_that_a_process_gave_itself():
+    class Failure:
+        def __init__(self, exitcode, timestamp):
+            self.exitcode, self.timestamp = exitcode, timestamp
+
+    assert launch.exit_code([Failure(-9, 5), Failure(7, 6), Failure(3, 8)]) == 7
+    assert launch.exit_code([Failure(-15, 6), Failure(-9, 5)]) == 137
+
+
+@pytest.fixture
+def under_torchrun(tmp_path, monkeypatch):
+    """A real torchrun of ENDLESS with two ranks, once they train: (torchrun, process numbers of the ranks)."""
+    monkeypatch.chdir(tmp_path)
+    with open("log", "w") as log:
+        torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                     "--nproc_per_node=2", MAIN, *map(str, ENDLESS), "--model_save_step", "10000"],
+                                    stdout=log, stderr=log)
+    end = time.monotonic() + 60
+    while not Path("samples/a/0000010_fake.png").exists():
+        assert time.monotonic() < end, Path("log").read_text()
+        time.sleep(0.05)
+    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+    yield torchrun, ranks
+    torchrun.kill()
+    torchrun.wait()
+    for rank in ranks:
+        subprocess.run(["kill", "-KILL", rank], capture_output=True)
+
+
+@pytest.mark.soak
+@pytest.mark.fault("a rank under torchrun is killed or stopped")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_job_ends_within_a_minute_with_one_message(under_torchrun, run, number, victim):
+    torchrun, ranks = under_torchrun
+    began = time.monotonic()
+    os.kill(int(ranks[victim]), number)
+    assert torchrun.wait(60) == 1
+    assert time.monotonic() - began < 60
+    log = Path("log").read_text()
+    assert log.count(f"error: rank {victim} (process {ranks[victim]} on ") == log.count("error:") == 1, log
+    assert "[rank" not in log, log                      # of our own, no traceback
+    code, _, err = run("--version", "a", "--total_step", 1)
+    assert code == 0, err
+
+
+@pytest.mark.soak
+@pytest.mark.fault("torchrun is killed")
+def test_without_torchrun_the_ranks_save_and_end(under_torchrun, run):
+    torchrun, ranks = under_torchrun
+    torchrun.kill()
+    torchrun.wait()
+    end = time.monotonic() + 20
+    while any(Path("/proc", rank).exists() for rank in ranks):
+        assert time.monotonic() < end, Path("log").read_text()
+        time.sleep(0.1)
+    (step,) = checkpoint.steps_in("models/a")
+    assert Path("log").read_text().count("torchrun is gone") == 1
+    code, out, _ = run("--version", "a", "--total_step", step + 1)
+    assert code == 0 and f"resuming 'a' from step {step}" in out
+    assert lines("a")[-1]["step"] == step + 1
