@@ -9,6 +9,8 @@ import http.client
 import os
 import pickle
 import socket
+import struct
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,8 +23,8 @@ from utils import new_folders
 
 _TIMEOUT = 30                                           # seconds without data after which a download is aborted
 # What torch.load raises on files that are damaged or hold no tensors.
-_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, pickle.UnpicklingError,
-                  KeyError, ValueError, TypeError, AttributeError)
+_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError, TypeError,
+                  AttributeError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,6 @@ from errors import CheckpointError, first_line
 from storage.folders import step_name
 from utils import write_atomically
 
-# What torch.load and zipfile raise on damaged files (truncated, overwritten, an HTML page, ...).
-_DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError)
 # What every checkpoint holds, and of which type.
 _KEYS = {"step": int, "samples_seen": int, "config": dict, "G": dict, "D": dict, "G_ema": dict, "g_optimizer": dict,
          "d_optimizer": dict, "fixed_z": torch.Tensor, "random": list}
@@ -86,11 +84,13 @@ def load(path):
         if damaged:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (CheckpointError, MemoryError):
+        raise
     except FileNotFoundError:
         raise MissingCheckpoint(f"there is no checkpoint {path}") from None
     except pickle.UnpicklingError:          # its text advises to load without weights_only: never do that
         raise CheckpointError(f"{path} holds other objects than tensors and plain data; it is not read") from None
-    except _DAMAGE_ERRORS as error:
+    except Exception as error:              # zipfile, zlib, pickle and torch raise some fifteen kinds
         raise CheckpointError(f"{path} is damaged ({first_line(error)})") from None
 
 

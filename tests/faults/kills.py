@@ -190,27 +190,32 @@ def kill(running):
     return checkpoint.steps_in("models/a")
 
 
-# A run that kills itself before it changes the disk for the N-th time: `REGEX N --flags`.
+# A run that kills itself before it opens or changes such a file for the N-th time: `REGEX N --flags`.
 KILLS_ITSELF = """
 import os, re, runpy, signal, sys, main
-wanted, left = re.compile(sys.argv[1]), int(sys.argv[2])
+wanted, left, itself = re.compile(sys.argv[1]), int(sys.argv[2]), os.getpid()
 def look(event, arguments):
     global left
-    if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") or (
-            event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1])):
+    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and os.getpid() == itself:
         path = arguments[0] if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
-        if wanted.search(f"{event} {os.fsdecode(path)}"):
+        mode = f" {arguments[1]}" if event == "open" else ""
+        if wanted.search(f"{event}{mode} {os.fsdecode(path)}"):
             left -= 1
             if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(itself, signal.SIGKILL)
 sys.addaudithook(look)
 sys.argv[1:] = sys.argv[3:]
 runpy.run_path(main.__file__, run_name="__main__")
 """
+CHANGES = r"^(os\.|open [wax]).*"          # and not files that are only read
+OF_THE_RUN = CHANGES + r"\b(models|logs|samples)\b"
 
 
 def launch_that_kills_itself(what, number, *flags):
-    """Run until SIGKILL before the disk is changed in this way (a regex of event and path) for the `number`-th time."""
+    """Run until SIGKILL, just before what matches this regex is done for the `number`-th time, counted from 0.
+
+    What can be done is `open MODE PATH`, and `os.rename PATH` and the like.
+    """
     Path("kills_itself.py").write_text(KILLS_ITSELF)
     running = Launched(what, number, *flags, script=Path("kills_itself.py").absolute())
     running.process.join(60)

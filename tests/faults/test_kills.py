@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import Launched, assert_same_state, lines, state
 from kills import (
+    CHANGES,
+    OF_THE_RUN,
     RECORDS,
     SHORT,
     STEPS,
@@ -35,8 +37,7 @@ def an_empty_folder(tmp_path, monkeypatch):
 
 def of_pictures(count, *flags):
     """A run on pictures in a folder, with its decoded cache in this folder, so that no try finds that of another."""
-    return (*SHORT, "--dataset", "folder", "--image_path", pictures(count), "--cache", "on", "--cache_dir", "decoded",
-            *flags)
+    return (*SHORT, "--dataset", "folder", "--image_path", pictures(count), "--cache_dir", "decoded", *flags)
 
 
 # ------------------------------------------------------------------------------------------- before the first step
@@ -48,53 +49,43 @@ def test_while_it_imports(seed):
     if seed % 2:
         run_to_the_end(*SHORT, "--total_step", 4)
     running = Cold(*SHORT)
-    time.sleep(moments("imports", seed).uniform(0, 2))
-    saved = kill(running)
-    assert saved == ([2, 4] if seed % 2 else [])
-    assert_goes_on(SHORT, saved)
+    time.sleep(moments("imports", seed).uniform(0, 1.5))
+    assert_goes_on(SHORT, kill(running))
 
 
 @pytest.mark.parametrize("seed", tries("SIGKILL: while pictures are checked", 8))
 def test_while_pictures_are_checked(seed):
-    flags = of_pictures(300)
-    running, drawn = Launched(*flags), moments("check", seed)
+    """While it looks at each, while loader processes decode them, and before any file is written into a cache."""
+    flags, drawn = of_pictures(300, "--cache", "on"), moments("check", seed)
     if seed % 4 == 0:
-        stop_while(running, is_there("cache/index/.*.tmp", "decoded/*/.*.tmp"), drawn)
+        saved = launch_that_kills_itself(CHANGES + r"\b(cache|decoded)\b", drawn.randrange(9), *flags)
     elif seed % 4 == 1:
-        time.sleep(drawn.uniform(0, 0.2))
+        saved = launch_that_kills_itself("^open r.*/pictures/", drawn.randrange(300), *flags)
     else:
+        running = Launched(*flags)
         running.wait_for("decoded")
-        time.sleep(drawn.uniform(0, 0.5))
-    assert kill(running) == [] and not Path("models").exists(), "it was not yet training"
-    assert_goes_on(flags, [])
+        time.sleep(drawn.uniform(0, 0.2))
+        saved = kill(running)
+    assert_goes_on(flags, saved)
 
 
-METADATA = (*SHORT[2:], "--model", "fastgan", "--imsize", 64, "--preset", "cpu", "--vgg_weights", "random", "--recon",
-            "l1", "--cache_dir", "decoded", "--dataset", "folder", "--image_path")
-REFERENCE = ("--inception_weights", "random", "--metric_step", STEPS, "--num_eval", 4, "--metrics", "fid")
+UNCHECKED = ("--check_data", "off", "--cache", "off")
+METADATA = (*UNCHECKED, "--model", "fastgan", "--imsize", 64, "--vgg_weights", "random", "--recon", "l1", "--preset",
+            "cpu")
+REFERENCE = (*UNCHECKED, "--inception_weights", "random", "--metric_step", STEPS, "--num_eval", 4, "--metrics", "fid")
 
 
-@pytest.mark.parametrize("seed", tries("SIGKILL: while metadata are computed", 4))
-def test_while_metadata_are_computed(seed):
-    flags, drawn = (*METADATA, pictures(48)), moments("metadata", seed)
-    running = Launched(*flags)
-    running.wait_for("models/a/.lock")
-    if seed % 2:
-        stop_while(running, is_there("cache/metadata/.*.tmp"), moments("written", 0))
-    else:
-        time.sleep(drawn.uniform(0, 0.5))
-    assert kill(running) == [] and not list(Path("cache/metadata").glob("*.pt"))
-    assert_goes_on(flags, [])
-
-
-@pytest.mark.parametrize("seed", tries("SIGKILL: while reference statistics are computed", 4))
-def test_while_reference_statistics_are_computed(seed):
-    flags = of_pictures(12, *REFERENCE)
-    running = Launched(*flags)
-    running.wait_for("models/a/.lock")
-    time.sleep(moments("reference", seed).uniform(0, 1))
-    assert kill(running) == [] and not list(Path("cache/reference").glob("*.pt"))
-    assert_goes_on(flags, [])
+@pytest.mark.parametrize(("flags", "kind"), [(METADATA, "metadata"), (REFERENCE, "reference")],
+                         ids=["metadata", "reference"])
+@pytest.mark.parametrize("seed", tries("SIGKILL: while metadata or reference statistics are computed", 4))
+def test_while_features_are_computed(seed, flags, kind):
+    """The pictures are opened for their range first, then for their features. Half of the kills are at its end."""
+    flags, number = of_pictures(12, *flags), 12 + moments(kind, seed).randrange(12)
+    at_its_end = rf"^os.rename .*cache/{kind}/"
+    when = ("^open r.*/pictures/", number) if seed % 2 else (at_its_end, 0)
+    saved = launch_that_kills_itself(*when, *flags)
+    assert saved == [] and not list(Path("cache", kind).glob("*.pt"))
+    assert_goes_on(flags, saved)
 
 
 # -------------------------------------------------------------------------------------------------- in training
@@ -142,9 +133,6 @@ def test_while_old_checkpoints_are_pruned(seed):
 
 
 # -------------------------------------------------------------------------------------------------- at a start
-
-
-OF_THE_RUN = r" (models|logs|samples)\b|/(models|logs|samples)/"          # changes of its folders
 
 
 def killed_in_the_middle():
