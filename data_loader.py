@@ -175,6 +175,7 @@ class RealBatches:
             )
             try:
                 self._from_workers = iter(loader)
+                workers.keep_deaths_for_next()
             except OSError as error:
                 say(f"note: loader processes cannot be started ({error.strerror}): pictures are loaded in the training "
                     "process")
@@ -228,7 +229,7 @@ class RealBatches:
         try:
             pictures = next(self._from_workers)
         except RuntimeError as error:
-            raise workers.death(error) or error from None
+            raise workers.death(error, self._from_workers) or error from None
         if isinstance(pictures, str):
             raise DataError(pictures)
         return pictures

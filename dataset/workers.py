@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -66,13 +67,24 @@ def as_it_is(batch):
     return batch
 
 
-def death(error: RuntimeError) -> DataError | None:
-    """Return a DataError if `error` says that a DataLoader worker died, else None.
+def keep_deaths_for_next():
+    """Let only the next batch raise that a worker died, up to five seconds later.
 
-    PyTorch raises that error in the main thread from a signal handler, so it can occur anywhere in the program.
+    CRUCIAL: PyTorch would raise it from its handler of SIGCHLD, and so in the middle of a step, which cannot be saved.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def death(error: RuntimeError, batches=None) -> DataError | None:
+    """Return a DataError if `error` says that a DataLoader worker died, else None. `batches`: its iterator.
+
+    PyTorch can raise that error in the main thread from a signal handler, so it can occur anywhere in the program.
     """
     if str(error).startswith("DataLoader worker"):
-        hint = NO_MEMORY if "bus error" in str(error).lower() else "use fewer workers, or --num_workers 0"
+        no_memory = "bus error" in str(error).lower() or any(
+            process.exitcode == -getattr(signal, "SIGBUS", 0) for process in getattr(batches, "_workers", ()))
+        hint = NO_MEMORY if no_memory else "use fewer workers, or --num_workers 0"
         return DataError(f"--num_workers: {first_line(error)}\n{hint}")
     return None
 
