@@ -1,122 +1,35 @@
 """The training loop: steps, and at their intervals logs, sample grids, checkpoints and metrics.
 
-A run resumes from its newest checkpoint and locks its folder against other processes. It ends at `--total_step`, after
-the current step on SIGINT or SIGTERM, or with an error when a loss or a weight is no longer finite.
+A run ends at `--total_step`, after the current step on SIGINT or SIGTERM, or with an error when a loss or a weight is
+no longer finite. What comes before the first step is in start.py.
 """
 
-import json
 import math
 import signal
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 import utils
-from data_loader import build_dataset, find_dataset, real_batches, to_images, without_held_out
-from dataset.check import write_lists
+from data_loader import real_batches, to_images
 from dataset.images import split
-from dataset.table import describe_changes, is_other_set, summarize
 from device import distributed, watch
 from device.distributed import say
-from errors import CheckpointError, LockedError, NonFiniteError, UsageError, first_line
-from families import FAMILIES, find_mismatch
+from errors import CheckpointError, NonFiniteError, first_line
+from families import FAMILIES
 from gallery import page
 from gallery.grid import save_grid
 from gallery.health import Health
 from gallery.records import Record
-from generate import metadata
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
-from metrics.meter import Meter, of_run, refuse_few
-from parameter import RUN_SETTINGS, as_json
+from parameter import as_json
 from storage import checkpoint, score_table
-from storage.folders import FolderLock, RunFolders, require_folders
 from storage.journal import MetricsLog, Window
-from trainer import Trainer
 
 HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
-
-
-def train(config, place, precision, interrupt):
-    """Train until `--total_step`, from `--pretrained_model` or the newest checkpoint if there is one.
-
-    Return the exit code: 0, or 128 + the signal's number. Raise UsageError, DataError, NonFiniteError, CheckpointError,
-    LockedError or OSError. Until nothing can be refused any more, only caches are written: a run that is refused
-    leaves no folder, and `--restart true` then moves nothing.
-    """
-    # what is known at once
-    folders = RunFolders.of(config)
-    require_folders(folders.each(), _owner(config))
-    saved = checkpoint.steps_in(folders.models)
-    state = None if config.restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
-                                                             partial(find_mismatch, config))
-    if state and state["step"] >= config.total_step:
-        say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
-            f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
-        return 0
-    found = find_dataset(config)
-    if state:
-        _compare_data(config, state, summarize(found, config))
-    meter = _load_what_is_needed(config, place, state, len(without_held_out(found, config)))
-
-    # what takes work, whose results are cached
-    dataset = build_dataset(config, found)
-    data = summarize(dataset, config)
-    changes = _compare_data(config, state, data)
-    if changes:
-        say(f"note: {changes}")
-    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
-    if meter:
-        meter.prepare(of_run(config, dataset))
-
-    lock = distributed.after_first(lambda: _claim(config, folders, saved), lambda: None)
-    try:
-        _restore(trainer, state, folders)
-        del state                                       # frees the checkpoint's memory
-        run = Run(trainer, meter, dataset, data, folders, interrupt)
-        run.try_to("write the lists of pictures", lambda: write_lists(found, config))
-        return run.loop()
-    finally:
-        if lock:
-            lock.close()
-
-
-def _load_what_is_needed(config, place, state, pictures):
-    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics."""
-    if config.metric_step:
-        refuse_few(config.metrics, pictures, "real")
-    FAMILIES[config.model].require(config)
-    if state is None:
-        metadata.require(config)
-    return Meter(config, place) if config.metric_step else None
-
-
-def _owner(config):
-    return f"--version {config.version}"
-
-
-def _claim(config, folders, saved):
-    """Create and lock the run's folders, after moving an old run aside for `--restart true`. Return the lock.
-
-    Raise LockedError if another process trains, or has trained since the steps `saved` were listed.
-    """
-    folders.create()
-    lock = FolderLock(folders.each(), _owner(config))
-    if checkpoint.steps_in(folders.models) != saved:
-        lock.close()
-        raise LockedError(f"{_owner(config)}: another process has trained in the meantime; run the same command again")
-    if config.restart and (saved or checkpoint.best_path(folders.models).is_file()):
-        lock.close()                                    # its files move with the folders
-        say(f"the run '{config.version}' is now called '{folders.move_aside()}'")
-        folders.create()
-        lock = FolderLock(folders.each(), _owner(config))
-    if lock.unsupported:
-        say(f"warning: the file system of {lock.unsupported} has no locks: nothing keeps a second process from "
-            "training in the same folders")
-    folders.remove_leftovers()
-    return lock
 
 
 class Due(NamedTuple):
@@ -403,53 +316,6 @@ class Run:
         """Real images for a grid, spread evenly over the data set: (N, 3, imsize, imsize) in [-1, 1], on the CPU."""
         indices = utils.spread_indices(len(self.trainer.fixed_inputs), len(self.dataset))
         return to_images(self.dataset.load_batch(indices))
-
-
-def _find_bank(config, dataset, place, state):
-    """Return the metadata bank of the checkpoint `state`, or of the data set for a new run; None if unused."""
-    if not config.metadata:
-        return None
-    if state is None:
-        return metadata.find_bank(config, dataset, place.device)
-    bank = metadata.Bank.from_state(state["metadata"])
-    if not metadata.same_pictures(bank, config, dataset):
-        say("note: the pictures have changed since this run's metadata were computed; it keeps the old metadata")
-    return bank
-
-
-def _compare_data(config, state, data):
-    """Return how the pictures differ from those of the checkpoint `state`, or None. Raise UsageError if all differ."""
-    before = state and state.get("data")                # older checkpoints have none
-    changes = before and describe_changes(before, data)
-    if changes and is_other_set(before, data):
-        raise UsageError(f"--version {config.version}: this run was trained on other pictures ({changes}).\n"
-                         "Use another --version; or --restart true, which moves this run aside and begins again.")
-    return changes
-
-
-def _restore(trainer, state, folders):
-    """Resume from the checkpoint `state`, or start a new run if it is None; report which, and changed settings."""
-    config = trainer.config
-    if state is None:
-        moved = folders.supersede_records_after(-1) if distributed.is_first() else 0
-        if moved:
-            say(f"{moved} records of an older run moved to {folders.samples / 'superseded'}")
-        say(f"starting '{config.version}'; run the same command again to resume from the newest checkpoint")
-        return
-    trainer.restore(state)
-    if distributed.is_first():
-        moved = checkpoint.supersede_after(folders.models, trainer.step)
-        if moved:
-            say(f"later checkpoints ({', '.join(moved)}) moved to {folders.models / 'superseded'}")
-            folders.supersede_records_after(trainer.step)
-    distributed.barrier()
-    say(f"resuming '{config.version}' from step {trainer.step}")
-    processes, before = trainer.place.world_size, state.get("processes")       # older checkpoints lack it
-    if before not in (processes, None):
-        say(f"note: {processes} process{'es' * (processes > 1)}, were {before}")
-    for name, value in json.loads(as_json(config)).items():
-        if name in RUN_SETTINGS and name in state["config"] and state["config"][name] != value:
-            say(f"  --{name} is now {value}, was {state['config'][name]}")
 
 
 def _summary(scalars):

@@ -93,7 +93,7 @@ def watched(config, interrupt):
 def dispatch(config, place, interrupt):
     """Do what `config` asks for on this `place`. Return the exit code."""
     import data_loader
-    import loop
+    import start
     from device.distributed import is_first, say
     from device.precision import Precision, choose_algorithms
     from generate import modes
@@ -111,7 +111,7 @@ def dispatch(config, place, interrupt):
         return modes.MODES[config.mode](config, place, precision) if is_first() else 0
     if place.device.type == "cpu" and config.preset == "published":
         say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
-    return loop.train(config, place, precision, interrupt)
+    return start.train(config, place, precision, interrupt)
 
 
 def _out_of_memory(where):

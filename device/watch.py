@@ -176,7 +176,7 @@ class Watch:
                 os._exit(LostRankError.code)    # the main thread hangs in a collective and can end nothing
 
     def _forget_silence(self, now):
-        """Begin to wait anew: whoever paused this process may have paused the others, too."""
+        """Restart all timers: whoever paused this process may have paused the others, too."""
         self.answered = now
         for peer in self.peers.values():
             peer.heard = now

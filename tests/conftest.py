@@ -1,5 +1,6 @@
 """Shared fixtures and helpers: a folder of small pictures, tiny runs of the real command, their output files."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -96,6 +97,24 @@ def run(tmp_path, monkeypatch, capsys):
         return code, out.out, out.err
 
     return command
+
+
+@pytest.fixture
+def an_empty_folder(tmp_path, monkeypatch):
+    """The working directory of a test that starts programs."""
+    monkeypatch.chdir(tmp_path)
+
+
+@contextlib.contextmanager
+def small_disk_at(folder, size):
+    """A real disk of this size, such as 8m, as a new folder; without the right to mount one, the test is skipped."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture

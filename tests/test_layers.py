@@ -24,6 +24,7 @@ generate
 trainer
 metrics
 loop
+start
 main
 """
 LAYER = {path.stem if path.suffix else path.name: number for number, line in enumerate(LAYERS.split("\n"))

@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import MAIN, TINY, fill, two_processes
 
-import loop
 import main
+import start
 from pretrained import vgg
 from storage import checkpoint
 
@@ -85,7 +85,7 @@ def no_memory(monkeypatch):
     def refuse(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(loop, "Trainer", refuse)
+    monkeypatch.setattr(start, "Trainer", refuse)
 
 
 def without(module):
@@ -294,8 +294,8 @@ def test_a_run_that_another_process_trained_in_the_meantime_is_left_alone(run, t
         shutil.copy("models/a/0000002.pth", "models/a/0000003.pth")
         return build(*arguments)
 
-    build = loop.build_dataset
-    monkeypatch.setattr(loop, "build_dataset", train_first)
+    build = start.build_dataset
+    monkeypatch.setattr(start, "build_dataset", train_first)
     code, _, err = run(*FOLDER, "--restart", restart, tiny=False)
     assert code == 6 and "another process has trained in the meantime; run the same command again" in err
     assert checkpoint.steps_in("models/a") == [2, 3] and not list(Path().rglob("superseded"))

@@ -225,11 +225,16 @@ distributed.stop()
 """
 
 
-def test_its_values_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path):
-    script = tmp_path / "norm.py"
-    script.write_text(NORM)
+def assert_checked_by_two(text, tmp_path):
+    """Two ranks run this script to its end."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
     done = two_processes(script)
     assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
+
+
+def test_its_values_gradients_and_statistics_are_those_of_the_whole_batch(tmp_path):
+    assert_checked_by_two(NORM, tmp_path)
 
 
 def test_one_process_keeps_the_plain_one():
@@ -262,7 +267,7 @@ for bucket in average.buckets:
         start()
     bucket.start = start
 images = torch.randn(2, 2, 5, 3)                        # (parts, ranks, B, 3)
-for step in range(2):                                   # the second step starts anew
+for step in range(2):                                   # the second counts from zero again
     net.zero_grad()
     started.clear()
     net[3](net[2](net[1](net[0](images[0, place.rank])))).square().mean().backward()
@@ -286,10 +291,7 @@ distributed.stop()
 
 
 def test_gradients_are_averaged_while_backward_goes_on(tmp_path):
-    script = tmp_path / "average.py"
-    script.write_text(AVERAGE)
-    done = two_processes(script)
-    assert done.returncode == 0 and done.stdout == "checked\n", done.stderr
+    assert_checked_by_two(AVERAGE, tmp_path)
 
 
 # ---- the check ----

@@ -16,7 +16,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import MAIN, TINY, Launched, assert_same_state, fill, lines, start_torchrun, state
+from conftest import (
+    MAIN,
+    TINY,
+    Launched,
+    assert_same_state,
+    environment_of_two,
+    fill,
+    lines,
+    start_torchrun,
+    state,
+)
 
 from storage import checkpoint
 
@@ -126,6 +136,23 @@ class Group:
 
     def __exit__(self, *_):
         self.kill(False, 0)
+
+
+class Two:
+    """Two ranks of `python main.py --flags`, without torchrun, which would end one when the other ends."""
+
+    def __init__(self, *flags, script=MAIN):
+        meeting = environment_of_two()
+        self.ranks = [Launched(*flags, out=f"{rank}.out", err=f"{rank}.err", script=script, RANK=str(rank),
+                               LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
+
+    def wait(self, seconds=30):
+        """[exit code of each rank]"""
+        return [rank.wait(seconds) for rank in self.ranks]
+
+    def errors(self):
+        """What both have printed to stderr below their progress bars."""
+        return "".join(rank.err.read_text().rpartition("\r")[2] for rank in self.ranks)
 
 
 def process_of_rank_0(group):

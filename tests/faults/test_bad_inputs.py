@@ -25,13 +25,11 @@ BEGUN = (*TINY, "--version", "a", "--log_step", 1, "--model_save_step", 1, "--sa
 AT_ITS_END = (*BEGUN, "--total_step", 4)
 
 
-@pytest.fixture(autouse=True)
-def an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def end_of(*flags, codes=(0, 2, 3, 5)):
-    """The exit code of a command, after a look at what it says about it."""
+    """The exit code of a command; stderr must be empty for 0, else at most three lines without a traceback."""
     running = Launched(*flags)
     code = running.wait(60)
     err, out = running.err.read_text(errors="replace"), running.out.read_text(errors="replace")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, TINY, Launched, assert_same_state, lines, state
+from conftest import MAIN, TINY, Launched, assert_same_state, lines, small_disk_at, state
 
 import loop
 from gallery import page
@@ -58,13 +58,8 @@ def test_a_console_without_the_character_shows_an_escape(tmp_path, pictures):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real disk of 8 MB; without the right to mount one, the test is skipped."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    with small_disk_at(tmp_path / "disk", "8m") as disk:
+        yield disk
 
 
 def test_a_full_disk_for_samples_or_logs_costs_these_alone(run, small_disk):

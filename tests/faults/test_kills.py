@@ -29,10 +29,7 @@ from kills import (
 
 from storage import checkpoint
 
-
-@pytest.fixture(autouse=True)
-def an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def of_pictures(count, *flags):

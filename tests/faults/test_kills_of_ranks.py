@@ -12,6 +12,7 @@ from conftest import MAIN, TINY, assert_same_state, lines, state, two_processes
 from kills import (
     RECORDS,
     Group,
+    Two,
     assert_goes_on,
     is_there,
     moments,
@@ -22,14 +23,10 @@ from kills import (
     torchrun_to_the_end,
     tries,
 )
-from test_ranks import Two
 
 from storage import checkpoint
 
-
-@pytest.fixture(autouse=True)
-def an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 # ------------------------------------------------------------------------------------------------------- SIGKILL

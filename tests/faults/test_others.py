@@ -7,18 +7,14 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from conftest import Launched, assert_same_state, lines, state
+from conftest import Launched, assert_same_state, lines, small_disk_at, state
 from kills import SHORT, STEPS, assert_goes_on, moments, never_killed, pictures, run_to_the_end, tries
 
 from storage import checkpoint
 
-
-@pytest.fixture(autouse=True)
-def an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("an_empty_folder")
 
 
 def assert_whole(flags):
@@ -42,13 +38,10 @@ def test_the_reader_goes_away(seed):
 
 
 @pytest.fixture
-def small_disk():
-    """A real disk of 4 MB as the folder models."""
-    os.mkdir("models")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", "models"], capture_output=True).returncode:
-        pytest.skip("cannot mount a small disk")
-    yield Path("models").absolute()
-    subprocess.run(["umount", "-l", "models"], check=False)
+def small_disk(tmp_path, an_empty_folder):
+    """The disk of the folder models."""
+    with small_disk_at(tmp_path / "models", "4m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("seed", tries("the disk of the checkpoints is full", 10))

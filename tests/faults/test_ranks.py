@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MAIN, TINY, Launched, environment_of_two, lines, two_processes
+from conftest import MAIN, TINY, lines, two_processes
+from kills import Group, Two, is_running
 
 from device import launch
 from storage import checkpoint
@@ -22,23 +23,6 @@ if __name__ == "__main__":      # loader processes import this file
     watch.SILENT, watch.GRACE, watch.AWAY = 3.0, 2.0, 2.0
     sys.exit(main.main(sys.argv[1:]))
 """
-
-
-class Two:
-    """Two ranks of `python main.py --flags`, without torchrun, which would end one when the other ends."""
-
-    def __init__(self, *flags, script=MAIN):
-        meeting = environment_of_two()
-        self.ranks = [Launched(*flags, out=f"{rank}.out", err=f"{rank}.err", script=script, RANK=str(rank),
-                               LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
-
-    def wait(self, seconds=30):
-        """[exit code of each rank]"""
-        return [rank.wait(seconds) for rank in self.ranks]
-
-    def errors(self):
-        """What both have printed to stderr below their progress bars."""
-        return "".join(rank.err.read_text().rpartition("\r")[2] for rank in self.ranks)
 
 
 @pytest.fixture
@@ -125,23 +109,11 @@ def test_the_exit_code_is_the_first_that_a_process_gave_itself():
 
 
 @pytest.fixture
-def under_torchrun(tmp_path, monkeypatch):
-    """A real torchrun of ENDLESS with two ranks, once they train: (torchrun, process numbers of the ranks)."""
-    monkeypatch.chdir(tmp_path)
-    with open("log", "w") as log:
-        torchrun = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                     "--nproc_per_node=2", MAIN, *map(str, ENDLESS), "--model_save_step", "10000"],
-                                    stdout=log, stderr=log)
-    end = time.monotonic() + 60
-    while not Path("samples/a/0000010_fake.png").exists():
-        assert time.monotonic() < end, Path("log").read_text()
-        time.sleep(0.05)
-    ranks = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
-    yield torchrun, ranks
-    torchrun.kill()
-    torchrun.wait()
-    for rank in ranks:
-        subprocess.run(["kill", "-KILL", rank], capture_output=True)
+def under_torchrun(an_empty_folder):
+    """A real torchrun of ENDLESS with two ranks, once they train."""
+    with Group(*ENDLESS, "--model_save_step", 10_000) as group:
+        group.wait_for("samples/a/0000010_fake.png")
+        yield group
 
 
 @pytest.mark.soak
@@ -149,14 +121,13 @@ def under_torchrun(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_job_ends_within_a_minute_with_one_message(under_torchrun, run, number, victim):
-    torchrun, ranks = under_torchrun
-    began = time.monotonic()
-    os.kill(int(ranks[victim]), number)
-    assert torchrun.wait(60) == 1
+    ranks, began = under_torchrun.ranks(), time.monotonic()
+    os.kill(ranks[victim], number)
+    assert under_torchrun.process.wait(60) == 1
     assert time.monotonic() - began < 60
-    log = Path("log").read_text()
-    assert log.count(f"error: rank {victim} (process {ranks[victim]} on ") == log.count("error:") == 1, log
-    assert "[rank" not in log, log                      # of our own, no traceback
+    err = under_torchrun.err.read_text()
+    assert err.count(f"error: rank {victim} (process {ranks[victim]} on ") == err.count("error:") == 1, err
+    assert "[rank" not in err, err                      # of our own, no traceback
     code, _, err = run("--version", "a", "--total_step", 1)
     assert code == 0, err
 
@@ -164,15 +135,15 @@ def test_the_job_ends_within_a_minute_with_one_message(under_torchrun, run, numb
 @pytest.mark.soak
 @pytest.mark.fault("torchrun is killed")
 def test_without_torchrun_the_ranks_save_and_end(under_torchrun, run):
-    torchrun, ranks = under_torchrun
-    torchrun.kill()
-    torchrun.wait()
+    ranks = under_torchrun.ranks()
+    under_torchrun.process.kill()
+    under_torchrun.process.wait()
     end = time.monotonic() + 20
-    while any(Path("/proc", rank).exists() for rank in ranks):
-        assert time.monotonic() < end, Path("log").read_text()
+    while any(map(is_running, ranks)):
+        assert time.monotonic() < end, under_torchrun.err.read_text()
         time.sleep(0.1)
     (step,) = checkpoint.steps_in("models/a")
-    assert Path("log").read_text().count("torchrun is gone") == 1
+    assert under_torchrun.err.read_text().count("torchrun is gone") == 1
     code, out, _ = run("--version", "a", "--total_step", step + 1)
     assert code == 0 and f"resuming 'a' from step {step}" in out
     assert lines("a")[-1]["step"] == step + 1
