@@ -228,7 +228,7 @@ class RealBatches:
     def _receive(self) -> torch.Tensor:
         try:
             pictures = next(self._from_workers)
-        except RuntimeError as error:
+        except workers.DEATHS as error:
             raise workers.death(error, self._from_workers) or error from None
         if isinstance(pictures, str):
             raise DataError(pictures)

@@ -26,7 +26,8 @@ from gallery.records import Record
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
 from parameter import as_json
 from storage import checkpoint, score_table
-from storage.journal import MetricsLog, Window
+from storage.folders import step_name
+from storage.journal import MetricsLog, Window, names_at
 
 HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
@@ -39,16 +40,38 @@ class Due(NamedTuple):
     show: bool
     save: bool
     measure: bool
-    stop: bool
+    stop: bool = False
+
+
+def due_at(config, step):
+    """Return what is due after `step` by interval; the last step logs, shows, saves, measures."""
+    last = step == config.total_step
+    return Due(*(every > 0 and (last or step % every == 0) for every in (
+        config.log_step, config.sample_step, config.model_save_step, config.metric_step)))
+
+
+def find_undone(config, folders, state):
+    """Return what is due after the step of the checkpoint `state` and is not there, as the run was ended before.
+
+    A state of None, and one later than the last step, have nothing undone.
+    """
+    if state is None or state["step"] > config.total_step:
+        return Due(False, False, False, False)
+    step, unlogged = state["step"], state.get("unlogged")       # older checkpoints have none
+    due, names = due_at(config, step), names_at(folders.logs, step)
+    return Due(log=due.log and bool(unlogged and unlogged["steps"]) and not names & unlogged["sums"].keys(),
+               show=due.show and not (folders.samples / step_name(step, "_fake.png")).exists(),
+               save=False, measure=due.measure and "protocol" not in names)
 
 
 class Run:
     """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`.
 
-    `meter` computes the metrics of `--metric_step`, or is None.
+    `meter` computes the metrics of `--metric_step`, or is None. Of a run that goes on: `undone` is what `find_undone`
+    found, `unlogged` the saved state of its Window, or None.
     """
 
-    def __init__(self, trainer, meter, dataset, data, folders, interrupt):
+    def __init__(self, trainer, meter, dataset, data, folders, interrupt, undone, unlogged):
         self.trainer, self.meter, self.folders, self.interrupt = trainer, meter, folders, interrupt
         self.dataset, self.data = dataset, data         # the pictures, and what a checkpoint keeps of which they are
         self.config, self.place = trainer.config, trainer.place
@@ -59,12 +82,16 @@ class Run:
         self.health = Health()
         self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
-        self.window = Window()
+        self.undone, self.unlogged = undone, unlogged
 
     def loop(self):
         """Train until the last step or a signal. Return the exit code."""
         trainer = self.trainer
         with self.interrupt.deferred(), self.opened(), self.saved_if_it_ends_early():
+            # what was due after the checkpoint's step, and not done
+            if any(self.undone):
+                with self.window.paused():
+                    self.report(self.undone, self.undone.log and self.window.means())
             while trainer.step < self.config.total_step:
                 # one step; its statistics stay on the device
                 self.window.add(trainer.train_step(self.batches))
@@ -79,14 +106,7 @@ class Run:
                     # the checkpoint first; what follows may fail without ending the run
                     if due.save or due.stop:
                         self.save()
-                    if due.show:
-                        self.try_to("write samples and attention maps", self.show)
-                    if due.log:
-                        self.log(means)
-                    if due.measure and not due.stop:
-                        self.measure()
-                    if due.show or due.measure:
-                        self.try_to("write the page", self.write_page)
+                    self.report(due, means)
                 if due.stop and trainer.step < self.config.total_step:
                     return self.stop()
             return self.finish()
@@ -94,13 +114,8 @@ class Run:
     # ------------------------------------------------------------------------------------------ what is due, and when
 
     def due(self):
-        """Return what is due after this step by interval or signal; the last step logs, shows, saves, measures."""
-        config, step = self.config, self.trainer.step
-        last = step == config.total_step
-        log, show, save = (last or step % every == 0
-                           for every in (config.log_step, config.sample_step, config.model_save_step))
-        measure = self.meter is not None and (last or step % config.metric_step == 0)
-        return Due(log, show, save, measure, self.stop_vote(self.interrupt.signal is not None))
+        """Return what is due after this step, by interval or signal."""
+        return due_at(self.config, self.trainer.step)._replace(stop=self.stop_vote(self.interrupt.signal is not None))
 
     def stopped(self):
         """Return whether a signal arrived; always False with several processes: one would stop, the others wait."""
@@ -132,6 +147,17 @@ class Run:
             self.trainer.recompute_bn_stats(RECORD_IMAGES)
 
     # ------------------------------------------------------------------------------------------------- the actions
+
+    def report(self, due, means):
+        """Show, log and measure what is `due`; `means` of the step statistics are for the log."""
+        if due.show:
+            self.try_to("write samples and attention maps", self.show)
+        if due.log:
+            self.log(means)
+        if due.measure and not due.stop:
+            self.measure()
+        if due.show or due.measure:
+            self.try_to("write the page", self.write_page)
 
     @torch.no_grad()
     def show(self):
@@ -197,7 +223,8 @@ class Run:
 
     def state(self):
         """Return all that a checkpoint holds."""
-        return {**self.trainer.state(), "data": self.data, "processes": self.place.world_size}
+        return {**self.trainer.state(), "data": self.data, "processes": self.place.world_size,
+                "unlogged": self.window.state()}
 
     def save(self):
         """Write a checkpoint, on rank 0, and prune the old ones."""
@@ -303,7 +330,7 @@ class Run:
                 utils.write_atomically(self.folders.models / "config.json",
                                        lambda path: path.write_text(as_json(config)))
                 self.try_to("write real.png", lambda: save_grid(self.real_images, self.folders.samples / "real.png"))
-            self.window = Window()
+            self.window = Window(self.unlogged)
             yield
         finally:
             self.progress.close()

@@ -15,7 +15,7 @@ from errors import LockedError, UsageError
 from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
-from loop import Run
+from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint
@@ -34,9 +34,11 @@ def train(config, place, precision, interrupt):
     folders = RunFolders.of(config)
     require_folders(folders.each(), _owner(config))
     saved = checkpoint.steps_in(folders.models)
-    state = None if config.restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
-                                                             partial(find_mismatch, config))
-    if state and state["step"] >= config.total_step:
+    restart = config.restart or folders.is_half_moved()     # one that was killed in the midst of it is gone on with
+    state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
+                                                      partial(find_mismatch, config))
+    undone = distributed.on_first(partial(find_undone, config, folders, state))
+    if state and state["step"] >= config.total_step and not any(undone):
         say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
             f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
         return 0
@@ -55,11 +57,11 @@ def train(config, place, precision, interrupt):
     if meter:
         meter.prepare(of_run(config, dataset))
 
-    lock = distributed.after_first(lambda: _claim(config, folders, saved), lambda: None)
+    lock = distributed.after_first(lambda: _claim(config, folders, saved, restart), lambda: None)
     try:
         _restore(trainer, state, folders)
+        run = Run(trainer, meter, dataset, data, folders, interrupt, undone, state and state.get("unlogged"))
         del state                                       # frees the checkpoint's memory
-        run = Run(trainer, meter, dataset, data, folders, interrupt)
         run.try_to("write the lists of pictures", lambda: write_lists(found, config))
         return run.loop()
     finally:
@@ -81,8 +83,8 @@ def _owner(config):
     return f"--version {config.version}"
 
 
-def _claim(config, folders, saved):
-    """Create and lock the run's folders, after moving an old run aside for `--restart true`. Return the lock.
+def _claim(config, folders, saved, restart):
+    """Create and lock the run's folders, after moving an old run aside for a `restart`. Return the lock.
 
     Raise LockedError if another process trains, or has trained since the steps `saved` were listed.
     """
@@ -91,7 +93,8 @@ def _claim(config, folders, saved):
     if checkpoint.steps_in(folders.models) != saved:
         lock.close()
         raise LockedError(f"{_owner(config)}: another process has trained in the meantime; run the same command again")
-    if config.restart and (saved or checkpoint.best_path(folders.models).is_file()):
+    folders.remove_leftovers()
+    if restart and (saved or checkpoint.best_path(folders.models).is_file() or folders.is_half_moved()):
         lock.close()                                    # its files move with the folders
         say(f"the run '{config.version}' is now called '{folders.move_aside()}'")
         folders.create()
@@ -99,7 +102,6 @@ def _claim(config, folders, saved):
     if lock.unsupported:
         say(f"warning: the file system of {lock.unsupported} has no locks: nothing keeps a second process from "
             "training in the same folders")
-    folders.remove_leftovers()
     return lock
 
 

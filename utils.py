@@ -1,12 +1,20 @@
 """Seeding and random states, the averaged generator, new folders, atomic writes, evenly spread indices."""
 
 import contextlib
+import glob
 import os
 import random
+import re
+import socket
+import time
+import zlib
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+
+LEFTOVER = 86_400               # seconds after which a temporary file of a live or unknown process is removed, too
 
 
 def seed_everything(seed):
@@ -70,10 +78,11 @@ def new_folders(*folders):
 def write_atomically(path, write):
     """Call write(temporary path), fsync, then rename to `path`: a reader sees the whole old or the whole new file.
 
-    If `write` raises, the old file stays and the temporary file is deleted.
+    If `write` raises, the old file stays and the temporary file is deleted; one that a killed process left of an
+    earlier attempt is deleted, too.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -85,6 +94,38 @@ def write_atomically(path, write):
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)                  # a full disk names no file by itself
         raise
+    remove_leftovers(path.parent, path.name)
+
+
+def remove_leftovers(folder, name=None):
+    """Delete temporary files that killed processes left in `folder`: of the file `name`, or of all."""
+    for path in list(Path(folder).glob(f".{glob.escape(name) if name else '*'}.*.tmp")):
+        written_by = re.fullmatch(r"\..+\.(?:([0-9a-f]{8})-)?(\d+)\.tmp", path.name)      # older ones name no machine
+        with contextlib.suppress(OSError):
+            ended = written_by and written_by[1] in (None, _machine()) and not _is_alive(int(written_by[2]))
+            if ended or (written_by and time.time() - path.stat().st_mtime > LEFTOVER):
+                path.unlink()
+
+
+@cache
+def _machine():
+    """Return 8 hexadecimal digits for where process numbers are those of this process: a machine, or a container."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        processes = ""                                  # not Linux
+    return f"{zlib.crc32(f'{socket.gethostname()} {processes}'.encode()):08x}"
+
+
+def _is_alive(pid):
+    """Return whether a process of this number may exist on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
 
 
 @torch.no_grad()

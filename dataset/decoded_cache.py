@@ -219,6 +219,8 @@ def _create(files: list[_File], dataset: EncodedDataset, config) -> ImageDataset
     problems = []
     for file in files:
         try:
+            if not config.dry_run:
+                utils.remove_leftovers(file.path.parent)
             free = shutil.disk_usage(_existing(file.path.parent)).free
             if config.cache == "auto" and size > free // 4:
                 problems.append(f"{printable(file.path.parent)} has {_gb(free)} free, and --cache auto uses at "

@@ -1,5 +1,6 @@
 """Worker processes of DataLoaders: their number, start and termination; a function mapped over all cores."""
 
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -76,17 +77,31 @@ def keep_deaths_for_next():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def death(error: RuntimeError, batches=None) -> DataError | None:
-    """Return a DataError if `error` says that a DataLoader worker died, else None. `batches`: its iterator.
+# What `next` raises when a worker died: PyTorch's own error, or, where a batch was on its way, one of the connection.
+DEATHS = (RuntimeError, OSError, EOFError)
 
-    PyTorch can raise that error in the main thread from a signal handler, so it can occur anywhere in the program.
+
+def death(error: Exception, batches=None) -> DataError | None:
+    """Return a DataError if `error` is due to the death of a DataLoader worker, else None. `batches`: its iterator.
+
+    PyTorch can raise its error in the main thread from a signal handler, so it can occur anywhere in the program.
     """
-    if str(error).startswith("DataLoader worker"):
+    broken = batches is not None and isinstance(error, (OSError, EOFError))
+    if str(error).startswith("DataLoader worker") or (broken and _one_died(batches)):
         no_memory = "bus error" in str(error).lower() or any(
             process.exitcode == -getattr(signal, "SIGBUS", 0) for process in getattr(batches, "_workers", ()))
         hint = NO_MEMORY if no_memory else "use fewer workers, or --num_workers 0"
         return DataError(f"--num_workers: {first_line(error)}\n{hint}")
     return None
+
+
+def _one_died(batches) -> bool:
+    """Return whether a worker of a DataLoader's iterator dies within a second."""
+    ended = multiprocessing.connection.wait([process.sentinel for process in batches._workers], 1)
+    for process in batches._workers:
+        if process.sentinel in ended:
+            process.join()
+    return any(process.exitcode for process in batches._workers)
 
 
 def stop(batches):
@@ -142,7 +157,7 @@ def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk:
             for results in batches:
                 yield from results
                 done.update(len(results))
-        except RuntimeError as error:
-            raise death(error) or error from None
+        except DEATHS as error:
+            raise death(error, batches) or error from None
         finally:
             stop(batches)

@@ -20,6 +20,9 @@ from utils import write_atomically
 # What every checkpoint holds, and of which type.
 _KEYS = {"step": int, "samples_seen": int, "config": dict, "G": dict, "D": dict, "G_ema": dict, "g_optimizer": dict,
          "d_optimizer": dict, "fixed_z": torch.Tensor, "random": list}
+# What newer ones hold, too.
+_NEWER_KEYS = {"data": dict, "processes": int, "unlogged": dict}
+_FOLDER = 0x10              # in the attributes of an entry of a zip archive
 
 
 class MissingCheckpoint(CheckpointError):
@@ -80,7 +83,9 @@ def load(path):
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # torch reads nothing from an entry that its attributes call a folder; no checksum covers these
+            damaged = archive.testzip() or next((entry.filename for entry in archive.infolist()
+                                                 if entry.external_attr & _FOLDER), None)
         if damaged:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -110,10 +115,10 @@ def _find_defect(state):
     """Return in words what a state lacks to be one of ours, or None."""
     if not isinstance(state, dict):
         return f"it holds a {type(state).__name__}, not a dict"
-    for key, kind in _KEYS.items():
-        if key not in state:
+    for key, kind in (_KEYS | _NEWER_KEYS).items():
+        if key not in state and key in _KEYS:
             return f"it has no '{key}'"
-        if not isinstance(state[key], kind):
+        if key in state and not isinstance(state[key], kind):
             return f"'{key}' is a {type(state[key]).__name__}, not a {kind.__name__}"
     return None
 

@@ -4,15 +4,13 @@ import contextlib
 import errno
 import json
 import os
-import re
 import socket
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from device.distributed import on_first
 from errors import LockedError
-from utils import new_folders
+from utils import new_folders, remove_leftovers, write_atomically
 
 try:
     import fcntl
@@ -20,7 +18,6 @@ except ImportError:             # Windows: no lock
     fcntl = None
 
 LOCK = ".lock"                  # the file in each folder that a running process locks
-LEFTOVER = 86_400               # seconds after which a temporary file of a live or unknown process is removed, too
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -70,42 +67,47 @@ class RunFolders:
                         moved += 1
         return moved
 
+    def remove_leftovers(self):
+        """Delete temporary files that killed processes left here, or beside them in folders of all runs."""
+        for folder in {*self.each(), self.samples.parent, self.logs.parent}:
+            remove_leftovers(folder)
+
     def move_aside(self):
         """Rename the folders of an old run, all with the same suffix. Return the old run's new name, None without one.
 
-        Raise OSError.
+        A call that was killed in between is gone on with by the next. Raise OSError.
         """
-        present = [folder for folder in self.each() if folder.exists()]
-        if not present:
-            return None
-        number = next(n for n in range(1, 10_000) if not any(
-            folder.with_name(f"{folder.name}.old{n}").exists() for folder in self.each()))
-        for folder in present:
-            os.replace(folder, folder.with_name(f"{folder.name}.old{number}"))
+        number = self._number_of_move()
+        if number is None:
+            if not any(folder.exists() for folder in self.each()):
+                return None
+            number = next(n for n in range(1, 10_000) if not any(map(os.path.lexists, self._aside(n).values())))
+            write_atomically(self._moving, lambda path: path.write_text(str(number), encoding="ascii"))
+        for folder, aside in self._aside(number).items():
+            if not os.path.lexists(aside) and folder.exists():
+                os.replace(folder, aside)
+        self._moving.unlink()
         return f"{self.models.name}.old{number}"
 
-    def remove_leftovers(self):
-        """Delete temporary files that a killed process left. Call it under the lock. Return their number."""
-        removed = 0
-        for folder in self.each():
-            for path in list(folder.glob(".*.tmp")):
-                match = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
-                with contextlib.suppress(OSError):
-                    if match and (not _is_alive(int(match[1])) or time.time() - path.stat().st_mtime > LEFTOVER):
-                        path.unlink()
-                        removed += 1
-        return removed
+    def is_half_moved(self):
+        """Return whether a process was killed during `move_aside`."""
+        return self._number_of_move() is not None
 
+    def _aside(self, number):
+        """Return {folder: where `move_aside` moves it}; models first: half a run is none."""
+        return {folder: folder.with_name(f"{folder.name}.old{number}") for folder in reversed(self.each())}
 
-def _is_alive(pid):
-    """Return whether a process of this number may exist on this machine."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+    @property
+    def _moving(self):
+        """The file that holds the number of the suffix while the folders are moved."""
+        return self.models.with_name(f".{self.models.name}.moving")
+
+    def _number_of_move(self):
+        """Return the number in the file `_moving`, or None."""
+        try:
+            return int(self._moving.read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            return None
 
 
 def require_folders(folders, owner=None):

@@ -23,6 +23,24 @@ def open_to_add(path):
     return open(path, "a", encoding="utf-8")
 
 
+def names_at(folder, step):
+    """Return the names of the values that metrics.jsonl holds of `step`, a set; only lines at its end are read."""
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return set()
+    names = set()
+    for line in reversed(lines):
+        try:
+            values = json.loads(line)
+            if values["step"] < step:
+                break
+            names |= values.keys() if values["step"] == step else set()
+        except (ValueError, KeyError, TypeError, RecursionError):       # no line of ours
+            continue
+    return names
+
+
 class MetricsLog:
     """Writes the metrics of one run into its log folder; on rank 0 only. Call `close` at the end.
 
@@ -86,14 +104,26 @@ class MetricsLog:
 
 
 class Window:
-    """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps."""
+    """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps.
 
-    def __init__(self):
+    `saved` is the `state()` of a run that is resumed, so that its next line covers all steps since its last one.
+    """
+
+    def __init__(self, saved=None):
         self.clear()
+        if saved:
+            self.sums = {name: torch.tensor(value) for name, value in saved["sums"].items()}
+            self.steps, self.seconds = saved["steps"], saved["seconds"]
+            self._began -= self.seconds
 
     def clear(self):
         """Start a new window."""
         self.sums, self.steps, self.seconds, self._began = {}, 0, 0.0, time.perf_counter()
+
+    def state(self):
+        """Return what a checkpoint keeps of it."""
+        return {"sums": {name: float(value) for name, value in self.sums.items()}, "steps": self.steps,
+                "seconds": self.seconds}
 
     def add(self, stats):
         """Add the statistics of one step, {name: 0-d tensor}."""
@@ -104,6 +134,7 @@ class Window:
     def means(self):
         """Return {name: mean over the window and all ranks}. Synchronizes with the device; all ranks must call it."""
         values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
+        self.sums = dict(zip(self.sums, values, strict=True))   # the same on all ranks: any of them may save it
         means = dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
         self.seconds = time.perf_counter() - self._began        # after the synchronization: all steps have ended
         return means

@@ -174,7 +174,8 @@ def tensors(thing, path=""):
 
 
 def assert_same_state(a, b):
-    a, b = (tensors({k: v for k, v in state.items() if k != "config"}) for state in (a, b))
+    """Of all but the config, and the statistics for the next log line."""
+    a, b = (tensors({k: v for k, v in state.items() if k not in ("config", "unlogged")}) for state in (a, b))
     assert a.keys() == b.keys()
     different = [name for name in a if not (torch.equal(a[name], b[name]) if isinstance(a[name], torch.Tensor)
                                             else a[name] == b[name])]

@@ -1,5 +1,6 @@
 """Batches of real pictures: resumable sampling, worker processes."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -154,6 +155,22 @@ def test_a_killed_worker_is_reported_and_the_other_ends():
     with pytest.raises(DataError, match="--num_workers 0") as caught:
         take(real_batches(data_config(num_workers=2), dataset, 0, "cpu"), 5)
     assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
+
+
+def end_at_once():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_reported(error):
+    """Then reading from its connection fails, before PyTorch looks for dead workers."""
+    worker = multiprocessing.get_context("fork").Process(target=end_at_once)
+    worker.start()
+    assert "--num_workers" in str(workers.death(error, SimpleNamespace(_workers=[worker])))
+    with subprocess.Popen(["sleep", "60"]) as alive:
+        working = SimpleNamespace(sentinel=os.pidfd_open(alive.pid), exitcode=None)
+        assert workers.death(error, SimpleNamespace(_workers=[working])) is None
+        alive.kill()
 
 
 def read_and_end_badly(index: int) -> torch.Tensor:

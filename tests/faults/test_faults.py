@@ -15,6 +15,7 @@ import torch
 from conftest import MAIN, TINY, Launched, assert_same_state, lines, small_disk_at, state
 
 import loop
+import utils
 from gallery import page
 from gallery.health import Health
 from storage import checkpoint
@@ -347,11 +348,63 @@ def test_leftovers_of_a_killed_run_go_at_the_next_start(run):
     run("--version", "a", "--total_step", 1)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    ours, alive, other = (Path("models/a", f".0000001.pth.{pid}.tmp") for pid in (dead.pid, os.getpid(), "x"))
-    for path in (ours, alive, other):
+    here = utils._machine()
+    gone = [Path(path) for path in (
+        f"models/a/.0000001.pth.{here}-{dead.pid}.tmp", f"models/a/.0000001.pth.{dead.pid}.tmp",    # of older programs
+        f"samples/.index.html.{here}-{dead.pid}.tmp", f"logs/.scores.md.{here}-{dead.pid}.tmp")]
+    stay = [Path("models/a", f".0000001.pth.{writer}.tmp") for writer in (
+        f"{here}-{os.getpid()}", f"01234567-{dead.pid}", "x")]      # alive, elsewhere, not ours
+    for path in (*gone, *stay):
         path.write_bytes(b"part")
     run("--version", "a", "--total_step", 2)
-    assert [path.exists() for path in (ours, alive, other)] == [False, True, True]
+    assert [path for path in gone if path.exists()] == [] and all(path.exists() for path in stay)
+
+
+def test_leftovers_go_with_the_next_write_of_their_file(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in ("[1].pt", "1.pt"):
+        (tmp_path / f".{name}.{utils._machine()}-{dead.pid}.tmp").write_bytes(b"part")
+    utils.write_atomically(tmp_path / "[1].pt", lambda path: path.write_bytes(b"whole"))
+    assert {path.name for path in tmp_path.iterdir()} == {"[1].pt", f".1.pt.{utils._machine()}-{dead.pid}.tmp"}
+
+
+# --------------------------------------------------------------------------- killed between a checkpoint and its record
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if name not in ("sec_per_step", "images_per_sec")}
+            for line in lines]
+
+
+@pytest.mark.parametrize("total", [4, 6])
+def test_what_a_killed_run_had_not_written_for_its_last_checkpoint_is_written_when_it_goes_on(run, total):
+    """Of a run that has steps left, and of one that was killed at its end."""
+    flags = ("--version", "a", "--log_step", 2, "--sample_step", 4, "--model_save_step", 4, "--metrics", "swd",
+             "--metric_step", 4, "--num_eval", 4)
+    run(*flags, "--total_step", 4)
+    grid, logged = Path("samples/a/0000004_fake.png"), Path("logs/a/metrics.jsonl")
+    before, shown = lines("a"), grid.read_bytes()
+    assert [line["step"] for line in before] == [2, 4, 4] and "swd" in before[2]
+    grid.unlink()
+    logged.write_text(logged.read_text().splitlines(keepends=True)[0])
+    code, out, _ = run(*flags, "--total_step", total)
+    assert code == 0 and "resuming 'a' from step 4" in out
+    assert grid.read_bytes() == shown and without_times(lines("a"))[:3] == without_times(before)
+    code, out, _ = run(*flags, "--total_step", total)
+    assert code == 0 and "nothing to do" in out
+
+
+def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_resumed(run):
+    flags = ("--log_step", 4, "--sample_step", 100)
+    run("--version", "whole", "--total_step", 8, *flags)
+    for total in (3, 6, 8):
+        run("--version", "parts", "--total_step", total, *flags)
+    whole, parts = (without_times(line for line in lines(version) if line["step"] in (4, 8))
+                    for version in ("whole", "parts"))
+    for line, other in zip(whole, parts, strict=True):
+        for name in ("d_loss", "g_loss", "d_real"):
+            assert line[name] == other[name], (line["step"], name)
 
 
 def test_a_fresh_start_sets_an_older_runs_records_aside(run):
@@ -374,6 +427,36 @@ def test_restart_moves_the_old_run_aside_and_begins_again(run):
     code, _, err = run("--version", "a.old1", "--train", "false", "--num_samples", 1, "--device", "cpu", tiny=False)
     assert code == 0, err
     assert json.loads(Path("models/a/config.json").read_text())["g_conv_dim"] == 8
+
+
+@pytest.mark.parametrize(("moved", "flags"), [(0, ()), (1, ("--restart", "true")), (2, ()), (3, ())])
+def test_a_restart_that_was_killed_between_two_folders_is_gone_on_with(run, monkeypatch, moved, flags):
+    run("--version", "a", "--total_step", 2, "--seed", 1)
+    old = state("a", 2)
+    left = [moved]
+
+    def move(path, target, replace=os.replace):
+        if ".old" in str(target):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        replace(path, target)
+
+    def keep(path, unlink=Path.unlink, **missing):
+        if path.name.endswith(".moving"):
+            raise KeyboardInterrupt
+        unlink(path, **missing)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", move)
+        patched.setattr(Path, "unlink", keep)
+        assert run("--version", "a", "--total_step", 1, "--restart", "true")[0] == 130
+    code, out, err = run("--version", "a", "--total_step", 1, *flags)
+    assert code == 0 and "the run 'a' is now called 'a.old1'" in out and "starting 'a'" in out, err
+    assert saved() == [1] and sorted(os.listdir("models")) == ["a", "a.old1"]
+    assert_same_state(old, state("a.old1", 2))
+    for folder, name in (("samples", "0000002_fake.png"), ("logs", "metrics.jsonl"), ("models", "0000002.pth")):
+        assert Path(folder, "a.old1", name).exists() and not Path(folder, "a.old2").exists()
 
 
 # --------------------------------------------------------------------------------- F. what a run is trained on
