@@ -10,6 +10,7 @@ shrink with the image, and G's three skip connections lead to its last three map
 `slae` and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
 """
 
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -121,6 +122,17 @@ class Noise(nn.Module):
         return x + self.weight.to(x.dtype) * noise
 
 
+@contextmanager
+def initialized_apart():
+    """Initialize an addition to FastGAN without moving the random state.
+
+    With the same seed, all other weights then start as they do without the addition: an ablation compares the two.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")))      # numbers that no other layer gets
+        yield
+
+
 class SpatialAttention(nn.Module):
     """x (B, C, H, W) -> mask (B, 1, H, W) in (0, 1): sigma(conv_k([mean over channels, max over channels])).
 
@@ -129,7 +141,8 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, kernel):
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+        with initialized_apart():
+            self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x):
         # not amax: its gradient goes to the values that equal the maximum, and compiled in bf16 none did
@@ -183,10 +196,11 @@ class Generator(nn.Module):
         layers = _Layers(sn)
         self.imsize, self.z_dim = imsize, z_dim
         width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
-        # std 1 / sqrt(512): maps metadata of variance 1 to variance 1
-        self.mix = nn.Linear(METADATA, z_dim, bias=False) if metadata else None
+        self.mix = None
         if metadata:
-            nn.init.normal_(self.mix.weight, std=METADATA**-0.5)
+            with initialized_apart():
+                self.mix = nn.Linear(METADATA, z_dim, bias=False)
+                nn.init.normal_(self.mix.weight, std=METADATA**-0.5)    # maps metadata of variance 1 to variance 1
         self.start = nn.Sequential(
             layers.wrap(FromVector(z_dim, 2 * width[4], 4, bias=False)),
             nn.BatchNorm2d(2 * width[4]), GLU(dim=1),

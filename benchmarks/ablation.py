@@ -1,14 +1,17 @@
 """The ablation of SLAE-FastGAN as one command: FastGAN, with SLAE, with metadata, with both.
 
-    python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 3
+    python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 8
+    ... --until kid --most 16                           more seeds, until the intervals of kid exclude 0
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
 
-Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws, and writes
-to --out: ablation.md (tables of means and spreads and of every seed, and what they say of the paper's claims),
-ablation.png (the variants' grids side by side), and the runs' samples/, logs/, models/. It goes seed by seed, so
-that one that ends early has every variant of the first seeds. The same command again goes on: nothing is trained,
-drawn or scored twice. Exit codes are main.py's; a run that fails hands on its own.
+Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws at --points
+steps of each run, and writes to --out: ablation.md (tables of means and spreads and of every seed, paired differences
+with their 95 % intervals, and what they say of the paper's claims), curves.png, ablation.png (the variants' grids side
+by side), and the runs' samples/, logs/, models/. Runs of one seed are pairs: what they have in common starts with the
+same weights and sees the same batches of real pictures. It goes seed by seed, so that one that ends early has every
+variant of the first seeds. The same command again goes on: nothing is trained, drawn or scored twice. Exit codes are
+main.py's; a run that fails hands on its own.
 """
 
 import argparse
@@ -72,7 +75,7 @@ OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "versio
        "sample_path")
 VARIED = ("version", "seed", "slae", "metadata")        # settings in which its runs are meant to differ
 
-RECORDS = 10        # grids and checkpoints per run
+RECORDS = 10        # grids per run
 
 
 class Record:
@@ -126,7 +129,9 @@ class Ablation:
                                       "imsize": options.imsize})
         self.dataset = table.open_folder(config)
         fingerprint = table.fingerprint(self.dataset, config)[:12]
-        self.runs = [Run(variant, seed) for seed in range(options.seeds) for variant in options.variants]
+        every = -(-options.steps // options.points)
+        self.points = [*range(every, options.steps, every), options.steps]      # steps that are scored
+        self.runs = []
         self.record = Record(self.out / "ablation.json", {
             "imsize": options.imsize, "flags after --": shlex.join(extra),
             "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}"})
@@ -140,16 +145,16 @@ class Ablation:
         try:
             self._count_parameters()
             self._write_real_pictures()
-            with ThreadPoolExecutor(self.options.jobs) as pool:
-                futures = [pool.submit(self._complete, run) for run in self.runs]
-                wait(futures, return_when=FIRST_EXCEPTION)
-                errors = [future.exception() for future in futures if future.done() and future.exception()]
-                if errors:
-                    self.children.stop()
-            for error in errors:
-                if not isinstance(error, Stopped):
-                    raise error
-            self.children.check()
+            variants, options = self.options.variants, self.options
+            self._complete_all([Run(variant, seed) for seed in range(options.seeds) for variant in variants])
+            for seed in range(options.seeds, options.most if options.until else 0):
+                open_ones = self._undecided(variants)
+                if not open_ones:
+                    break
+                say(f"seed {seed}: the interval of {options.until} includes 0 for "
+                    f"{', '.join(variant.name for variant in open_ones)}")
+                self._complete_all([Run(variant, seed) for variant in variants
+                                    if variant.name == report.BASELINE or variant in open_ones])
         except Stopped:
             print(f"interrupted; the same command goes on with what is in {self.out}", file=sys.stderr)
             return 128 + (self.children.signal or signal.SIGTERM)
@@ -158,6 +163,30 @@ class Ablation:
                 signal.signal(number, handler)
         say("\n" + "\n".join(self.report()))
         return 0
+
+    def _complete_all(self, runs):
+        """Complete these runs, `--jobs` at once. Raises the first error."""
+        self.runs += runs
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            futures = [pool.submit(self._complete, run) for run in runs]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            errors = [future.exception() for future in futures if future.done() and future.exception()]
+            if errors:
+                self.children.stop()
+        for error in errors:
+            if not isinstance(error, Stopped):
+                raise error
+        self.children.check()
+
+    def _undecided(self, variants):
+        """The variants whose paired difference of --until from the baseline may be 0, as its interval includes it."""
+        results, column = self._results(self.options.steps), self.options.until
+        if column not in {name for seeds in results.values() for run in seeds.values() for name in run}:
+            raise UsageError(f"--until {column}: no such column; there are {', '.join(report.columns_of(results)[0])}")
+        baseline = results[report.BASELINE]
+        intervals = {variant: report.paired_interval(baseline, results[self._label(variant, self._draws(variant)[0])],
+                                                     column) for variant in variants if variant.name != report.BASELINE}
+        return [variant for variant, interval in intervals.items() if not interval or interval[1] <= 0 <= interval[2]]
 
     # ------------------------------------------------------------------------------------------- preparations
 
@@ -204,20 +233,28 @@ class Ablation:
         """Train, draw, score: whatever of it is not done yet. Called in a thread of its own."""
         self.children.check()
         steps, place = self.options.steps, f"{self.runs.index(run) + 1} of {len(self.runs)}"
-        if (self.out / "models" / run.name / f"{steps:07d}.pth").exists():
+        draws = self._draws(run.variant)
+        if all(self._numbers(run, draw, step) for step in self.points for draw in draws):
+            say(f"{place}: {run.name} has been scored")
+        elif self._checkpoint(run, steps).exists():
             say(f"{place}: {run.name} has been trained")
         else:
             say(f"{place}: training {run.name} to step {steps}, see {self._log(run.name)}")
-            every = max(1, -(-steps // RECORDS))
             self.children.run(run.name, self._main(
                 run.variant, "--seed", run.seed, "--version", run.name, "--sample_path", self.out / "samples",
-                "--total_step", steps, "--sample_step", every, "--model_save_step", every, "--keep_checkpoints", 1,
-                "--log_step", max(1, min(10, steps // RECORDS))), self._log(run.name))
-        for draw in self._draws(run.variant):
-            self._score(run, draw)
-        numbers = self._numbers(run, self._draws(run.variant)[0])
-        say(f"{place}: {run.name}: {', '.join(report.in_words(numbers))}")
+                "--total_step", steps, "--sample_step", max(1, -(-steps // RECORDS)), "--model_save_step",
+                self.points[0], "--keep_checkpoints", 0, "--log_step", max(1, min(10, steps // RECORDS))),
+                self._log(run.name))
+        for step in self.points:
+            for draw in draws:
+                self._score(run, draw, step)
+        for step in self.points[:-1]:
+            self._checkpoint(run, step).unlink(missing_ok=True)         # its pictures have been drawn
+        say(f"{place}: {run.name}: {', '.join(report.in_words(self._numbers(run, draws[0], steps)))}")
         self.report()
+
+    def _checkpoint(self, run, step):
+        return self.out / "models" / run.name / f"{step:07d}.pth"
 
     def _draws(self, variant):
         """The values of --metadata_sample that a variant is drawn with; (None,) without metadata."""
@@ -226,17 +263,17 @@ class Ablation:
     def _label(self, variant, draw):
         return f"{variant.name}, {draw}" if draw and self.options.all_draws else variant.name
 
-    def _key(self, run, draw):
-        key = f"{run.name}, step {self.options.steps}, {self.options.samples} pictures"
+    def _key(self, run, draw, step):
+        key = f"{run.name}, step {step}, {self.options.samples} pictures"
         return f"{key}, {draw}" if draw else key
 
-    def _score(self, run, draw):
-        """Fill in what the record lacks of one row's scores for one seed."""
-        kept = self.record.data["scores"].get(self._key(run, draw), {})
+    def _score(self, run, draw, step):
+        """Fill in what the record lacks of one row's scores for one seed and step."""
+        kept = self.record.data["scores"].get(self._key(run, draw, step), {})
         missing = [scorer for scorer in ("swd", *self.options.score) if scorer not in kept]
         if not missing:
             return
-        fake = self._draw(run, draw)
+        fake = self._draw(run, draw, step)
         for scorer in missing:
             self.children.check()
             if scorer == "swd":
@@ -246,25 +283,28 @@ class Ablation:
                          for word in shlex.split(scorer)]
                 printed = self.children.run(f"--score for {run.name}", words, self._log(run.name), capture=True)
                 scores = report.read_scores(printed, scorer)
-            self.record.put(scores, "scores", self._key(run, draw), scorer)
+            self.record.put(scores, "scores", self._key(run, draw, step), scorer)
 
-    def _draw(self, run, draw):
-        """The folder of --samples pictures by G_ema of a finished run; drawn now unless they are there."""
-        samples, steps = self.options.samples, self.options.steps
+    def _draw(self, run, draw, step):
+        """The folder of --samples pictures by G_ema of a run at `step`; drawn now unless they are there."""
+        samples = self.options.samples
         place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
-        folder = place / run.name / f"{steps:07d}_generated_seed0"
+        folder = place / run.name / f"{step:07d}_generated_seed0"
         if len(swd.PictureFiles.below(folder)) != samples:
+            if not self._checkpoint(run, step).exists():
+                raise DataError(f"{folder}: the pictures of step {step} are gone, and so is its checkpoint; to train "
+                                f"{run.name} again, delete {self._checkpoint(run, step).parent}")
             self.children.run(run.name, self._main(
-                run.variant, "--version", run.name, "--train", "false", "--pretrained_model", steps, "--seed", 0,
+                run.variant, "--version", run.name, "--train", "false", "--pretrained_model", step, "--seed", 0,
                 "--num_samples", samples, "--sample_path", place, *(("--metadata_sample", draw) if draw else ())),
                 self._log(run.name))
         return folder
 
     # --------------------------------------------------------------------------------------------- the report
 
-    def _numbers(self, run, draw):
-        """{column: number} of one row and seed, {} while anything of it is missing."""
-        kept = self.record.data["scores"].get(self._key(run, draw), {})
+    def _numbers(self, run, draw, step):
+        """{column: number} of one row, seed and step, {} while anything of it is missing."""
+        kept = self.record.data["scores"].get(self._key(run, draw, step), {})
         if any(scorer not in kept for scorer in ("swd", *self.options.score)):
             return {}
         numbers = {}
@@ -273,22 +313,30 @@ class Ablation:
             if clash:
                 raise UsageError(f"--score {scorer!r}: '{clash[0]}' is the name of another column already")
             numbers.update(kept[scorer])
-        cost = report.cost_of(self.out / "logs" / run.name / "metrics.jsonl", self.options.steps)
+        cost = report.cost_of(self.out / "logs" / run.name / "metrics.jsonl", step)
         return {**numbers, **cost, **self.record.data["parameters"][run.variant.slug]}
 
+    def _results(self, step):
+        """{row's label: {seed: {column: number}}} of what there is so far, at this step."""
+        results = {}
+        for variant in self.options.variants:
+            for draw in self._draws(variant):
+                runs = {run.seed: self._numbers(run, draw, step) for run in self.runs if run.variant is variant}
+                results[self._label(variant, draw)] = {seed: run for seed, run in runs.items() if run}
+        return {label: seeds for label, seeds in results.items() if seeds}
+
     def report(self):
-        """Write ablation.md and ablation.png of what there is so far. Returns the lines of the numbers."""
+        """Write ablation.md, ablation.png and curves.png of what there is so far. Returns the lines of the numbers."""
         with self._report_lock:
-            results = {}
-            for variant in self.options.variants:
-                for draw in self._draws(variant):
-                    runs = {run.seed: self._numbers(run, draw) for run in self.runs if run.variant is variant}
-                    results[self._label(variant, draw)] = {seed: run for seed, run in runs.items() if run}
-            results = {label: seeds for label, seeds in results.items() if seeds}
+            by_step = {step: results for step in self.points if (results := self._results(step))}
+            results = by_step.get(self.options.steps)
             if not results:
                 return []
-            numbers = report.summary(results, self.record.data["floor"])
+            numbers = report.summary(results, self.record.data["floor"]) + report.convergence(by_step)
             shown = self._write_picture(results)
+            if report.curves(by_step, self.out / "curves.png"):
+                shown += ["", "![scores by step](curves.png)", "",
+                          "Means over the seeds, with their 95 % intervals."]
             text = "\n".join([*self._head(results), *numbers, *shown]) + "\n"
             write_atomically(self.out / "ablation.md", lambda path: path.write_text(text, encoding="utf-8"))
             return [*numbers, f"Written to {self.out / 'ablation.md'}, pictures beside it."]
@@ -301,7 +349,8 @@ class Ablation:
         lines = [
             "# Ablation of SLAE-FastGAN", "",
             f"    {shlex.join(['python', 'benchmarks/ablation.py', *self.argv])}", "",
-            f"- imsize {options.imsize}, {options.steps} steps, seeds {', '.join(map(str, range(options.seeds)))}",
+            f"- imsize {options.imsize}, {options.steps} steps, seeds "
+            f"{', '.join(map(str, sorted({run.seed for run in self.runs})))}",
             f"- {len(self.real)} real pictures, {options.samples} drawn from G_ema of each run",
             f"- {report.hardware()}" + (f"; {options.jobs} trainings at once" if options.jobs > 1 else ""),
             *report.on_settings(self._configs(), VARIED),
@@ -313,7 +362,10 @@ class Ablation:
             "`swd`: sliced Wasserstein distance (7x7 patches of a Laplacian pyramid, mean over its levels, times "
             "1000); lower is better, and its floor is that of two random halves of the real pictures. `s/step`: "
             "median of a run's log lines; one run followed the other, so the machine's own drift is in it. ± is "
-            "the sample standard deviation over the seeds.", "",
+            "the sample standard deviation over the seeds. Differences are paired: of runs of one seed, whose common "
+            "weights start the same and which see the same batches; their intervals are Student's, of 95 %."
+            + (f" Seeds were added until the intervals of {options.until} excluded 0: by chance they do so more often "
+               "than once in twenty times." if options.until else ""), "",
         ]
 
     def _configs(self):
@@ -394,6 +446,11 @@ def parse(argv):
         help="side of the pictures (default: 64 px)")
     add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")
+    add("--points", type=at_least(1), default=4, metavar="N",
+        help="steps at which each run is scored, evenly spread, the last included (default: 4)")
+    add("--until", metavar="COLUMN", help="more seeds, until the 95 %% interval of each variant's difference from the "
+        "baseline in this column excludes 0, or --most seeds were trained")
+    add("--most", type=at_least(1), default=16, metavar="N", help="seeds of each variant with --until (default: 16)")
     add("--variants", type=some_variants, default=VARIANTS, metavar="NAMES",
         help="some of baseline,+SLAE,+metadata,both (default: all)")
     add("--samples", type=at_least(2), default=1000, metavar="N",
@@ -408,6 +465,8 @@ def parse(argv):
     options = parser.parse_args(argv[:split])
     if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
         raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
+    if options.until and VARIANTS[0] not in options.variants:
+        raise UsageError(f"--until {options.until}: compares with the baseline; name it in --variants, too")
     extra = argv[split + 1:]
     for word in extra:
         name = word.lstrip("-").partition("=")[0]

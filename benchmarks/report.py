@@ -22,10 +22,38 @@ from utils import write_atomically
 
 BASELINE = "baseline"       # label of the row that the others are compared with
 
-# Which way is better, for the columns whose names are known.
-LOWER = ("swd", "fd", "fid", "kid", "lpips", "s/step", "GPU GiB", "G parameters", "D parameters")
-HIGHER = ("precision", "recall", "density", "coverage", "is", "inception_score")
+# Which way is better, for the columns whose names are known, alone or with that of a network, as in vgg_fd.
 COST = ("s/step", "GPU GiB", "G parameters", "D parameters")
+LOWER = ("swd", "fd", "fid", "kid", "lpips", *COST)
+HIGHER = ("precision", "recall", "density", "coverage", "is", "inception_score")
+
+
+def sign_of(name):
+    """-1 for a column where lower is better, 1 where higher is, 0 for one of unknown meaning."""
+    words = {name, *name.split("_")}
+    return -1 if words & set(LOWER) else 1 if words & set(HIGHER) else 0
+
+
+def interval(values):
+    """(mean, low, high): the 95 % interval of the mean by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    from scipy.stats import t  # an ablation's own requirement
+
+    mean, spread = mean_and_spread(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * spread / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def paired_interval(baseline, runs, name):
+    """`interval` of a column's differences of {seed: numbers} from the baseline's, over the seeds that both have."""
+    return interval([runs[seed][name] - baseline[seed][name] for seed in sorted(runs) if seed in baseline])
+
+
+def interval_in_words(found, like):
+    """'+9.0, 95 % interval -3.2 to 21.2', with as many decimals as `like` gets."""
+    mean, low, high = found
+    return f"{'+' * (mean >= 0)}{number(mean, like)}, 95 % interval {number(low, like)} to {number(high, like)}"
 
 
 def mean_and_spread(values):
@@ -63,7 +91,7 @@ def columns_of(results):
     names = list(dict.fromkeys(name for run in runs for name in run))
     names = [name for name in names if name not in COST] + [name for name in COST if name in names]
     constant = {name: runs[0][name] for name in names
-                if (name not in LOWER + HIGHER or name.endswith("parameters")) and len(runs) > 1
+                if (not sign_of(name) or name.endswith(("parameters", "floor"))) and len(runs) > 1
                 and len({run.get(name) for run in runs}) == 1}
     return [name for name in names if name not in constant], constant
 
@@ -119,7 +147,7 @@ def verdicts(results):
 
 
 def _change(name, before, after):
-    """'301.0 -> 310.0 (+3.0 %), worse; better in 1 of 3 seeds; paired difference +9.0 ± 16.5'"""
+    """'301.0 -> 310.0 (+3.0 %), worse; better in 1 of 3 seeds; paired difference +9.0, 95 % interval -3.2 to 21.2'"""
     a, b = statistics.mean(before), statistics.mean(after)
     text = f"{number(a)} -> {number(b)}{percent(a, b)}"
     if name.endswith("parameters"):
@@ -127,16 +155,83 @@ def _change(name, before, after):
     if before == after:
         return f"{number(a)}, equal in every seed"
     steps = [y - x for x, y in zip(before, after, strict=True)]
-    sign = -1 if name in LOWER else 1
-    known = name in LOWER + HIGHER
-    up, down = ("better", "worse") if known else ("higher", "lower")
+    sign = sign_of(name) or 1
+    up, down = ("better", "worse") if sign_of(name) else ("higher", "lower")
     text += ", " + (up if sign * (b - a) > 0 else down if sign * (b - a) < 0 else "equal")
     text += f"; {up} in {sum(sign * step > 0 for step in steps)} of {len(steps)} seed{'s' * (len(steps) > 1)}"
-    mean, spread = mean_and_spread(steps)
-    if spread is not None:
-        like = max(abs(a), abs(b))
-        text += f"; paired difference {'+' * (mean >= 0)}{number(mean, like)} ± {number(spread, like)}"
+    found = interval(steps)
+    if found is not None:
+        text += f"; paired difference {interval_in_words(found, max(abs(a), abs(b)))}"
+        text += "" if found[1] <= 0 <= found[2] else " (**excludes 0**)"
     return text
+
+
+def convergence(by_step):
+    """Lines of Markdown: for each score a table of its means and paired differences by step.
+
+    `by_step`: {step: results}; [] for a single step.
+    """
+    lines = []
+    for name in _scores(by_step) if len(by_step) > 1 else ():
+        labels = list(dict.fromkeys(label for results in by_step.values() for label in results))
+        rows = []
+        for step, results in by_step.items():
+            cells = [f"{step:,}"]
+            baseline = results.get(BASELINE, {})
+            for label in labels:
+                values = [run[name] for run in results.get(label, {}).values() if name in run]
+                cell = number(statistics.mean(values)) if values else "–"
+                found = label != BASELINE and values and paired_interval(baseline, results[label], name)
+                if found:
+                    _, low, high = found
+                    cell += f" [{number(low, statistics.mean(values))}, {number(high, statistics.mean(values))}]"
+                    cell = cell if low <= 0 <= high else f"**{cell}**"
+                cells.append(cell)
+            rows.append(cells)
+        lines += [f"`{name}` by step:", "", *markdown_table(["step", *labels], rows), ""]
+    if lines:
+        lines.append("In brackets: 95 % interval of the paired difference from the baseline; bold where it excludes 0.")
+        lines.append("")
+    return lines
+
+
+def _scores(by_step):
+    """The columns of scores whose meaning is known."""
+    columns = columns_of(list(by_step.values())[-1])[0]
+    return [name for name in columns if name not in COST and (sign_of(name) or name.endswith("nearest"))]
+
+
+def curves(by_step, path):
+    """Write a picture of each score by step, a line for each variant with its 95 % interval. Return whether it did.
+
+    Raises OSError. With a single step, or without matplotlib, it does nothing.
+    """
+    try:
+        from matplotlib.figure import Figure  # an ablation's own requirement
+    except ImportError:
+        return False
+    names = _scores(by_step)
+    if len(by_step) < 2 or not names:
+        return False
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    labels = list(dict.fromkeys(label for results in by_step.values() for label in results))
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for label in labels:
+            found = {step: interval(values) or (values[0],) * 3 for step, results in by_step.items()
+                     if (values := [run[name] for run in results.get(label, {}).values() if name in run])}
+            mean, low, high = zip(*found.values(), strict=True)
+            line, = axes.plot(list(found), mean, marker="o", markersize=4, label=label)
+            axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        better = {-1: " (lower is better)", 1: " (higher is better)", 0: ""}[sign_of(name)]
+        axes.set(title=f"{name}{better}", xlabel="step")
+        axes.grid(alpha=0.3)
+        if not place:
+            axes.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return True
 
 
 def summary(results, floor=None):
@@ -161,7 +256,7 @@ def summary(results, floor=None):
 def in_words(run):
     """['swd 31.20', 's/step 0.150', ...]: the numbers of one run whose meaning is known, but for its sizes."""
     return [f"{name} {number(value)}" for name, value in run.items()
-            if name in LOWER + HIGHER and not name.endswith("parameters")]
+            if sign_of(name) and not name.endswith("parameters")]
 
 
 def on_settings(configs, varied):

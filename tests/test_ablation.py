@@ -71,7 +71,9 @@ else:
     (logs / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i, "sec_per_step": s}) + "\\n" for i, s in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2))))
     Image.new("RGB", (66, 66), (ord(name[0]), 90, 90)).save(samples / f"{step:07d}_fake.png")
-    (models / f"{step:07d}.pth").touch()
+    every = int(flag("model_save_step"))
+    for saved in [*range(every, step, every), step]:
+        (models / f"{saved:07d}.pth").touch()
 '''
 
 
@@ -91,7 +93,7 @@ def stand_in(tmp_path, pictures, monkeypatch):
 def run(*flags):
     """The exit code of the ablation at the stand-in's size."""
     return ablation.main(["--image_path", "pictures", "--imsize", "32", "--steps", "4", "--seeds", "1",
-                          "--samples", "10", *map(str, flags)])
+                          "--samples", "10", "--points", "1", *map(str, flags)])
 
 
 TWO = ("--variants", "baseline,+SLAE")
@@ -195,6 +197,62 @@ def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
         assert f"- +metadata, {draw} against baseline: swd" in text
     assert run("--variants", "+metadata") == 0
     assert len(calls("sample")) == 4, "mix had been drawn and scored"
+
+
+def scorer_of(folder, **columns):
+    """A --score command: each column is an expression in `seed`, `both` (0 or 1) and `step` of what it scores."""
+    return script(folder, f"""
+import json, re, sys
+name, step = re.search(r"([a-z]+_seed\\d+)/(\\d+)_generated", sys.argv[2]).groups()
+values = dict(seed=int(name.partition("seed")[2]), both=int(name.startswith("both")), step=int(step))
+print(json.dumps({{key: eval(text, values) for key, text in {columns!r}.items()}}))
+""")
+
+
+PAIR = ("--variants", "baseline,both")
+
+
+def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, capsys):
+    score = scorer_of(stand_in, vgg_kid="10 * seed + 8 - step - both + 0.1 * seed * both", nearest="0.9")
+    assert run(*PAIR, "--seeds", 3, "--points", 2, "--score", score) == 0
+    assert [value(call["argv"], "--pretrained_model") for call in calls("sample")[:4]] == ["2", "4"] * 2
+    assert {(value(call["argv"], "--model_save_step"), value(call["argv"], "--keep_checkpoints"))
+            for call in calls("train")} == {("2", "0")}
+    assert sorted(path.name for path in Path("ablation/models/both_seed1").glob("*.pth")) == ["0000004.pth"]
+    text = Path("ablation/ablation.md").read_text()
+    # differences of -1, -0.9, -0.8: their mean -0.9, Student's t of two degrees of freedom 4.303
+    assert "both against baseline: vgg_kid 14.00 -> 13.10 (-6.4 %), better; better in 3 of 3 seeds; paired " \
+           "difference -0.90, 95 % interval -1.15 to -0.65 (**excludes 0**)" in text
+    table = text.partition("`vgg_kid` by step:\n\n")[2].splitlines()
+    assert table[0] == "| step | baseline | both |"
+    assert table[2:4] == ["| 2 | 16.00 | **15.10 [-1.15, -0.65]** |", "| 4 | 14.00 | **13.10 [-1.15, -0.65]** |"]
+    assert "![scores by step](curves.png)" in text and Image.open("ablation/curves.png").width > 500
+    shutil.rmtree("ablation/drawn")
+    assert run(*PAIR, "--seeds", 3, "--points", 2, "--score", score + " again") == 3
+    assert "to train baseline_seed0 again, delete ablation/models/baseline_seed0" in capsys.readouterr().err
+    shutil.rmtree("ablation/models")
+    before = Path("calls.txt").read_text()
+    assert run(*PAIR, "--seeds", 3, "--points", 2, "--score", score) == 0
+    assert Path("calls.txt").read_text() == before, "what has been scored needs neither checkpoints nor pictures"
+
+
+def test_seeds_are_added_until_the_interval_excludes_zero(stand_in, capsys):
+    # differences 5, -1, -1, -1, -1.3, ...: the interval excludes 0 with none of them for the first 11 seeds
+    score = scorer_of(stand_in, kid="10 + both * (1 if seed < 2 else 1 + seed / 100) * (seed != 0 or -1)")
+    assert run(*PAIR, "--seeds", 2, "--until", "kid", "--most", 9, "--score", score) == 0
+    seeds = [value(call["argv"], "--seed") for call in calls("train")]
+    found = Path("ablation/ablation.md").read_text()
+    assert "(**excludes 0**)" in found.partition("kid 1")[2].splitlines()[0] and "Seeds were added until" in found
+    assert 2 < len(seeds) / 2 < 9 and "seed 2: the interval of kid includes 0 for both" in capsys.readouterr().out
+    before = Path("calls.txt").read_text()
+    assert run(*PAIR, "--seeds", 2, "--until", "kid", "--most", 9, "--score", score) == 0
+    assert Path("calls.txt").read_text() == before, "the same seeds again"
+    assert run(*PAIR, "--seeds", 2, "--until", "fid", "--score", score) == 2
+    assert "--until fid: no such column; there are swd, kid" in capsys.readouterr().err
+    assert run("--variants", "both", "--until", "kid", "--score", score) == 2
+    score = scorer_of(stand_in, kid="10 + both * (-1) ** seed")
+    assert run(*PAIR, "--until", "kid", "--most", 3, "--out", "limit", "--score", score) == 0
+    assert "seeds 0, 1, 2" in Path("limit/ablation.md").read_text()
 
 
 def test_a_run_that_fails_ends_the_command_with_its_code_and_last_words(stand_in, capsys, monkeypatch):

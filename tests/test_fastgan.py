@@ -60,6 +60,19 @@ def test_every_size_gives_two_images_masks_logits_and_reconstructions(imsize, sl
     assert masks == {f"{name}{size}": (2, 1, size, size) for name, size in expected}
 
 
+def test_what_networks_with_and_without_the_additions_have_in_common_starts_the_same():
+    """So that an ablation compares pairs."""
+    plain = networks(slae=False, metadata=False)
+    for slae, metadata in ((True, False), (False, True), (True, True)):
+        changed = networks(slae=slae, metadata=metadata)
+        for before, after in zip(plain, changed, strict=True):
+            before, after = before.state_dict(), after.state_dict()
+            assert before.keys() <= after.keys()
+            assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    masks = [weight for name, weight in changed[0].named_parameters() if ".attention." in name]
+    assert len(masks) == 3 and not torch.equal(masks[0], masks[1])
+
+
 def test_a_batch_of_one_trains_every_weight():
     G, D = networks(slae_d=True)
     fake = G(torch.randn(1, 16 + 512))
