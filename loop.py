@@ -246,20 +246,20 @@ class Run:
             scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
         if scores is None:
             return
-        if distributed.is_first():
-            for score in scores:
-                self.write_line(score.line())
-            self.try_to("write scores.md",
-                        lambda: score_table.record(config.log_path, config.version, trainer.step, scores))
-            values = {name: value for score in scores for name, value in score.values.items()}
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.progress.write(f"step {trainer.step}: {text}")
         better = distributed.gather(score_table.better_fid(scores, checkpoint.best_score(self.folders.models))
                                     if distributed.is_first() else None)[0]
         if better:
             state = {**self.state(), "best": better}
             if distributed.is_first():
                 checkpoint.save_best(state, self.folders.models)
+        if distributed.is_first():
+            self.try_to("write scores.md",
+                        lambda: score_table.record(config.log_path, config.version, trainer.step, scores))
+            for score in scores:
+                self.write_line(score.line())           # the last thing: `find_undone` looks for it
+            values = {name: value for score in scores for name, value in score.values.items()}
+            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.progress.write(f"step {trainer.step}: {text}")
 
     def write_page(self):
         """Rewrite the run's page and the overview of all runs."""

@@ -3,6 +3,7 @@
 A run resumes from its newest checkpoint and locks its folders against other processes.
 """
 
+import contextlib
 import json
 from functools import partial
 
@@ -39,6 +40,7 @@ def train(config, place, precision, interrupt):
                                                       partial(find_mismatch, config))
     undone = distributed.on_first(partial(find_undone, config, folders, state))
     if state and state["step"] >= config.total_step and not any(undone):
+        distributed.on_first(partial(_finish_page, config, folders))
         say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
             f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
         return 0
@@ -67,6 +69,13 @@ def train(config, place, precision, interrupt):
     finally:
         if lock:
             lock.close()
+
+
+def _finish_page(config, folders):
+    """Write the page of a run that may have been killed while it wrote its last one. Failures do not matter."""
+    with contextlib.suppress(OSError):
+        folders.remove_leftovers()
+        page.write_pages(folders, config)
 
 
 def _load_what_is_needed(config, place, state, pictures):

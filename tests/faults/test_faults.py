@@ -344,16 +344,22 @@ def test_a_file_system_without_locks_gets_one_warning(run, monkeypatch):
     assert code == 0 and out.count("has no locks") == 1
 
 
+def a_dead_process():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def test_leftovers_of_a_killed_run_go_at_the_next_start(run):
     run("--version", "a", "--total_step", 1)
-    dead = subprocess.Popen(["true"])
-    dead.wait()
+    dead = a_dead_process()
     here = utils._machine()
     gone = [Path(path) for path in (
-        f"models/a/.0000001.pth.{here}-{dead.pid}.tmp", f"models/a/.0000001.pth.{dead.pid}.tmp",    # of older programs
-        f"samples/.index.html.{here}-{dead.pid}.tmp", f"logs/.scores.md.{here}-{dead.pid}.tmp")]
+        f"models/a/.0000001.pth.{here}-{dead}.tmp", f"models/a/.0000001.pth.{dead}.tmp",    # of older programs
+        f"samples/.index.html.{here}-{dead}.tmp", f"logs/.scores.md.{here}-{dead}.tmp")]
     stay = [Path("models/a", f".0000001.pth.{writer}.tmp") for writer in (
-        f"{here}-{os.getpid()}", f"01234567-{dead.pid}", "x")]      # alive, elsewhere, not ours
+        f"{here}-{os.getpid()}", f"01234567-{dead}", "x")]      # alive, elsewhere, not ours
     for path in (*gone, *stay):
         path.write_bytes(b"part")
     run("--version", "a", "--total_step", 2)
@@ -361,12 +367,11 @@ def test_leftovers_of_a_killed_run_go_at_the_next_start(run):
 
 
 def test_leftovers_go_with_the_next_write_of_their_file(tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
+    dead = a_dead_process()
     for name in ("[1].pt", "1.pt"):
-        (tmp_path / f".{name}.{utils._machine()}-{dead.pid}.tmp").write_bytes(b"part")
+        (tmp_path / f".{name}.{utils._machine()}-{dead}.tmp").write_bytes(b"part")
     utils.write_atomically(tmp_path / "[1].pt", lambda path: path.write_bytes(b"whole"))
-    assert {path.name for path in tmp_path.iterdir()} == {"[1].pt", f".1.pt.{utils._machine()}-{dead.pid}.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"[1].pt", f".1.pt.{utils._machine()}-{dead}.tmp"}
 
 
 # --------------------------------------------------------------------------- killed between a checkpoint and its record
@@ -391,8 +396,14 @@ def test_what_a_killed_run_had_not_written_for_its_last_checkpoint_is_written_wh
     code, out, _ = run(*flags, "--total_step", total)
     assert code == 0 and "resuming 'a' from step 4" in out
     assert grid.read_bytes() == shown and without_times(lines("a"))[:3] == without_times(before)
+    left = Path(f"samples/.index.html.{utils._machine()}-{a_dead_process()}.tmp")
+    last_page = Path("samples/a/index.html")
+    finished = last_page.read_text()
+    last_page.write_text(finished.replace('"step":4', '"step":2'))         # killed before its last page
+    left.write_text("part")
     code, out, _ = run(*flags, "--total_step", total)
     assert code == 0 and "nothing to do" in out
+    assert last_page.read_text().count('"step":4') == finished.count('"step":4') > 0 and not left.exists()
 
 
 def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_resumed(run):
