@@ -30,9 +30,12 @@ ON_DEVICE = 1 / 8  # the share of a GPU's free memory that the pictures may take
 def find_dataset(config) -> ImageDataset:
     """Return the data set of `config` before its pictures are looked at, which writes nothing.
 
-    Raise DataError if it is missing, or too small to train on.
+    Raise DataError if it is missing, or too small to train on. All ranks must call this.
     """
     dataset = DATASETS[config.dataset](config)
+    if len(without_held_out(dataset, config)) < config.batch_size:
+        # it will be refused: for its unusable pictures, if it has too many, else with the number of the usable ones
+        dataset = usable(dataset, lambda: dataset, config)
     _refuse_few(without_held_out(dataset, config), config)
     return dataset
 

@@ -70,8 +70,13 @@ class Config(argparse.Namespace):
         return config
 
 
+_KINDS = {"int": "whole number", "float": "number"}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
+        message = re.sub(r"invalid (int|float) value: (.+)$", lambda wrong: f"{wrong[2]} is no {_KINDS[wrong[1]]}",
+                         message)
         raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
 
 
@@ -83,7 +88,7 @@ def parse(argv):
         description="Train a GAN on your pictures and show what its networks attend to. To resume a run, give the same "
                     "command again.",
         epilog="exit codes: 0 done, 1 unexpected, 2 usage, 3 data, 4 not finite, or ranks that differ, 5 checkpoint or "
-               "disk, 6 run folder in use, 128 + signal: interrupted, after saving",
+               "disk, 6 run folder in use, 7 another rank was lost, 128 + signal: interrupted, after saving",
     )
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(f"--model {title} only" if title in FAMILIES else title)

@@ -119,7 +119,8 @@ def one_of(*names):
     def convert(text):
         if text in names:
             return text
-        nearest = difflib.get_close_matches(text, names, n=1)
+        # of short names a swap of two letters is 0.67
+        nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.7 if len(text) > 4 else 0.6)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(names)}{hint}")
 

@@ -76,12 +76,16 @@ def clean_data(config) -> int:
         if not doomed:
             say("nothing to delete")
         elif config.dry_run:
-            say(f"{len(doomed)} files would be deleted")
+            say(f"{_files(len(doomed))} would be deleted")
         elif _confirmed(len(doomed), folder, config.yes):
             _delete(doomed, folder, logs, rows)
         else:
             say("nothing was deleted")
     return 0
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' * (count != 1)}"
 
 
 def _read(path: Path) -> list[dict] | None:
@@ -118,7 +122,7 @@ def _change(entry: dict, folder: str) -> str | None:
         return "is not a plain file, but a link or the like"
     real = os.path.realpath(path)
     if os.path.commonpath([real, folder]) != folder:
-        return f"is not in {printable(folder)}"
+        return f"is not in {printable(folder)}; give the run's own --dataset and --image_path"
     if (file.st_size, file.st_mtime_ns) != (entry.get("size"), entry.get("mtime_ns")):
         return "has changed since the check"
     return None
@@ -129,9 +133,9 @@ def _confirmed(count: int, folder: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin or not sys.stdin.isatty():
-        raise UsageError(f"--mode clean_data: {count} files would be deleted; add --yes true to delete them")
+        raise UsageError(f"--mode clean_data: {_files(count)} would be deleted; add --yes true to delete them")
     try:
-        return input(f"Delete these {count} files in {printable(folder)}? [y/N] ").strip().lower() in ("y", "yes")
+        return input(f"Delete {_files(count)} in {printable(folder)}? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
 
@@ -157,6 +161,6 @@ def _delete(doomed: list[_Doomed], folder: str, logs: Path, rows: dict):
             write_list(logs / name, left)
         else:
             (logs / name).unlink()
-    say(f"{len(deleted)} files deleted")
+    say(f"{_files(len(deleted))} deleted")
     if problems:
-        raise CheckpointError(f"--mode clean_data: {len(problems)} files cannot be deleted, such as {problems[0]}")
+        raise CheckpointError(f"--mode clean_data: {_files(len(problems))} cannot be deleted, such as {problems[0]}")

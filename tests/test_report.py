@@ -46,9 +46,10 @@ def test_the_floor_is_a_row_of_its_own():
 def test_verdicts_for_worse_and_for_better():
     fd, precision, size = report.verdicts(HAND_MADE)
     assert fd == ("+SLAE against baseline: fd 301.0 -> 310.0 (+3.0 %), worse; better in 1 of 3 seeds; "
-                  "paired difference +9.0 ± 16.5")                              # +20, -10, +17
+                  "paired difference +9.0, 95 % interval -32.0 to 50.0")        # +20, -10, +17: 9 ± 4.303 * 16.5 / √3
     assert precision == ("+SLAE against baseline: precision 0.600 -> 0.700 (+17 %), better; "
-                         "better in 3 of 3 seeds; paired difference +0.100 ± 0.000")
+                         "better in 3 of 3 seeds; paired difference +0.100, 95 % interval 0.100 to 0.100 "
+                         "(**excludes 0**)")
     assert size == "+SLAE against baseline: G parameters 1,000 -> 1,001 (+0.10 %)"
 
 
@@ -70,7 +71,7 @@ def test_a_verdict_on_equal_numbers_and_on_a_baseline_of_zero():
                "both": {0: {"recall": 0.02, "fd": 3.5}, 1: {"recall": 0.04, "fd": 4.5}}}
     assert report.verdicts(results) == [
         "both against baseline: recall 0 -> 0.0300, better; better in 2 of 2 seeds; "
-        "paired difference +0.0300 ± 0.0141",
+        "paired difference +0.0300, 95 % interval -0.0971 to 0.1571",
         "both against baseline: fd 4.000, equal in every seed"]
 
 

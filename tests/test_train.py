@@ -293,7 +293,11 @@ def test_missing_data_ends_with_3_in_two_lines_and_writes_nothing(run, flags, wo
 def test_fewer_pictures_than_a_batch_ends_with_3(run, pictures):
     code, _, err = run("--dataset", "folder", "--image_path", pictures, "--batch_size", 13)
     assert code == 3 and "--batch_size" in err and "12" in err
-    assert os.listdir() == ["pictures"]
+    assert sorted(os.listdir()) == ["cache", "pictures"], "the check's own cache"
+    (pictures / "broken.png").write_bytes(b"no picture")
+    code, _, err = run("--dataset", "folder", "--image_path", pictures, "--batch_size", 14, "--version", "a")
+    assert code == 3 and "1 of the 13 pictures" in err and "broken.png" in err and "--batch_size" not in err
+    assert "broken.png" in Path("logs/a/bad_images.jsonl").read_text(), "what --mode clean_data reads"
 
 
 def test_dry_run_prints_and_writes_nothing(run):
