@@ -29,6 +29,7 @@ from storage import checkpoint, score_table
 from storage.folders import step_name
 from storage.journal import MetricsLog, Window, names_at
 
+LAST_PICTURE = "_fake.png"  # of a record: where it is, the others are
 HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
 
@@ -51,24 +52,27 @@ def due_at(config, step):
 
 
 def find_undone(config, folders, state):
-    """Return what is due after the step of the checkpoint `state` and is not there, as the run was ended before.
+    """Return (what is due after the step of the checkpoint `state` and is not on the disk, as the run was ended before;
+    the saved state of its Window, None where its line is there).
 
     A state of None, and one later than the last step, have nothing undone.
     """
     if state is None or state["step"] > config.total_step:
-        return Due(False, False, False, False)
-    step, unlogged = state["step"], state.get("unlogged")       # older checkpoints have none
+        return Due(False, False, False, False), None
+    step, unlogged = state["step"], Window.read_state(state.get("unlogged"))    # older checkpoints have none
     due, names = due_at(config, step), names_at(folders.logs, step)
-    return Due(log=due.log and bool(unlogged and unlogged["steps"]) and not names & unlogged["sums"].keys(),
-               show=due.show and not (folders.samples / step_name(step, "_fake.png")).exists(),
-               save=False, measure=due.measure and "protocol" not in names)
+    if unlogged and names & unlogged["sums"].keys():
+        unlogged = None
+    log = due.log and unlogged is not None
+    # with its line, as that has figures of the record
+    show = due.show and (log or not (folders.samples / step_name(step, LAST_PICTURE)).exists())
+    return Due(log, show, save=False, measure=due.measure and "protocol" not in names), unlogged
 
 
 class Run:
     """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`.
 
-    `meter` computes the metrics of `--metric_step`, or is None. Of a run that goes on: `undone` is what `find_undone`
-    found, `unlogged` the saved state of its Window, or None.
+    `meter` computes the metrics of `--metric_step`, or is None; `undone` and `unlogged` are what `find_undone` found.
     """
 
     def __init__(self, trainer, meter, dataset, data, folders, interrupt, undone, unlogged):
@@ -173,9 +177,9 @@ class Run:
                 record = Record(inputs.to(device), images.to(device), self.real_images.to(device), folders.samples,
                                 folders.attention, trainer.step, config.attn_queries, config.attn_raw)
                 self.figures = self.check_health(record)
-                save_grid(images, record.samples / record.name("fake"))
                 for write in FAMILIES[config.model].records:
                     self.figures |= write(trainer.G_ema, trainer.D, record)
+                save_grid(images, record.samples / step_name(record.step, LAST_PICTURE))
         finally:
             trainer.D.train()
 
@@ -297,6 +301,7 @@ class Run:
             unsaved = trainer.is_whole and trainer.step > self.saved_step
             if unsaved and trainer.is_finite() and watch.claim(f"save step {trainer.step}"):
                 trainer.recompute_bn_stats()
+                self.window.stop_clock()
                 self.write_checkpoint()
                 say(f"step {trainer.step} is saved in {self.folders.models}", any_rank=True)
             raise

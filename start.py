@@ -35,10 +35,10 @@ def train(config, place, precision, interrupt):
     folders = RunFolders.of(config)
     require_folders(folders.each(), _owner(config))
     saved = checkpoint.steps_in(folders.models)
-    restart = config.restart or folders.is_half_moved()     # one that was killed in the midst of it is gone on with
+    restart = _is_restart(config, folders)
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
                                                       partial(find_mismatch, config))
-    undone = distributed.on_first(partial(find_undone, config, folders, state))
+    undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
     if state and state["step"] >= config.total_step and not any(undone):
         distributed.on_first(partial(_finish_page, config, folders))
         say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
@@ -62,13 +62,24 @@ def train(config, place, precision, interrupt):
     lock = distributed.after_first(lambda: _claim(config, folders, saved, restart), lambda: None)
     try:
         _restore(trainer, state, folders)
-        run = Run(trainer, meter, dataset, data, folders, interrupt, undone, state and state.get("unlogged"))
+        run = Run(trainer, meter, dataset, data, folders, interrupt, undone, unlogged)
         del state                                       # frees the checkpoint's memory
         run.try_to("write the lists of pictures", lambda: write_lists(found, config))
         return run.loop()
     finally:
         if lock:
             lock.close()
+
+
+def _is_restart(config, folders):
+    """Return whether an old run is to be moved aside: by `--restart true`, or by one that was killed in the midst of it.
+
+    Raise UsageError if this run was to begin from `--pretrained_model`.
+    """
+    if folders.is_half_moved() and config.pretrained_model is not None:
+        raise UsageError(f"--pretrained_model {config.pretrained_model}: '{config.version}' is being moved aside, as a "
+                         f"--restart true was killed.\nLeave the flag out; or delete {folders.moving}.")
+    return config.restart or folders.is_half_moved()
 
 
 def _finish_page(config, folders):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,8 +70,11 @@ class RunFolders:
 
     def remove_leftovers(self):
         """Delete temporary files that killed processes left here, or beside them in folders of all runs."""
-        for folder in {*self.each(), self.samples.parent, self.logs.parent}:
+        for folder in self.each():
             remove_leftovers(folder)
+        remove_leftovers(self.samples.parent, "index.html")
+        remove_leftovers(self.logs.parent, "scores.md")
+        remove_leftovers(self.models.parent, self.moving.name)
 
     def move_aside(self):
         """Rename the folders of an old run, all with the same suffix. Return the old run's new name, None without one.
@@ -82,11 +86,11 @@ class RunFolders:
             if not any(folder.exists() for folder in self.each()):
                 return None
             number = next(n for n in range(1, 10_000) if not any(map(os.path.lexists, self._aside(n).values())))
-            write_atomically(self._moving, lambda path: path.write_text(str(number), encoding="ascii"))
+            write_atomically(self.moving, lambda path: path.write_text(str(number), encoding="ascii"))
         for folder, aside in self._aside(number).items():
             if not os.path.lexists(aside) and folder.exists():
                 os.replace(folder, aside)
-        self._moving.unlink()
+        self.moving.unlink()
         return f"{self.models.name}.old{number}"
 
     def is_half_moved(self):
@@ -98,16 +102,25 @@ class RunFolders:
         return {folder: folder.with_name(f"{folder.name}.old{number}") for folder in reversed(self.each())}
 
     @property
-    def _moving(self):
+    def moving(self):
         """The file that holds the number of the suffix while the folders are moved."""
         return self.models.with_name(f".{self.models.name}.moving")
 
     def _number_of_move(self):
-        """Return the number in the file `_moving`, or None."""
+        """Return the number in the file `moving`; None without one, and if a run would be moved over another."""
         try:
-            return int(self._moving.read_text(encoding="ascii"))
+            text = self.moving.read_text(encoding="ascii")
         except (OSError, ValueError):
             return None
+        if not re.fullmatch(r"[1-9]\d{0,3}", text):
+            return None
+        taken = (folder for folder, aside in self._aside(int(text)).items() if os.path.lexists(aside))
+        return None if any(_has_files(folder) for folder in taken) else int(text)
+
+
+def _has_files(folder):
+    """Return whether a folder has more in it than its lock."""
+    return folder.is_dir() and any(name != LOCK for name in os.listdir(folder))
 
 
 def require_folders(folders, owner=None):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -24,20 +25,16 @@ def open_to_add(path):
 
 
 def names_at(folder, step):
-    """Return the names of the values that metrics.jsonl holds of `step`, a set; only lines at its end are read."""
+    """Return the names of the values that metrics.jsonl holds of `step`, a set."""
     try:
         lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
         return set()
     names = set()
-    for line in reversed(lines):
-        try:
-            values = json.loads(line)
-            if values["step"] < step:
-                break
-            names |= values.keys() if values["step"] == step else set()
-        except (ValueError, KeyError, TypeError, RecursionError):       # no line of ours
-            continue
+    for line in lines:
+        if line.startswith(b'{"step": %d,' % step):     # as `MetricsLog.write` begins a line: no other is parsed
+            with contextlib.suppress(ValueError, RecursionError):
+                names |= json.loads(line).keys()
     return names
 
 
@@ -106,7 +103,8 @@ class MetricsLog:
 class Window:
     """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps.
 
-    `saved` is the `state()` of a run that is resumed, so that its next line covers all steps since its last one.
+    `saved` is what `read_state` returned for a run that is resumed, so that its next line covers all steps since its
+    last one.
     """
 
     def __init__(self, saved=None):
@@ -121,9 +119,23 @@ class Window:
         self.sums, self.steps, self.seconds, self._began = {}, 0, 0.0, time.perf_counter()
 
     def state(self):
-        """Return what a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of it. Call `stop_clock` or `means` before."""
         return {"sums": {name: float(value) for name, value in self.sums.items()}, "steps": self.steps,
                 "seconds": self.seconds}
+
+    @staticmethod
+    def read_state(saved):
+        """Return what `state` returned; None if it covers no step, or is not what it returns."""
+        if not isinstance(saved, dict) or saved.keys() != {"sums", "steps", "seconds"}:
+            return None
+        sums, steps, seconds = saved["sums"], saved["steps"], saved["seconds"]
+        whole = isinstance(sums, dict) and {"d_loss", "g_loss"} <= sums.keys() and isinstance(steps, int) and steps > 0
+        return saved if whole and all(isinstance(value, float) and math.isfinite(value)
+                                      for value in (seconds, *sums.values())) else None
+
+    def stop_clock(self):
+        """Take the time since the window began for that of its steps."""
+        self.seconds = time.perf_counter() - self._began
 
     def add(self, stats):
         """Add the statistics of one step, {name: 0-d tensor}."""
@@ -136,7 +148,7 @@ class Window:
         values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
         self.sums = dict(zip(self.sums, values, strict=True))   # the same on all ranks: any of them may save it
         means = dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
-        self.seconds = time.perf_counter() - self._began        # after the synchronization: all steps have ended
+        self.stop_clock()                               # after the synchronization: all steps have ended
         return means
 
     @contextlib.contextmanager

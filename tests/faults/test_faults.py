@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MAIN, TINY, Launched, assert_same_state, lines, small_disk_at, state
@@ -358,8 +359,10 @@ def test_leftovers_of_a_killed_run_go_at_the_next_start(run):
     gone = [Path(path) for path in (
         f"models/a/.0000001.pth.{here}-{dead}.tmp", f"models/a/.0000001.pth.{dead}.tmp",    # of older programs
         f"samples/.index.html.{here}-{dead}.tmp", f"logs/.scores.md.{here}-{dead}.tmp")]
+    others = [Path(f"samples/.rsync.{dead}.tmp"), Path(f"samples/.index.html.{dead}.txt")]      # of other programs
     stay = [Path("models/a", f".0000001.pth.{writer}.tmp") for writer in (
         f"{here}-{os.getpid()}", f"01234567-{dead}", "x")]      # alive, elsewhere, not ours
+    stay += others
     for path in (*gone, *stay):
         path.write_bytes(b"part")
     run("--version", "a", "--total_step", 2)
@@ -391,31 +394,57 @@ def test_what_a_killed_run_had_not_written_for_its_last_checkpoint_is_written_wh
     grid, logged = Path("samples/a/0000004_fake.png"), Path("logs/a/metrics.jsonl")
     before, shown = lines("a"), grid.read_bytes()
     assert [line["step"] for line in before] == [2, 4, 4] and "swd" in before[2]
-    grid.unlink()
+    for picture in Path("samples/a").glob("0000004_*"):
+        picture.unlink()
     logged.write_text(logged.read_text().splitlines(keepends=True)[0])
     code, out, _ = run(*flags, "--total_step", total)
     assert code == 0 and "resuming 'a' from step 4" in out
+    assert len(list(Path("samples/a").glob("0000004_attn_*"))) == 6
     assert grid.read_bytes() == shown and without_times(lines("a"))[:3] == without_times(before)
+    run("--version", "a", "--mode", "evaluate", "--pretrained_model", 4, "--metrics", "swd", "--num_eval", 4)
     left = Path(f"samples/.index.html.{utils._machine()}-{a_dead_process()}.tmp")
     last_page = Path("samples/a/index.html")
     finished = last_page.read_text()
-    last_page.write_text(finished.replace('"step":4', '"step":2'))         # killed before its last page
+    now = f'"step":{total}'
+    last_page.write_text(finished.replace(now, '"step":2'))                # killed before its last page
     left.write_text("part")
     code, out, _ = run(*flags, "--total_step", total)
     assert code == 0 and "nothing to do" in out
-    assert last_page.read_text().count('"step":4') == finished.count('"step":4') > 0 and not left.exists()
+    assert last_page.read_text().count(now) == finished.count(now) > 0 and not left.exists()
 
 
-def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_resumed(run):
+@pytest.mark.parametrize("parts", [(3, 6, 8), (4, 7, 8), (1, 2, 8)])
+def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_resumed(run, parts):
     flags = ("--log_step", 4, "--sample_step", 100)
     run("--version", "whole", "--total_step", 8, *flags)
-    for total in (3, 6, 8):
+    losses = {line["step"]: [line[name] for name in ("d_loss", "g_loss", "d_real")] for line in lines("whole")}
+    steps = {step: [] for step in range(1, 9)}
+    run("--version", "steps", "--total_step", 8, "--log_step", 1, "--sample_step", 100)
+    for line in lines("steps"):
+        steps[line["step"]] = [line[name] for name in ("d_loss", "g_loss", "d_real")]
+    for total in parts:
         run("--version", "parts", "--total_step", total, *flags)
-    whole, parts = (without_times(line for line in lines(version) if line["step"] in (4, 8))
-                    for version in ("whole", "parts"))
-    for line, other in zip(whole, parts, strict=True):
-        for name in ("d_loss", "g_loss", "d_real"):
-            assert line[name] == other[name], (line["step"], name)
+    logged = {line["step"]: [line[name] for name in ("d_loss", "g_loss", "d_real")] for line in lines("parts")}
+    before = 0
+    for step, values in logged.items():
+        mean = torch.tensor([steps[number] for number in range(before + 1, step + 1)]).mean(0)
+        assert values == pytest.approx(mean.tolist(), abs=1e-6), (step, before)
+        before = step
+    assert 4 not in parts or logged[4] == losses[4]
+
+
+def test_a_checkpoint_whose_log_statistics_are_damaged_is_used_without_them(run):
+    flags = ("--version", "a", "--log_step", 2, "--sample_step", 100)
+    run(*flags, "--total_step", 2)
+    path, kept = Path("models/a/0000002.pth"), state("a", 2)
+    good = {"sums": {"d_loss": 1.0, "g_loss": 1.0}, "steps": 2, "seconds": 1.0}
+    for number, damage in enumerate(({}, {"steps": 2}, {**good, "sums": [1]}, {**good, "sums": {"d_loss": "a"}},
+                                     {**good, "sums": {"d_loss": float("nan"), "g_loss": 1.0}}, {**good, "steps": 0})):
+        torch.save({**kept, "unlogged": damage}, path)
+        Path("logs/a/metrics.jsonl").unlink()
+        code, _, err = run(*flags, "--total_step", 3 + number)
+        assert code == 0, err
+        assert all(np.isfinite(line["d_loss"]) for line in lines("a"))
 
 
 def test_a_fresh_start_sets_an_older_runs_records_aside(run):
@@ -468,6 +497,23 @@ def test_a_restart_that_was_killed_between_two_folders_is_gone_on_with(run, monk
     assert_same_state(old, state("a.old1", 2))
     for folder, name in (("samples", "0000002_fake.png"), ("logs", "metrics.jsonl"), ("models", "0000002.pth")):
         assert Path(folder, "a.old1", name).exists() and not Path(folder, "a.old2").exists()
+
+
+def test_what_says_that_a_restart_was_killed_is_not_believed_where_it_would_cost_a_run(run):
+    run("--version", "a", "--total_step", 2)
+    run("--version", "a", "--total_step", 2, "--restart", "true", "--seed", 5)
+    old, new, moving = state("a.old1", 2), state("a", 2), Path("models/.a.moving")
+    for text in ("1", "-3", "0", "99999999999999999999999", "", "one"):
+        moving.write_text(text)
+        code, out, err = run("--version", "a", "--total_step", 2)
+        assert code == 0 and "nothing to do" in out, err
+    code, out, err = run("--version", "a", "--total_step", 1, "--restart", "true")
+    assert code == 0 and "is now called 'a.old2'" in out, err
+    assert_same_state(old, state("a.old1", 2))
+    assert_same_state(new, state("a.old2", 2))
+    moving.write_text("3")
+    code, _, err = run("--version", "a", "--total_step", 3, "--pretrained_model", 1)
+    assert code == 2 and "--pretrained_model 1" in err and "models/.a.moving" in err and saved() == [1]
 
 
 # --------------------------------------------------------------------------------- F. what a run is trained on
