@@ -72,7 +72,7 @@ def train(config, place, precision, interrupt):
 
 
 def _is_restart(config, folders):
-    """Return whether an old run is to be moved aside: by `--restart true`, or by one that was killed in the midst of it.
+    """Return whether an old run is moved aside: by `--restart true`, or by one that was killed in the midst of it.
 
     Raise UsageError if this run was to begin from `--pretrained_model`.
     """
