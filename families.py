@@ -62,7 +62,7 @@ FAMILIES = {    # --model
                     (records.write_attention,), records.attention_sheet, {},
                     compile_from=100_000),      # compiling takes a minute or two and saves some 0.7 ms a step
     "fastgan": Family(fastgan_models.build, _self_supervised, _require_lpips, lambda G, D: {},
-                      (records.write_masks,), records.mask_sheet, flags.fastgan.BASELINES,
+                      (records.write_masks, records.measure_inputs), records.mask_sheet, flags.fastgan.BASELINES,
                       compile_from=float("inf")),
 }
 

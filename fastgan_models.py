@@ -246,6 +246,17 @@ class Generator(nn.Module):
         mixed = F.rms_norm(self.mix(metadata), (self.z_dim,))           # (B, z_dim)
         return (z + mixed) * 0.5**0.5
 
+    @property
+    def parts(self):
+        """The parts of the input z, {name: slice}."""
+        metadata = {} if self.mix is None else {"metadata": slice(self.z_dim, None)}
+        return {"z": slice(self.z_dim), **metadata}
+
+    @property
+    def noise(self):
+        """The layers that add noise maps."""
+        return [layer for layer in self.modules() if isinstance(layer, Noise)]
+
     def attention_maps(self, z, queries=None):
         """Return {"slae<size>": mask (B, 1, size, size) in (0, 1)}, of each skip's source; masks need no queries."""
         return _attention_masks(self, z, "slae")

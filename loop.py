@@ -332,8 +332,8 @@ class Run:
         try:
             if first:
                 self.try_to("open metrics.jsonl", self.open_log)
-                utils.write_atomically(self.folders.models / "config.json",
-                                       lambda path: path.write_text(as_json(config)))
+                self.try_to("write config.json", lambda: utils.write_atomically(        # a checkpoint has it, too
+                    self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
                 self.try_to("write real.png", lambda: save_grid(self.real_images, self.folders.samples / "real.png"))
             self.window = Window(self.unlogged)
             yield

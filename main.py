@@ -115,8 +115,8 @@ def dispatch(config, place, interrupt):
 
 
 def _out_of_memory(where):
-    return Failure(f"out of memory on {where}: lower --batch_size, --imsize, or the widths --g_conv_dim and "
-                   "--d_conv_dim")
+    return Failure(f"out of memory on {where}: lower --batch_size, --imsize, --z_dim, or the widths "
+                   "--g_conv_dim and --d_conv_dim")
 
 
 def describe(config, dataset, place):

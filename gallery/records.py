@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gallery import sheets
+from gallery import sheets, variation
 from storage.folders import step_name
 from utils import write_atomically
 
 RECONSTRUCTED = 8           # real images shown with the reconstructions of D's decoders
 ATTENTION_ROWS = 4          # images in each attention sheet
+SHARED_BY = 16              # images that the shares of G's inputs are measured on
 # (y, x) as fractions of the image. On aligned faces: the eyes, the mouth, the hair, a corner of the background; in a
 # landscape: two points at the horizon, the foreground, the sky, a corner.
 DEFAULT_QUERIES = ((0.45, 0.36), (0.45, 0.64), (0.72, 0.50), (0.20, 0.50), (0.12, 0.10))
@@ -118,6 +119,13 @@ def write_masks(G, D, record):
                                 record.step)
     return {**{f"mask/{layer}": mask.mean().item() for layer, mask in masks.items()},
             **{f"mask_range/{layer}": (mask.max() - mask.min()).item() for layer, mask in masks.items()}}
+
+
+def measure_inputs(G, D, record):
+    """Return {"share/<input>": share of the images' variance that comes from this input of G}; see variation.py."""
+    inputs, images = (part[:SHARED_BY] for part in (record.inputs, record.images))
+    found = variation.shares(G, inputs, images, variation.in_pixels) if len(images) > 1 else {}
+    return {f"share/{name}": share for name, share in found.items()}
 
 
 def mask_sheet(G, inputs, images, queries, step):
