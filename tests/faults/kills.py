@@ -282,7 +282,10 @@ def assert_same_records(expected, ended=None):
                  for line, other in zip(after, before, strict=True)]
     assert [line["step"] for line in after] == [line["step"] for line in before]
     for line, other in zip(before, after, strict=True):
-        assert other == pytest.approx(line, rel=1e-5, abs=1e-6), line["step"]
+        assert other.keys() == line.keys(), line["step"]
+        for name, value in line.items():
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-6)
+            assert other[name] == expected, (line["step"], name)
     assert drawn_after.keys() == drawn.keys()
     assert [name for name in drawn if drawn[name] != drawn_after[name]] == []
 
