@@ -1,11 +1,13 @@
 """metrics.jsonl: lines are appended, those after the step that a run resumes from are set aside; TensorBoard events."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from storage.journal import MetricsLog
+from storage.journal import MetricsLog, Window
 
 PATH = Path("logs/metrics.jsonl")
 
@@ -88,3 +90,15 @@ def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(resume_
     events = EventAccumulator("logs").Reload()
     assert events.Tags()["scalars"] == ["fid"] and not events.Tags()["tensors"]
     assert [event.step for event in events.Scalars("fid")] == expected
+
+
+def test_a_window_that_is_saved_between_two_log_lines_keeps_its_time():
+    """As when a loader process dies: the line after resuming divides by the seconds of all its steps."""
+    window = Window()
+    for _ in range(3):
+        window.add({"d_loss": torch.tensor(1.0), "g_loss": torch.tensor(2.0)})
+    time.sleep(0.05)
+    window.stop_clock()
+    resumed = Window(Window.read_state(json.loads(json.dumps(window.state()))))
+    resumed.add({"d_loss": torch.tensor(5.0), "g_loss": torch.tensor(2.0)})
+    assert resumed.means() == {"d_loss": 2.0, "g_loss": 2.0} and resumed.steps == 4 and resumed.seconds >= 0.05
