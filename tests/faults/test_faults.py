@@ -388,7 +388,7 @@ def without_times(lines):
 
 
 @pytest.mark.parametrize("total", [4, 6])
-def test_what_a_killed_run_had_not_written_for_its_last_step_is_written_when_it_goes_on(run, total, pictures, monkeypatch):
+def test_what_a_killed_run_had_not_written_for_its_last_step_is_written_later(run, total, pictures, monkeypatch):
     """Of a run that has steps left, and of one that was killed at its end."""
     monkeypatch.setattr(swd, "sliced_wasserstein", small_swd)
     flags = ("--version", "a", "--dataset", "folder", "--image_path", pictures, "--log_step", 2, "--sample_step", 4,
