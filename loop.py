@@ -335,7 +335,7 @@ class Run:
                 self.try_to("write config.json", lambda: utils.write_atomically(        # a checkpoint has it, too
                     self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
                 self.try_to("write real.png", lambda: save_grid(self.real_images, self.folders.samples / "real.png"))
-            self.window = Window(self.unlogged)
+            self.window = Window(self.unlogged, self.place.device)
             yield
         finally:
             self.progress.close()

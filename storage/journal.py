@@ -104,13 +104,13 @@ class Window:
     """Sums of the step statistics since the last log line, on the device, and the seconds spent in steps.
 
     `saved` is what `read_state` returned for a run that is resumed, so that its next line covers all steps since its
-    last one.
+    last one; `device` is that of the statistics.
     """
 
-    def __init__(self, saved=None):
+    def __init__(self, saved=None, device="cpu"):
         self.clear()
         if saved:
-            self.sums = {name: torch.tensor(value) for name, value in saved["sums"].items()}
+            self.sums = {name: torch.tensor(value, device=device) for name, value in saved["sums"].items()}
             self.steps, self.seconds = saved["steps"], saved["seconds"]
             self._began -= self.seconds
 
