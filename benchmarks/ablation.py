@@ -3,6 +3,7 @@
     python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 8
     ... --until kid --most 16                           more seeds, until the intervals of kid exclude 0
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
+    ... --variant "narrow=--z_dim 64"                   one more arm: SLAE-FastGAN with these flags
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
 
 Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws at --points
@@ -14,13 +15,11 @@ variant of the first seeds. The same command again goes on: nothing is trained, 
 main.py's; a run that fails hands on its own.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -35,9 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
+from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
 from errors import CheckpointError, DataError, Failure, UsageError  # noqa: E402
-from flags.common import boolean, one_of  # noqa: E402
 from metrics import swd  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
@@ -45,36 +44,6 @@ from utils import write_atomically  # noqa: E402
 
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One arm of the ablation: its name in tables, its flags, the ways to draw its metadata."""
-
-    name: str
-    flags: tuple
-    draws: tuple = (None,)
-
-    @property
-    def slug(self):
-        """Its name in paths."""
-        return self.name.lstrip("+").lower()
-
-
-DRAWS = ("mix", "bank", "gauss")        # values of --metadata_sample; the first is the program's own default
-VARIANTS = (
-    Variant(report.BASELINE, ("--slae", "false", "--metadata", "false")),
-    Variant("+SLAE", ("--slae", "true", "--metadata", "false")),
-    Variant("+metadata", ("--slae", "false", "--metadata", "true"), DRAWS),
-    Variant("both", ("--slae", "true", "--metadata", "true"), DRAWS),
-)
-
-# Flags of main.py that make the ablation what it is: not to be passed on after --.
-OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "version", "mode", "train", "dry_run",
-       "slae", "metadata", "metadata_sample", "num_samples", "pretrained_model", "log_path", "model_save_path",
-       "sample_path")
-VARIED = ("version", "seed", "slae", "metadata")        # settings in which its runs are meant to differ
-
 RECORDS = 10        # grids per run
 
 
@@ -91,10 +60,19 @@ class Record:
             except (OSError, ValueError, TypeError) as error:
                 raise DataError(f"{path} cannot be read ({error}); delete it to score the runs again") from None
         for name, now in settings.items():
-            before = self.data["settings"].get(name)
-            if before != now:
-                raise UsageError(f"--out {path.parent} holds an ablation with other {name}: {before or '(none)'}, "
-                                 f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
+            self._refuse_other(name, self.data["settings"].get(name), now)
+
+    def _refuse_other(self, name, before, now):
+        if before != now:
+            raise UsageError(f"--out {self.path.parent} holds an ablation with other {name}: {before or '(none)'}, "
+                             f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
+
+    def put_variant(self, variant):
+        """Note a variant's flags. Raises UsageError if it had others in an earlier call."""
+        now = shlex.join(variant.flags)
+        before = self.data.get("variants", {}).get(variant.slug, now)
+        self._refuse_other(f"flags of {variant.name}", before, now)
+        self.put(now, "variants", variant.slug)
 
     def put(self, value, *keys):
         """Set data[key][key]... = value, and write the file."""
@@ -194,8 +172,8 @@ class Ablation:
         """A command line of main.py. What the user passes on comes last and wins over what is only a default."""
         options = self.options
         return [sys.executable, MAIN, *MODEL, "--dataset", "folder", "--image_path", options.image_path,
-                "--imsize", options.imsize, *variant.flags, "--log_path", self.out / "logs",
-                "--model_save_path", self.out / "models", *flags, *self.extra]
+                "--imsize", options.imsize, "--log_path", self.out / "logs", "--model_save_path", self.out / "models",
+                *flags, *self.extra, *variant.flags]
 
     def _log(self, name):
         return self.out / "output" / f"{name}.txt"
@@ -203,6 +181,7 @@ class Ablation:
     def _count_parameters(self):
         """G's and D's sizes, from --dry_run, which also tells before hours of training whether the flags work."""
         for variant in self.options.variants:
+            self.record.put_variant(variant)
             if variant.slug not in self.record.data["parameters"]:
                 say(f"checking the flags of {variant.name}")
                 printed = self.children.run(variant.name, self._main(
@@ -353,7 +332,7 @@ class Ablation:
             f"{', '.join(map(str, sorted({run.seed for run in self.runs})))}",
             f"- {len(self.real)} real pictures, {options.samples} drawn from G_ema of each run",
             f"- {report.hardware()}" + (f"; {options.jobs} trainings at once" if options.jobs > 1 else ""),
-            *report.on_settings(self._configs(), VARIED),
+            *report.on_settings(self._configs(), self._varied()),
         ]
         if scored < total:
             lines.append(f"- **unfinished: {scored} of {total} scored**; the same command goes on")
@@ -367,6 +346,11 @@ class Ablation:
             + (f" Seeds were added until the intervals of {options.until} excluded 0: by chance they do so more often "
                "than once in twenty times." if options.until else ""), "",
         ]
+
+    def _varied(self):
+        """The settings in which the runs are meant to differ: those that some variant sets."""
+        words = [word.partition("=")[0] for variant in self.options.variants for word in variant.flags]
+        return {"version", "seed", *(word.removeprefix("--") for word in words if word.startswith("--"))}
 
     def _configs(self):
         """The saved configs of the runs that there are."""
@@ -394,86 +378,6 @@ def say(text):
 
 
 # --------------------------------------------------------------------------------------------------- command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
-
-
-def at_least(low):
-    """A converter of whole numbers from `low` on."""
-
-    def convert(text):
-        if not re.fullmatch(r"\d+", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {low}")
-        return int(text)
-
-    return convert
-
-
-def some_variants(text):
-    """'baseline,+SLAE' -> those Variants, in the table's order."""
-    name = one_of(*(variant.name for variant in VARIANTS))
-    asked = [name(part) for part in text.split(",")]
-    return tuple(variant for variant in VARIANTS if variant.name in asked)
-
-
-def score_command(text):
-    """A --score command as it is, refused where it could not work after hours of training."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    if not all(any(word in part for part in words) for word in ("{real}", "{fake}")):
-        raise argparse.ArgumentTypeError(f"{text!r} must name both folders, {{real}} and {{fake}}")
-    if shutil.which(words[0]) is None:
-        raise argparse.ArgumentTypeError(f"there is no program {words[0]}")
-    return text
-
-
-def parse(argv):
-    """(options, what follows --). Raises UsageError."""
-    split = argv.index("--") if "--" in argv else len(argv)
-    parser = _Parser(
-        prog="python benchmarks/ablation.py", allow_abbrev=False,
-        usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
-        description="Train FastGAN, +SLAE, +metadata and both at equal steps and seeds, and compare them. "
-                    "The same command again goes on.")
-    add = parser.add_argument
-    add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
-    add("--imsize", type=at_least(swd.SMALLEST), default=64, metavar="N",
-        help="side of the pictures (default: 64 px)")
-    add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
-    add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")
-    add("--points", type=at_least(1), default=4, metavar="N",
-        help="steps at which each run is scored, evenly spread, the last included (default: 4)")
-    add("--until", metavar="COLUMN", help="more seeds, until the 95 %% interval of each variant's difference from the "
-        "baseline in this column excludes 0, or --most seeds were trained")
-    add("--most", type=at_least(1), default=16, metavar="N", help="seeds of each variant with --until (default: 16)")
-    add("--variants", type=some_variants, default=VARIANTS, metavar="NAMES",
-        help="some of baseline,+SLAE,+metadata,both (default: all)")
-    add("--samples", type=at_least(2), default=1000, metavar="N",
-        help="pictures drawn from each run for the scores (default: 1000)")
-    add("--all_draws", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
-        help="a row for each way to draw metadata: mix, bank, gauss (default: mix alone)")
-    add("--score", type=score_command, action="append", default=[], metavar="COMMAND",
-        help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "
-             "its numbers become columns; may be given several times")
-    add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
-    add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
-    options = parser.parse_args(argv[:split])
-    if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
-        raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
-    if options.until and VARIANTS[0] not in options.variants:
-        raise UsageError(f"--until {options.until}: compares with the baseline; name it in --variants, too")
-    extra = argv[split + 1:]
-    for word in extra:
-        name = word.lstrip("-").partition("=")[0]
-        if word.startswith("--") and name in OWN:
-            raise UsageError(f"--{name} after --: the ablation sets it for each run"
-                             + (f"; give --{name} before the --" if name in ("image_path", "imsize") else ""))
-    return options, extra
 
 
 def main(argv):

@@ -334,6 +334,18 @@ def test_a_folder_of_another_ablation_is_not_mixed_with_this_one(stand_in, pictu
     assert "other pictures in --image_path" in capsys.readouterr().err
 
 
+def test_a_variant_of_ones_own_is_compared_with_the_baseline(stand_in, capsys):
+    narrow = ("--variants", "baseline", "--variant", "narrow=--slae false --z_dim 64")
+    assert run(*narrow, "--", "--z_dim", "128") == 0
+    argv = [call["argv"] for call in calls("train")][-1]
+    assert value(argv, "--version") == "narrow_seed0"
+    assert [argv[i + 1] for i, word in enumerate(argv) if word == "--z_dim"] == ["128", "64"], "the last one wins"
+    text = Path("ablation/ablation.md").read_text()
+    assert "- narrow against baseline: swd" in text and "differ in more than they should" not in text
+    assert run(*narrow[:3], "narrow=--z_dim 32", "--", "--z_dim", "128") == 2
+    assert "other flags of narrow: --slae false --z_dim 64, now --z_dim 32" in capsys.readouterr().err
+
+
 def test_more_steps_go_on_and_are_scored_anew(stand_in):
     assert run("--variants", "baseline") == 0
     assert run("--variants", "baseline", "--steps", 8) == 0
@@ -359,6 +371,9 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
     (("--", "--imsize=64"), 2, "give --imsize before the --"),
+    (("--variant", "wide"), 2, "'wide' is not NAME=FLAGS"),
+    (("--variant", "wide=--seed 3"), 2, "--seed in --variant wide: the ablation sets it"),
+    (("--variant", "Both=--z_dim 3"), 2, "take another name"),
     (("--width", "9"), 2, "unrecognized arguments: --width"),
 ])
 def test_mistakes_are_named(stand_in, capsys, flags, code, message):

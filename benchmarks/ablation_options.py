@@ -1,0 +1,150 @@
+"""The ablation's command line: its variants, its flags, and what may follow the -- for main.py."""
+
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: python benchmarks/ablation.py --help")
+
+import argparse
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import report
+from errors import UsageError
+from flags.common import boolean, one_of
+from metrics import swd
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One arm of the ablation: its name in tables, its flags, the ways to draw its metadata."""
+
+    name: str
+    flags: tuple
+    draws: tuple = (None,)
+
+    @property
+    def slug(self):
+        """Its name in paths."""
+        return self.name.removeprefix("+").lower()
+
+
+DRAWS = ("mix", "bank", "gauss")        # values of --metadata_sample; the first is the program's own default
+VARIANTS = (
+    Variant(report.BASELINE, ("--slae", "false", "--metadata", "false")),
+    Variant("+SLAE", ("--slae", "true", "--metadata", "false")),
+    Variant("+metadata", ("--slae", "false", "--metadata", "true"), DRAWS),
+    Variant("both", ("--slae", "true", "--metadata", "true"), DRAWS),
+)
+
+# Flags of main.py that make the ablation what it is: not to be passed on after --.
+OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "version", "mode", "train", "dry_run",
+       "slae", "metadata", "metadata_sample", "num_samples", "pretrained_model", "log_path", "model_save_path",
+       "sample_path")
+_TAKEN_AWAY = ("--slae", "--metadata", "--metadata_sample")     # of these, what a --variant may set
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
+
+
+def at_least(low):
+    """A converter of whole numbers from `low` on."""
+
+    def convert(text):
+        if not re.fullmatch(r"\d+", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least {low}")
+        return int(text)
+
+    return convert
+
+
+def some_variants(text):
+    """'baseline,+SLAE' -> those Variants, in the table's order."""
+    name = one_of(*(variant.name for variant in VARIANTS))
+    asked = [name(part) for part in text.split(",")]
+    return tuple(variant for variant in VARIANTS if variant.name in asked)
+
+
+def own_variant(text):
+    """'half=--metadata_weight 0.5' -> a Variant: SLAE-FastGAN as it is by default, with these flags."""
+    name, equals, flags = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FLAGS, such as small=--z_dim 64")
+    try:
+        words = tuple(shlex.split(flags))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    _refuse_own([word for word in words if word not in _TAKEN_AWAY], f"in --variant {name}")
+    if name.lower() in {variant.slug for variant in VARIANTS}:
+        raise argparse.ArgumentTypeError(f"'{name}' is a variant of its own already; take another name")
+    return Variant(name, words)
+
+
+def _refuse_own(words, where, hint=lambda name: ""):
+    """Raise UsageError for the first flag among `words` that the ablation sets itself."""
+    for word in words:
+        name = word.lstrip("-").partition("=")[0]
+        if word.startswith("--") and name in OWN:
+            raise UsageError(f"--{name} {where}: the ablation sets it for each run{hint(name)}")
+
+
+def score_command(text):
+    """A --score command as it is, refused where it could not work after hours of training."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not all(any(word in part for part in words) for word in ("{real}", "{fake}")):
+        raise argparse.ArgumentTypeError(f"{text!r} must name both folders, {{real}} and {{fake}}")
+    if shutil.which(words[0]) is None:
+        raise argparse.ArgumentTypeError(f"there is no program {words[0]}")
+    return text
+
+
+def parse(argv):
+    """(options, what follows --). Raises UsageError."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    parser = _Parser(
+        prog="python benchmarks/ablation.py", allow_abbrev=False,
+        usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
+        description="Train FastGAN, +SLAE, +metadata and both at equal steps and seeds, and compare them. "
+                    "The same command again goes on.")
+    add = parser.add_argument
+    add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
+    add("--imsize", type=at_least(swd.SMALLEST), default=64, metavar="N",
+        help="side of the pictures (default: 64 px)")
+    add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
+    add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")
+    add("--points", type=at_least(1), default=4, metavar="N",
+        help="steps at which each run is scored, evenly spread, the last included (default: 4)")
+    add("--until", metavar="COLUMN", help="more seeds, until the 95 %% interval of each variant's difference from the "
+        "baseline in this column excludes 0, or --most seeds were trained")
+    add("--most", type=at_least(1), default=16, metavar="N", help="seeds of each variant with --until (default: 16)")
+    add("--variants", type=some_variants, default=VARIANTS, metavar="NAMES",
+        help="some of baseline,+SLAE,+metadata,both (default: all)")
+    add("--variant", type=own_variant, action="append", default=[], metavar="NAME=FLAGS",
+        help="one more variant: SLAE-FastGAN with these flags of main.py; may be given several times")
+    add("--samples", type=at_least(2), default=1000, metavar="N",
+        help="pictures drawn from each run for the scores (default: 1000)")
+    add("--all_draws", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="a row for each way to draw metadata: mix, bank, gauss (default: mix alone)")
+    add("--score", type=score_command, action="append", default=[], metavar="COMMAND",
+        help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "
+             "its numbers become columns; may be given several times")
+    add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
+    add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
+    options = parser.parse_args(argv[:split])
+    if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
+        raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
+    if options.until and VARIANTS[0] not in options.variants:
+        raise UsageError(f"--until {options.until}: compares with the baseline; name it in --variants, too")
+    extra = argv[split + 1:]
+    options.variants += tuple(options.variant)
+    if len({variant.slug for variant in options.variants}) < len(options.variants):
+        raise UsageError("--variant: two of one name")
+    _refuse_own(extra, "after --", lambda name: f"; give --{name} before the --" if name in ("image_path", "imsize")
+                else "")
+    return options, extra
