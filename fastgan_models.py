@@ -11,6 +11,7 @@ shrink with the image, and G's three skip connections lead to its last three map
 """
 
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -56,23 +57,25 @@ class _Layers:
 
     def __init__(self, sn):
         self.wrap = maybe_spectral_norm(sn)
+        self.noises = 0     # layers that add noise so far
 
     def conv(self, channels, out, kernel, stride=1, padding=0):
         return self.wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=False))
 
     def up(self, channels, out, noise=False):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block; with `noise`, the first half of the deep block."""
-        return nn.Sequential(Upsample2x(scale_factor=2), *self.gated(channels, out, noise))
+        return Block(Upsample2x(scale_factor=2), *self.gated(channels, out, noise))
 
     def deep_up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the deep block, two convolutions with noise after each."""
-        return nn.Sequential(*self.up(channels, out, noise=True), *self.gated(out, out, noise=True))
+        return Block(*self.up(channels, out, noise=True), *self.gated(out, out, noise=True))
 
     def gated(self, channels, out, noise=False):
         """conv 3x3, noise, batch norm, gated linear unit."""
         yield self.conv(channels, 2 * out, 3, padding=1)
         if noise:
-            yield Noise()
+            self.noises += 1
+            yield Noise(self.noises)
         yield nn.BatchNorm2d(2 * out)
         yield GLU(dim=1)
 
@@ -103,23 +106,52 @@ class GLU(nn.GLU):
 class Noise(nn.Module):
     """x + weight * noise, one N(0, 1) map per image for all channels; the weight starts at 0.
 
-    In eval mode all images share one fixed map, so that a sample depends on its z alone.
+    In eval mode an image's map is a combination of RANK fixed ones, by `noise_coefficients` (B, RANK). `number` is the
+    layer's: each has maps of its own, as the two layers of a block would else add up the same one twice.
     """
 
-    FIXED_SEED = 0
+    RANK = 32
 
-    def __init__(self):
+    def __init__(self, number):
         super().__init__()
+        self.number = number
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x):
+    def forward(self, x, coefficients=None):
         B, _, H, W = x.size()
         if self.training:
             noise = draw_rows(lambda B: torch.randn(B, 1, H, W, device=x.device, dtype=x.dtype), B)
         else:
-            generator = torch.Generator().manual_seed(self.FIXED_SEED)      # the same on every device
-            noise = torch.randn(1, 1, H, W, generator=generator).to(x)
+            with exact(x.device):
+                maps = _fixed_normal(self.number, self.RANK, H * W, x.device)           # (RANK, H * W)
+                noise = (coefficients @ maps).view(B, 1, H, W).to(x.dtype)
         return x + self.weight.to(x.dtype) * noise
+
+
+def noise_coefficients(z):
+    """z (B, z_dim) -> (B, RANK), of unit length: which noise maps an image gets in evaluation.
+
+    A fixed random projection: an image depends on its z alone, and changes smoothly with it. One map for all images
+    would leave the same stripes and specks in every one of them.
+    """
+    with exact(z.device):
+        return F.normalize(z.float() @ _fixed_normal(0, z.size(1), Noise.RANK, z.device))
+
+
+@lru_cache(maxsize=16)
+def _fixed_normal(seed, rows, columns, device):
+    """N(0, 1) numbers (rows, columns), always the same."""
+    with torch.inference_mode(False):           # also for a later search by gradients
+        return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+class Block(nn.Sequential):
+    """Layers in a row; `coefficients` are for those that add noise."""
+
+    def forward(self, x, coefficients=None):
+        for layer in self:
+            x = layer(x, coefficients) if isinstance(layer, Noise) else layer(x)
+        return x
 
 
 @contextmanager
@@ -218,19 +250,26 @@ class Generator(nn.Module):
         self.to_small = layers.conv(width[small_size(imsize)], 3, 1)
         self.to_rgb = layers.conv(width[imsize], 3, 3, padding=1)
 
-    def forward(self, z, style=None):
-        """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing)."""
-        maps = self._maps(z) if style is None else self._maps(z, self._maps(style))
+    has_noise = True        # maps, which in evaluation depend on z
+
+    def forward(self, z, style=None, noise=None):
+        """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing).
+
+        With `noise`, latents like z, the noise maps of evaluation are those of `noise`.
+        """
+        maps = self._maps(z, noise=noise) if style is None else self._maps(z, self._maps(style), noise)
         x = maps[self.imsize]                                           # (B, width, imsize, imsize)
         small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
         return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]
 
-    def _maps(self, z, sources=None):
+    def _maps(self, z, sources=None, noise=None):
         """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
+        source = z if noise is None else noise
+        coefficients = None if self.training else noise_coefficients(source[:, :self.z_dim])        # (B, RANK)
         x = self.start(self.latent(z)[:, :, None, None])                # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
-            x = block(x)                                                # (B, width, size, size)
+            x = block(x, coefficients)                                  # (B, width, size, size)
             size = int(name)
             if size in self.sources:
                 x = self.skips[name]((sources or maps)[self.sources[size]], x)
@@ -251,11 +290,6 @@ class Generator(nn.Module):
         """The parts of the input z, {name: slice}."""
         metadata = {} if self.mix is None else {"metadata": slice(self.z_dim, None)}
         return {"z": slice(self.z_dim), **metadata}
-
-    @property
-    def noise(self):
-        """The layers that add noise maps."""
-        return [layer for layer in self.modules() if isinstance(layer, Noise)]
 
     def attention_maps(self, z, queries=None):
         """Return {"slae<size>": mask (B, 1, size, size) in (0, 1)}, of each skip's source; masks need no queries."""

@@ -125,6 +125,13 @@ class Generator(nn.Module):
                 x = self.attention[f"g{size}"](x)
         return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)
 
+    @property
+    def parts(self):
+        """The parts of the input z, {name: slice}."""
+        return {"z": slice(None)}
+
+    has_noise = False
+
     def attention_maps(self, z, queries):
         """Return {layer: (B, Q, size, size)} for z (B, z_dim) and queries (Q, 2); see `SelfAttention.maps`."""
         return _attention_maps(self, z, queries)

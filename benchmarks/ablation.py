@@ -3,6 +3,7 @@
     python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 8
     ... --until kid --most 16                           more seeds, until the intervals of kid exclude 0
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
+    ... --evaluate lpips,share                          columns of --mode evaluate, at the last step
     ... --variant "narrow=--z_dim 64"                   one more arm: SLAE-FastGAN with these flags
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
 
@@ -249,13 +250,13 @@ class Ablation:
     def _score(self, run, draw, step):
         """Fill in what the record lacks of one row's scores for one seed and step."""
         kept = self.record.data["scores"].get(self._key(run, draw, step), {})
-        missing = [scorer for scorer in ("swd", *self.options.score) if scorer not in kept]
-        if not missing:
-            return
-        fake = self._draw(run, draw, step)
+        missing = [scorer for scorer in self._scorers(step) if scorer not in kept]
+        fake = self._draw(run, draw, step) if set(missing) - {self.options.evaluate} else None
         for scorer in missing:
             self.children.check()
-            if scorer == "swd":
+            if scorer == self.options.evaluate:
+                scores = self._evaluate(run, draw, step)
+            elif scorer == "swd":
                 scores = {"swd": swd.sliced_wasserstein(self.real, swd.PictureFiles.below(fake))}
             else:
                 words = [word.replace("{real}", str(self.out / "real")).replace("{fake}", str(fake))
@@ -263,6 +264,21 @@ class Ablation:
                 printed = self.children.run(f"--score for {run.name}", words, self._log(run.name), capture=True)
                 scores = report.read_scores(printed, scorer)
             self.record.put(scores, "scores", self._key(run, draw, step), scorer)
+
+    def _scorers(self, step):
+        """What computes columns at this step: swd, the --score commands, at the last step --evaluate."""
+        last = step == self.options.steps and self.options.evaluate
+        return ["swd", *self.options.score, *([last] if last else [])]
+
+    def _evaluate(self, run, draw, step):
+        """{column: number}: what --mode evaluate --metrics ... finds for a run at `step`."""
+        log = self.out / "logs" / run.name / "metrics.jsonl"
+        before = len(log.read_text(encoding="utf-8").splitlines())
+        self.children.run(run.name, self._main(
+            run.variant, "--seed", run.seed, "--version", run.name, "--mode", "evaluate", "--metrics",
+            self.options.evaluate, "--pretrained_model", step, "--sample_path", self.out / "samples",
+            *(("--metadata_sample", draw) if draw else ())), self._log(run.name))
+        return report.scores_in(log.read_text(encoding="utf-8").splitlines()[before:])
 
     def _draw(self, run, draw, step):
         """The folder of --samples pictures by G_ema of a run at `step`; drawn now unless they are there."""
@@ -284,10 +300,10 @@ class Ablation:
     def _numbers(self, run, draw, step):
         """{column: number} of one row, seed and step, {} while anything of it is missing."""
         kept = self.record.data["scores"].get(self._key(run, draw, step), {})
-        if any(scorer not in kept for scorer in ("swd", *self.options.score)):
+        if any(scorer not in kept for scorer in self._scorers(step)):
             return {}
         numbers = {}
-        for scorer in ("swd", *self.options.score):
+        for scorer in self._scorers(step):
             clash = sorted(numbers.keys() & kept[scorer].keys() | kept[scorer].keys() & set(report.COST))
             if clash:
                 raise UsageError(f"--score {scorer!r}: '{clash[0]}' is the name of another column already")

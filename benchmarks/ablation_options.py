@@ -12,7 +12,7 @@ from pathlib import Path
 
 import report
 from errors import UsageError
-from flags.common import boolean, one_of
+from flags.common import boolean, metrics, one_of
 from metrics import swd
 
 
@@ -91,6 +91,11 @@ def _refuse_own(words, where, hint=lambda name: ""):
             raise UsageError(f"--{name} {where}: the ablation sets it for each run{hint(name)}")
 
 
+def own_metrics(text):
+    """'lpips,share' as it is; every name is one of main.py's --metrics."""
+    return ",".join(metrics(text))
+
+
 def score_command(text):
     """A --score command as it is, refused where it could not work after hours of training."""
     try:
@@ -134,6 +139,8 @@ def parse(argv):
     add("--score", type=score_command, action="append", default=[], metavar="COMMAND",
         help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "
              "its numbers become columns; may be given several times")
+    add("--evaluate", type=own_metrics, metavar="METRICS",
+        help="columns from main.py's --mode evaluate at the last step, such as lpips,share")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
     add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
     options = parser.parse_args(argv[:split])

@@ -196,9 +196,12 @@ def convergence(by_step):
 
 
 def _scores(by_step):
-    """The columns of scores whose meaning is known."""
+    """The columns of scores whose meaning is known, of at least two steps."""
     columns = columns_of(list(by_step.values())[-1])[0]
-    return [name for name in columns if name not in COST and (sign_of(name) or name.endswith("nearest"))]
+    steps = {name: sum(any(name in run for seeds in results.values() for run in seeds.values())
+                       for results in by_step.values()) for name in columns}
+    return [name for name in columns if name not in COST and steps[name] > 1
+            and (sign_of(name) or name.endswith("nearest"))]
 
 
 def curves(by_step, path):
@@ -270,7 +273,8 @@ def on_settings(configs, varied):
                         if name not in varied and config[name] != configs[0].get(name)})
     if differing:
         return [*lines, f"- **the runs differ in more than they should: {', '.join(differing)}**"]
-    return [*lines, "- but for `slae` and `metadata` all settings are equal between the runs"]
+    named = ", ".join(f"`{name}`" for name in sorted(set(varied) - {"seed", "version"}))
+    return [*lines, f"- but for {named} all settings are equal between the runs"]
 
 
 def picture(grids, path):
@@ -314,6 +318,16 @@ def read_scores(printed, command):
             if isinstance(value, (int, float)) and not isinstance(value, bool)}
 
 
+def scores_in(lines):
+    """{column: number} of the scores in these lines of a metrics.jsonl, without their spreads and intervals."""
+    numbers = {}
+    for entry in map(json.loads, lines):
+        if "protocol" in entry:
+            numbers |= {name: value for name, value in entry.items()
+                        if isinstance(value, float) and not name.endswith(("_std", "_low", "_high", "_floor"))}
+    return numbers
+
+
 def cost_of(log, steps):
     """{"s/step": median, "GPU GiB": peak} from the lines of a metrics.jsonl up to `steps`; {} without one.
 
@@ -322,7 +336,7 @@ def cost_of(log, steps):
     if not log.exists():
         return {}
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line["step"] <= steps]
+    lines = [line for line in lines if line["step"] <= steps and "sec_per_step" in line]
     if not lines:
         return {}
     found = {"s/step": statistics.median(line["sec_per_step"] for line in lines[1:] or lines)}

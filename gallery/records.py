@@ -124,7 +124,11 @@ def write_masks(G, D, record):
 def measure_inputs(G, D, record):
     """Return {"share/<input>": share of the images' variance that comes from this input of G}; see variation.py."""
     inputs, images = (part[:SHARED_BY] for part in (record.inputs, record.images))
-    found = variation.shares(G, inputs, images, variation.in_pixels) if len(images) > 1 else {}
+
+    def draw(inputs):
+        return G(**inputs.as_arguments())[0]
+
+    found = variation.shares(G, inputs, images, draw, variation.in_pixels) if len(images) > 1 else {}
     return {f"share/{name}": share for name, share in found.items()}
 
 

@@ -6,39 +6,38 @@ input has 0, one that decides everything 1. The shares add up to 1 where inputs 
 they act together.
 """
 
+from dataclasses import replace
+
 import torch
 
 
 @torch.no_grad()
-def shares(G, inputs, images, distance):
-    """Return {input: share} for G's images (N, 3, H, W) of `inputs`, N >= 2.
+def swaps(G, inputs, draw):
+    """Yield (name of an input, G's images with this input alone that of another sample), for each input.
 
-    G is in eval mode; its inputs are the parts of z in `G.parts`, {name: slice}, and the noise maps of the layers
-    `G.noise`. `distance(a, b)` returns the mean squared distance of images a, b, a float. Noise is drawn from the
-    global random state.
+    Inputs are the parts of z in `G.parts`, {name: slice}, the labels if there are any, and the noise maps if
+    `G.has_noise`. `draw(inputs)` returns images (N, 3, H, W), N >= 2, with G in eval mode.
     """
-    others = inputs.z.roll(1, 0)                                        # (N, z_dim [+ 512]): that of another sample
-    changed = {}
+    if G.has_noise:
+        inputs = replace(inputs, noise=inputs.z)                        # holds the maps while z changes
+        yield "noise", draw(replace(inputs, noise=inputs.z.roll(1, 0)))
     for name, part in G.parts.items():
         z = inputs.z.clone()
-        z[:, part] = others[:, part]
-        changed[name] = G(**{**inputs.as_arguments(), "z": z})[0]
-    changed["noise"] = _with_other_noise(G, inputs)
-    apart = max(distance(images, images.roll(1, 0)), 1e-12)
-    return {name: distance(images, image) / apart for name, image in changed.items()}
+        z[:, part] = inputs.z.roll(1, 0)[:, part]                       # (N, z_dim [+ 512])
+        yield name, draw(replace(inputs, z=z))
+    if inputs.labels is not None:
+        yield "label", draw(replace(inputs, labels=inputs.labels.roll(1, 0)))
 
 
-def _with_other_noise(G, inputs):
-    """Return G's images with newly drawn noise maps."""
-    for layer in G.noise:
-        layer.train()
-    try:
-        return G(**inputs.as_arguments())[0]
-    finally:
-        for layer in G.noise:
-            layer.eval()
+def shares(G, inputs, images, draw, distance):
+    """Return {input: share} for G's images (N, 3, H, W) of `inputs`; see `swaps`.
+
+    `distance(a, b)` returns the squared distances (N,) of images a, b.
+    """
+    apart = distance(images, images.roll(1, 0)).mean().clamp(min=1e-12)
+    return {name: (distance(images, image).mean() / apart).item() for name, image in swaps(G, inputs, draw)}
 
 
 def in_pixels(a, b):
-    """The mean squared difference of images a, b in [-1, 1]."""
-    return (a - b).square().mean().item()
+    """The mean squared differences (N,) of images a, b in [-1, 1]."""
+    return (a - b).square().mean((1, 2, 3))

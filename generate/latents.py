@@ -12,11 +12,13 @@ from pretrained import vgg
 class Inputs:
     """G's inputs for N images: `z` (N, z_dim), or (N, z_dim + 512) with metadata; `labels` (N,) for a conditional G.
 
-    Slicing, `split` and `to` apply to both. Call G as `G(**inputs.as_arguments())`.
+    `noise`, latents like z: images get the noise maps that belong to these, instead of those of z. Slicing, `split` and
+    `to` apply to all. Call G as `G(**inputs.as_arguments())`.
     """
 
     z: torch.Tensor
     labels: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.z)
@@ -34,16 +36,15 @@ class Inputs:
 
     def as_arguments(self):
         """Return {name: tensor}, the keyword arguments of G."""
-        return {"z": self.z} if self.labels is None else {"z": self.z, "labels": self.labels}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     def _each(self, function):
-        return Inputs(function(self.z), None if self.labels is None else function(self.labels))
+        return Inputs(**{name: function(tensor) for name, tensor in self.as_arguments().items()})
 
     @classmethod
     def cat(cls, parts):
         """Concatenate several Inputs."""
-        labels = [part.labels for part in parts]
-        return cls(torch.cat([part.z for part in parts]), None if labels[0] is None else torch.cat(labels))
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].as_arguments()})
 
 
 class Latents:

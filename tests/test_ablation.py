@@ -42,6 +42,10 @@ name = flag("version")
 if flag("dry_run"):
     print("G parameters: " + ("1001" if flag("slae") == "true" else "1000"))
     print("D parameters: 500")
+elif flag("mode") == "evaluate":
+    scores = {"lpips": 0.5 + (flag("slae") == "true"), "lpips_std": 9.0, "protocol": "how", "source": "G_ema"}
+    with open(Path(flag("log_path"), name, "metrics.jsonl"), "a") as log:
+        log.write(json.dumps({"step": int(flag("pretrained_model")), **scores}) + "\\n")
 elif flag("train") == "false":
     from PIL import Image
     folder = Path(flag("sample_path"), name, f"{int(flag('pretrained_model')):07d}_generated_seed0")
@@ -100,9 +104,9 @@ TWO = ("--variants", "baseline,+SLAE")
 
 
 def calls(kind):
-    """The recorded command lines of main.py that train, sample, or only describe."""
+    """The recorded command lines of main.py that train, sample, evaluate, or only describe."""
     def kind_of(argv):
-        return "describe" if "--dry_run" in argv else "sample" if "--train" in argv else "train"
+        return "evaluate" if "--mode" in argv else "describe" if "--dry_run" in argv else "sample" if "--train" in argv else "train"
 
     lines = map(json.loads, Path("calls.txt").read_text().splitlines())
     return [line for line in lines if kind_of(line["argv"]) == kind]
@@ -197,6 +201,18 @@ def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
         assert f"- +metadata, {draw} against baseline: swd" in text
     assert run("--variants", "+metadata") == 0
     assert len(calls("sample")) == 4, "mix had been drawn and scored"
+
+
+def test_scores_of_mode_evaluate_are_columns_of_the_last_step(stand_in, tmp_path, capsys):
+    pair = ("--variants", "baseline,+SLAE", "--points", "2", "--evaluate", "lpips")
+    assert run(*pair) == 0
+    assert [value(call["argv"], "--pretrained_model") for call in calls("evaluate")] == ["4", "4"]
+    text = Path("ablation/ablation.md").read_text()
+    assert "+SLAE against baseline: swd" in text and "lpips 0.500 -> 1.500 (+200 %), worse" in text and "lpips_std" not in text
+    assert run(*pair) == 0
+    assert len(calls("evaluate")) == 2, "nothing is evaluated twice"
+    assert run("--evaluate", "lpisp") == 2
+    assert "'lpisp' is not one of" in capsys.readouterr().err
 
 
 def scorer_of(folder, **columns):

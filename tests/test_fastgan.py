@@ -14,6 +14,7 @@ from fastgan_models import (
     _to_4x4,
     build,
     downscale,
+    noise_coefficients,
     small_size,
     take_quadrant,
 )
@@ -138,8 +139,8 @@ def test_spectral_norm_is_everywhere_but_on_the_masks_and_the_mixture():
     assert not any(parametrize.is_parametrized(layer) for net in (G, D) for layer in net.modules())
 
 
-def test_noise_begins_without_effect_differs_per_image_and_stands_still_in_evaluation():
-    noise, x = Noise(), torch.zeros(3, 2, 8, 8)
+def test_noise_begins_without_effect_and_in_evaluation_depends_on_z_alone():
+    noise, x = Noise(1), torch.zeros(3, 2, 8, 8)
     assert torch.equal(noise(x), x)
     with torch.no_grad():
         noise.weight.fill_(0.5)
@@ -148,9 +149,24 @@ def test_noise_begins_without_effect_differs_per_image_and_stands_still_in_evalu
     assert not torch.equal(first[0], first[1]) and not torch.equal(first, noise(x))
     assert first.std().item() == pytest.approx(0.5, rel=0.2)
     noise.eval()
-    still = noise(x)
-    assert torch.equal(still, noise(x)) and torch.equal(still[0], still[1])
-    assert still.std().item() == pytest.approx(0.5, rel=0.2)
+    x, z = torch.zeros(64, 2, 16, 16), torch.randn(64, 16)
+    still = noise(x, noise_coefficients(z))[:, 0]                       # (64, 16, 16)
+    assert torch.equal(still, noise(x, noise_coefficients(z))[:, 0])
+    assert still.std(0).mean().item() == pytest.approx(0.5, rel=0.1), "over the images, as in training"
+    assert still.flatten(1).std(1).mean().item() == pytest.approx(0.5, rel=0.1), "over an image"
+    close = noise(x, noise_coefficients(z + 0.01 * torch.randn(64, 16)))[:, 0]
+    assert (close - still).abs().max() < 0.1, "it changes smoothly with z"
+
+
+def test_every_layer_has_noise_of_its_own_in_evaluation():
+    """As in training. With one map for both layers of a block, G added up the same noise twice."""
+    layers = [layer.eval() for layer in networks()[0].modules() if isinstance(layer, Noise)]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.fill_(1)
+        coefficients = noise_coefficients(torch.randn(1, 16))
+        maps = torch.stack([layer(torch.zeros(1, 1, 32, 32), coefficients).flatten() for layer in layers])
+    assert len(layers) == 4 and (torch.corrcoef(maps) - torch.eye(4)).abs().max() < 0.2
 
 
 def test_a_sample_depends_on_no_batch_mate_and_leaves_the_random_state():

@@ -1,24 +1,32 @@
 """The share of the images' variance that comes from each input of G."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from stand_ins import SmallLpips
 
 from fastgan_models import Generator
 from gallery import variation
 from generate.latents import Inputs
+from metrics.variation import ratio
+from pretrained import lpips
 
 
 class Sums:
     """A G whose images are sums of its inputs with these weights."""
 
-    def __init__(self, z, metadata, noise):
-        self.weights, self.parts = (z, metadata), {"z": slice(4), "metadata": slice(4, None)}
-        self.noise, self.strength = [torch.nn.Identity().eval()], noise
+    has_noise = True
 
-    def __call__(self, z):
-        sums = [weight * z[:, part].sum(1) for weight, part in zip(self.weights, self.parts.values(), strict=True)]
-        noise = torch.randn(len(z)) * self.strength if self.noise[0].training else 0
-        return [(sum(sums) + noise)[:, None, None, None].expand(-1, 3, 2, 2)]
+    def __init__(self, *weights):
+        self.weights, self.parts = weights, {"z": slice(4), "metadata": slice(4, 8)}
+
+    def draw(self, inputs):
+        noise = inputs.z if inputs.noise is None else inputs.noise
+        sums = inputs.z[:, :4].sum(1), inputs.z[:, 4:8].sum(1), 2 * noise[:, 8]
+        image = sum(weight * each for weight, each in zip(self.weights, sums, strict=True))
+        return image[:, None, None, None].expand(-1, 3, 2, 2)
 
 
 @pytest.mark.parametrize(("weights", "expected"), [
@@ -26,21 +34,66 @@ class Sums:
     ((0, 2, 0), {"z": 0, "metadata": 1, "noise": 0}),           # metadata drown z
     ((1, 1, 0), {"z": 0.5, "metadata": 0.5, "noise": 0}),
     ((1, 3, 0), {"z": 0.1, "metadata": 0.9, "noise": 0}),
-    ((1, 0, 2), {"z": 1, "metadata": 0, "noise": 0.5}),         # of a variance of 4 that the fixed noise does not have
+    ((1, 0, 2), {"z": 0.2, "metadata": 0, "noise": 0.8}),
 ])
 def test_shares_of_a_known_generator(weights, expected):
     torch.manual_seed(0)
-    G, inputs = Sums(*weights), Inputs(torch.randn(20_000, 8))
-    found = variation.shares(G, inputs, G(inputs.z)[0], variation.in_pixels)
-    assert found == pytest.approx(expected, abs=0.03) and not G.noise[0].training
+    G, inputs = Sums(*weights), Inputs(torch.randn(20_000, 9))
+    found = variation.shares(G, inputs, G.draw(inputs), G.draw, variation.in_pixels)
+    assert found == pytest.approx(expected, abs=0.03)
 
 
 def test_shares_of_the_real_generator():
     torch.manual_seed(0)
     G, inputs = Generator(64, 16, 4).eval(), Inputs(torch.randn(8, 16 + 512))
-    found = variation.shares(G, inputs, G(inputs.z)[0], variation.in_pixels)
+
+    def share():
+        return variation.shares(G, inputs, draw(inputs), draw, variation.in_pixels)
+
+    def draw(inputs):
+        return G(**inputs.as_arguments())[0].detach()
+
+    found = share()
     assert 0.2 < found["z"] < 1 and 0.2 < found["metadata"] < 1 and found["noise"] == 0, "the noise starts at 0"
-    G.noise[0].weight.data.fill_(1)
-    assert variation.shares(G, inputs, G(inputs.z)[0], variation.in_pixels)["noise"] > 0.01
-    assert not any(layer.training for layer in G.modules())
+    G.blocks["8"][2].weight.data.fill_(1)
+    assert share()["noise"] > 0.01
     assert Generator(64, 16, 4, metadata=False).parts == {"z": slice(16)}
+
+
+def test_a_label_is_one_of_the_inputs():
+    G, labels = Sums(1, 0, 0), torch.arange(20_000) % 2
+    inputs = Inputs(torch.randn(20_000, 9), labels)
+
+    def draw(inputs):
+        return G.draw(inputs) + 4 * inputs.labels[:, None, None, None]
+
+    found = variation.shares(G, inputs, draw(inputs), draw, variation.in_pixels)
+    assert found == pytest.approx({"z": 1 / 3, "metadata": 0, "label": 2 / 3, "noise": 0}, abs=0.03)
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(200):
+        apart = torch.rand(200, generator=generator).double() + 0.5
+        _, low, high = ratio(apart * torch.rand(200, generator=generator), apart)
+        held += low <= 0.5 <= high
+    assert 0.9 < held / 200 < 0.99
+
+
+@pytest.mark.parametrize(("model", "inputs"), [("fastgan", ("z", "metadata", "noise")), ("sagan", ("z",))])
+def test_the_shares_of_a_run_are_scores(run, pictures, monkeypatch, model, inputs):
+    monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
+    monkeypatch.setattr(lpips, "require", lambda weights, hint: None)
+    monkeypatch.setattr("metrics.variation.SAMPLES", 64)
+    run("--model", model, "--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
+        "--imsize", 64, *(("--vgg_weights", "random", "--recon", "l1") if model == "fastgan" else ()))
+    code, out, err = run("--version", "a", "--mode", "evaluate", "--metrics", "share", tiny=False)
+    assert code == 0, err
+    score = json.loads(Path("logs/a/metrics.jsonl").read_text().splitlines()[-1])
+    for measure in ("share", "share_lpips"):
+        names = {name for name in score if name.startswith(f"{measure}/")}
+        assert names == {f"{measure}/{name}{end}" for name in inputs for end in ("", "_low", "_high")}
+    z = [score[f"share/z{end}"] for end in ("_low", "", "_high")]
+    assert z == [1, 1, 1] if model == "sagan" else z[0] < z[1] < z[2]
+    assert "share of the variance of G's images" in out and "share/z" in Path("logs/scores.md").read_text()
