@@ -45,7 +45,9 @@ OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "versio
 _TAKEN_AWAY = ("--slae", "--metadata", "--metadata_sample")     # of these, what a --variant may set
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Hands mistakes on as UsageError."""
+
     def error(self, message):
         raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
 
@@ -112,7 +114,7 @@ def score_command(text):
 def parse(argv):
     """(options, what follows --). Raises UsageError."""
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = _Parser(
+    parser = Parser(
         prog="python benchmarks/ablation.py", allow_abbrev=False,
         usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
         description="Train FastGAN, +SLAE, +metadata and both at equal steps and seeds, and compare them. "
