@@ -242,7 +242,7 @@ class Run:
         checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
 
     def measure(self):
-        """Compute the metrics of G_ema's samples; save best.pth if their fid is the best so far."""
+        """Compute the metrics of G_ema's samples; save best.pth if they are the best so far."""
         trainer, config = self.trainer, self.config
         samples = DrawnSamples(trainer.G_ema, trainer.latents, config.num_eval, config.seed, trainer.precision,
                                config.imsize)
@@ -250,8 +250,9 @@ class Run:
             scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
         if scores is None:
             return
-        better = distributed.gather(score_table.better_fid(scores, checkpoint.best_score(self.folders.models))
-                                    if distributed.is_first() else None)[0]
+        better = distributed.gather(score_table.better_score(
+            scores, checkpoint.best_score(self.folders.models), self.meter.scores_by_rank())
+            if distributed.is_first() else None)[0]
         if better:
             state = {**self.state(), "best": better}
             if distributed.is_first():
@@ -261,8 +262,7 @@ class Run:
                         lambda: score_table.record(config.log_path, config.version, trainer.step, scores))
             for score in scores:
                 self.write_line(score.line())           # the last thing: `find_undone` looks for it
-            values = {name: value for score in scores for name, value in score.values.items()}
-            text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            text = ", ".join(score_table.in_words(score.values) for score in scores)
             self.progress.write(f"step {trainer.step}: {text}")
 
     def write_page(self):

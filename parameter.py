@@ -306,6 +306,10 @@ def _check_restart(values):
 
 def _check_effect(values, typed):
     """Raise UsageError for a typed setting, other than the default, that has no effect with the others."""
+    net, chosen = values["feature_net"], values["metrics"]
+    if net != "inception" and "is" in chosen and ("metrics" in typed or chosen == ("is",)):
+        raise UsageError(f"--metrics {written(chosen)}: the Inception Score needs --feature_net inception, this "
+                         f"is {net}; leave is out")
     for name in typed:
         setting = FLAGS[name].unused and FLAGS[name].unused(values)
         if setting and values[name] != FLAGS[name].default:

@@ -36,16 +36,38 @@ class Metric:
 
 
 METRICS = {     # --metrics, in the order in which --mode evaluate computes them
-    "fid":     Metric("inception", of_sets=True, of_folders=True, least=2),
-    "kid":     Metric("inception", of_sets=True, of_folders=True, least=2),
-    # of a picture and its three nearest neighbours
-    "pr":      Metric("inception", "precision and recall", of_sets=True, of_folders=True, least=4),
-    "is":      Metric("inception", "Inception Score", of_sets=True, of_folders=True, least=2),
+    "fid":     Metric("features", of_sets=True, of_folders=True, least=2),
+    "kid":     Metric("features", of_sets=True, of_folders=True, least=2),
+    # of a picture and its five nearest neighbours
+    "pr":      Metric("features", "precision, recall, coverage", of_sets=True, of_folders=True, least=6),
+    "is":      Metric("features", "Inception Score: only with --feature_net inception", of_sets=True, of_folders=True,
+                      least=2),
     "swd":     Metric("swd", "sliced Wasserstein distance: needs no weights", of_sets=True, of_folders=True),
     "nearest": Metric("nearest", "are samples copies?", of_folders=True, least=2),
     "lpips":   Metric("backtrack", "back-tracking of held-out pictures"),
+    "share":   Metric("variation", "of the images' variance, from each input of G"),
     "cost":    Metric("cost", "time, memory"),
 }
+
+FEATURE_NETS = ("inception", "vgg16", "dinov2", "clip")     # --feature_net
+FEW = 1000          # real pictures: with fewer, best.pth goes by kid, as a fid mostly measures how many there are
+
+
+def score_name(score, feature_net):
+    """Return the name of a score of this network's features: fid and kid of Inception's, fd_vgg16 and kid_vgg16, ..."""
+    if feature_net == "inception" or score.startswith("inception_score"):
+        return score
+    return f"{'fd' if score == 'fid' else score}_{feature_net}"
+
+
+def scores_by_rank(feature_net, real):
+    """Return the names of the scores that decide which checkpoint is best, the first that was measured counts.
+
+    `real` is the number of real pictures.
+    """
+    fid, kid = (score_name(score, feature_net) for score in ("fid", "kid"))
+    return (kid, fid) if real < FEW else (fid, kid)
+
 
 # ---------------------------------------------------------------------------------------------------- converters
 
@@ -184,6 +206,12 @@ def only_with_loss(name):
     return lambda values: values["adv_loss"] != name and f"--adv_loss {values['adv_loss']}"
 
 
+def _without_features(values):
+    """For `Flag.unused`: none of the metrics is computed from the features of a network."""
+    chosen = values["metrics"]
+    return not any(METRICS[name].file == "features" for name in chosen) and f"--metrics {written(chosen)}"
+
+
 def _by_loss(setting):
     return ", ".join(f"{row[setting]} for {loss}" for loss, row in LOSSES.items())
 
@@ -299,12 +327,16 @@ FLAGS = {
         Flag("metrics", metrics, ("fid", "kid", "pr", "is"),
              f"any of {_list_metrics(True)}; in --mode evaluate also {_list_metrics(False)}"),
         Flag("metric_step", int, 0, "steps between computations of the metrics in training; the checkpoint of the best "
-             "fid is kept as best.pth; 0: never", 0),
+             f"fid, or with fewer than {FEW:,} real pictures of the best kid, is kept as best.pth; 0: never", 0),
         Flag("num_eval", int, 5000, "samples that metrics are computed on", 2),
-        Flag("inception_weights", str, "standard", "weights of the Inception of fid, kid, pr and is: standard "
-             "(TensorFlow's of 2015-12-05) | random (for tests) | PATH"),
-        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for nearest and lpips, metadata and reconstructions: "
-             "imagenet (torchvision's file) | random (for tests) | PATH",
+        Flag("feature_net", one_of(*FEATURE_NETS), "inception", "network whose features fid, kid and pr compare; the "
+             "scores of others than inception are named after it, such as fd_dinov2: inception | vgg16 (of "
+             "--vgg_weights) | dinov2 (ViT-L/14, 1.2 GB) | clip (ViT-B/32, 354 MB)", unused=_without_features),
+        Flag("inception_weights", str, "standard", "weights of --feature_net inception: standard (TensorFlow's of "
+             "2015-12-05) | random (for tests) | PATH", unused=lambda values: values["feature_net"] != "inception"
+             and f"--feature_net {values['feature_net']}"),
+        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for --feature_net vgg16, nearest and lpips, metadata "
+             "and reconstructions: imagenet (torchvision's file) | random (for tests) | PATH",
              fixed=lambda values: values["metadata"] and values["mode"] == "train"),
         Flag("fake_dir", str, None, "score the pictures in this folder, from any generator, instead of a run's samples",
              per_call=True),
@@ -314,7 +346,7 @@ FLAGS = {
     ),
     "from a checkpoint": (
         Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
-             "best: that of the best fid", 1, per_call=True),
+             "best: best.pth, see --metric_step", 1, per_call=True),
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes", 1, per_call=True),

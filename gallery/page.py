@@ -23,11 +23,14 @@ from pathlib import Path
 
 from parameter import as_json, dataset_name
 from storage.folders import step_name
+from storage.score_table import BESIDE
 from utils import write_atomically
 
 NAME = "index.html"
 BUCKETS = 200               # points of a curve, at most; even
-DEVIATION = "_std"          # suffix of the key of a score's standard deviation
+# Suffixes of the keys of what is shown with a score: standard deviation, 95 % interval, value of two halves of the real
+# pictures.
+WITH_SCORE = (*BESIDE, "_floor")
 
 _RECORD = re.compile(r"(\d{7,})_(fake|recon|attn_.+)\.png", re.DOTALL)
 _EXTRA = re.compile(r"\d{7,}_.+\.(png|webp|gif)", re.DOTALL)
@@ -224,7 +227,7 @@ class _Metrics:
         self.last_step = 0                  # the highest step of any line
         self.latest = {}                    # {key: latest value}
         self._protocols = {}                # {key: (protocol, source, step)} of those latest values that are scores
-        self._scores = {}                   # {(key, protocol, source): {step: (value, standard deviation or None)}}
+        self._scores = {}                   # {(key, protocol, source): {step: [value, each of WITH_SCORE or None]}}
         self._index = {}                    # {key: index in keys}
         self._rows = {}                     # {step of a picture: row}
 
@@ -284,29 +287,32 @@ class _Metrics:
         group = entry["protocol"], source if isinstance(source, str) else ""
         self.last_step = max(self.last_step, step)
         for key, value in values.items():
-            if key.endswith(DEVIATION) and key.removesuffix(DEVIATION) in entry:
-                continue                    # shown as a band around another curve
-            deviation = values.get(key + DEVIATION)
+            if any(key.endswith(suffix) and key.removesuffix(suffix) in entry for suffix in WITH_SCORE):
+                continue                    # shown in the chart of another
             points = self._scores.pop((key, *group), {})
-            points[step] = value, deviation
+            points[step] = [value, *(values.get(key + suffix) for suffix in WITH_SCORE)]
             self._scores[(key, *group)] = points
             self._protocols.pop(key, None)
             self._protocols[key] = (*group, step)
             self.latest[key] = value
-            self.latest.pop(key + DEVIATION, None)
-            if deviation is not None:
-                self.latest[key + DEVIATION] = deviation
+            for suffix in BESIDE:
+                self.latest.pop(key + suffix, None)
+                if key + suffix in values:
+                    self.latest[key + suffix] = values[key + suffix]
 
     def scores(self):
-        """Return {"groups": [(protocol, source), ...], "series": [[key, group index, steps, values, deviations], ...]}.
+        """Return {"groups": [(protocol, source), ...], "series": [[key, group index, steps, values, deviations, lows,
+        highs, floors], ...]}; the last three are left out where all are None.
 
         The most recently updated come first.
         """
         groups, series = {}, []
         for (key, *group), points in reversed(self._scores.items()):
             steps = sorted(points)
-            series.append([key, groups.setdefault(tuple(group), len(groups)), steps,
-                           [points[step][0] for step in steps], [points[step][1] for step in steps]])
+            columns = list(map(list, zip(*(points[step] for step in steps), strict=True)))
+            if all(value is None for column in columns[2:] for value in column):
+                columns = columns[:2]
+            series.append([key, groups.setdefault(tuple(group), len(groups)), steps, *columns])
         return {"groups": list(groups), "series": series}
 
     def protocols(self):

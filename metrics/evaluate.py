@@ -70,7 +70,7 @@ def _load(config, place):
     return Meter(config, place) if any(row.of_sets for row in chosen) else None, others
 
 
-def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lambda scores: None):
+def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lambda scores, names: None):
     """Compute the metrics that `_load` returned: `meter` on `samples`, then the others; report each."""
     if evaluation.reference:
         refuse_few(evaluation.config.metrics, len(evaluation.reference), "real")
@@ -78,7 +78,7 @@ def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lamb
         meter.prepare(evaluation.reference)
         scores = meter.measure(samples, source)
         report.add(scores)
-        keep_best(scores)
+        keep_best(scores, meter.scores_by_rank())
     for module in others:
         for scores in module.evaluate(evaluation):
             report.add(scores)
@@ -111,9 +111,9 @@ def _evaluate_run(config, place, precision):
     def picture_path(name):
         return trained.folders.samples / step_name(trained.step, f"_{name}.png")
 
-    def keep_best(scores):
+    def keep_best(scores, names):
         if not config.real_dir and distributed.is_first():
-            _keep_best(config, trained, scores)
+            _keep_best(config, trained, scores, names)
 
     evaluation = Evaluation(config, place, reference, sample_sets, picture_path, trained, trained.step)
     report = _Report(config, config.version, trained)
@@ -121,16 +121,20 @@ def _evaluate_run(config, place, precision):
                      keep_best)
 
 
-def _keep_best(config, trained, scores):
-    """Copy the evaluated checkpoint to best.pth if its FID is the lowest so far under this protocol."""
+def _keep_best(config, trained, scores, names):
+    """Copy the evaluated checkpoint to best.pth if its score is the best so far under this protocol.
+
+    The first of `names` that was measured decides.
+    """
     best = checkpoint.best_score(trained.folders.models)
-    better = score_table.better_fid(scores, best)
-    comparable = best is None or any(score_table.same_kind(score, best) for score in scores)
+    better = score_table.better_score(scores, best, names)
+    comparable = better and (best is None or score_table.comparable(better, best))
     path = checkpoint.path_of(trained.folders.models, trained.step)
-    if better and comparable and config.pretrained_model != "best" and path.is_file():  # training may have deleted it
+    if comparable and config.pretrained_model != "best" and path.is_file():     # training may have deleted it
         state = checkpoint.load(path)
         checkpoint.save_best({**state, "best": better}, trained.folders.models)
-        say(f"step {trained.step} has the best fid so far, {better['fid']:.2f}: saved as "
+        name = better["metric"]
+        say(f"step {trained.step} has the best {name} so far, {better[name]:.4g}: saved as "
             f"{checkpoint.best_path(trained.folders.models)}")
 
 

@@ -14,7 +14,7 @@ from dataset.check import sample_levels
 from dataset.images import Files, ImageDataset
 from dataset.table import fingerprint
 from errors import DataError
-from flags.common import METRICS
+from flags.common import METRICS, scores_by_rank
 from parameter import Config, dataset_name
 
 
@@ -74,11 +74,17 @@ class Meter:
     def __init__(self, config, place):
         files = dict.fromkeys(METRICS[name].file for name in config.metrics if METRICS[name].of_sets)
         self.meters = [import_module(f"metrics.{file}").SetMeter(config, place) for file in files]
+        self.feature_net, self.reference = config.feature_net, None
 
     def prepare(self, reference):
         """Set the Reference that sets are scored against."""
+        self.reference = reference
         for meter in self.meters:
             meter.prepare(reference)
+
+    def scores_by_rank(self):
+        """Return the names of the scores that decide which checkpoint is best: the first that was measured counts."""
+        return scores_by_rank(self.feature_net, len(self.reference))
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return [Score, ...] of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.

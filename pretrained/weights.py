@@ -21,7 +21,7 @@ from device.distributed import after_first, is_first, say
 from errors import DataError, UsageError
 from utils import new_folders
 
-_TIMEOUT = 30                                           # seconds without data after which a download is aborted
+TIMEOUT = 30                                            # seconds without data after which a download is aborted
 # What torch.load raises on files that are damaged or hold no tensors.
 _DAMAGE_ERRORS = (EOFError, OSError, RuntimeError, pickle.UnpicklingError, LookupError, ValueError, TypeError,
                   AttributeError, struct.error, zlib.error)
@@ -32,13 +32,14 @@ class Published:
     """A published file of weights, and the flag that selects it.
 
     `flag` takes `word` (this file), "random" or a path. `net` names the network of the state dict; `folder` is its name
-    in download.sh and its folder in data/; `aliases` are other file names of the same file.
+    in download.sh and its folder in data/, None if download.sh does not fetch it; `aliases` are other file names of the
+    same file.
     """
 
     flag: str
     word: str
     net: str
-    folder: str
+    folder: str | None
     name: str
     url: str
     sha256: str
@@ -48,7 +49,14 @@ class Published:
     def places(self):
         """Return the paths to search: where download.sh puts the file, then torch.hub's checkpoints folder."""
         hub = Path(torch.hub.get_dir(), "checkpoints")
-        return [parent / name for parent in (Path("data", self.folder), hub) for name in (self.name, *self.aliases)]
+        parents = (Path("data", self.folder), hub) if self.folder else (hub,)
+        return [parent / name for parent in parents for name in (self.name, *self.aliases)]
+
+    def how_to_fetch(self):
+        """Return in words how to fetch the file by hand."""
+        if self.folder:
+            return f"fetch it with `bash download.sh {self.folder}`"
+        return f"save {self.url} there under that name"
 
     def is_available(self, weights):
         """Return whether `weights` can be loaded without a download, judged by file name and, for the published file,
@@ -81,7 +89,7 @@ class Published:
         """
         def find():
             if weights == self.word:
-                self._find(fallback_hint)
+                self.find(fallback_hint)
             elif weights != "random":
                 self._open(weights).close()
 
@@ -94,7 +102,7 @@ class Published:
         Raise UsageError if a path cannot be read; DataError if the file holds no state dict, or if the published file
         is damaged or cannot be downloaded.
         """
-        path = self._find(fallback_hint) if weights == self.word else Path(weights)
+        path = self.find(fallback_hint) if weights == self.word else Path(weights)
         with self._open(path) as file:
             try:
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -109,8 +117,10 @@ class Published:
         """Warn that random weights are for tests only."""
         say(f"{self.flag} random: {self.net} has random weights, for tests only; use {self.word} for anything else")
 
-    def _find(self, fallback_hint):
-        """Return the path of the published file, verified; download it if it is missing. Raise DataError."""
+    def find(self, fallback_hint):
+        """Return the path of the published file, verified; every process that calls this downloads it if it is missing.
+        Raise DataError.
+        """
         existing = [path for path in self.places() if os.path.isfile(path)]
         path = existing[0] if existing else self._download(fallback_hint)
         try:
@@ -120,24 +130,23 @@ class Published:
             raise DataError(f"{self.flag} {self.word}: cannot read {path} ({error.strerror})") from None
         if actual != self.sha256:
             raise DataError(f"{self.flag} {self.word}: {path} is damaged or another file (sha256 {actual}, expected "
-                            f"{self.sha256}).\nDelete it and run the same command again, or fetch it with "
-                            f"`bash download.sh {self.folder}`.")
+                            f"{self.sha256}).\nDelete it and run the same command again, or {self.how_to_fetch()}.")
         return path
 
     def _download(self, fallback_hint):
-        default_path = self.places()[0]
         path = Path(torch.hub.get_dir(), "checkpoints", self.name)
         say(f"{self.flag} {self.word}: fetching {self.name} ({self.bytes / 1e6:.0f} MB, once) into {path.parent}")
         timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(_TIMEOUT)              # torch.hub sets none: a stalled connection would hang forever
+        socket.setdefaulttimeout(TIMEOUT)              # torch.hub sets none: a stalled connection would hang forever
         try:
             with new_folders(path.parent):
                 torch.hub.download_url_to_file(self.url, str(path), hash_prefix=self.sha256, progress=is_first())
         except (OSError, RuntimeError, http.client.HTTPException) as error:     # RuntimeError: wrong hash
             raise DataError(
-                f"{self.flag} {self.word}: {self.name} is neither in {default_path.parent} nor in {path.parent}, and "
-                f"downloading it failed ({getattr(error, 'reason', None) or error}).\n"
-                f"Fetch it with `bash download.sh {self.folder}`, or do without it: {fallback_hint}."
+                f"{self.flag} {self.word}: {self.name} is neither in "
+                f"{' nor in '.join(dict.fromkeys(str(place.parent) for place in self.places()))}, and downloading it "
+                f"failed ({getattr(error, 'reason', None) or error}).\n"
+                f"Either {self.how_to_fetch()}, or do without it: {fallback_hint}."
             ) from None
         finally:
             socket.setdefaulttimeout(timeout)

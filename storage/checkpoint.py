@@ -64,16 +64,20 @@ def save_best(state, folder):
 
 
 def best_path(folder):
-    """Return the path of the checkpoint of the best fid."""
+    """Return the path of the checkpoint of the best score."""
     return Path(folder) / "best.pth"
 
 
 def best_score(folder):
-    """Return {"fid": float, "protocol": str, "source": str} of best.pth; None if it is missing or damaged."""
+    """Return {"metric": name, name: float, "protocol": str, "source": str} of best.pth; None if there is none.
+
+    The name is that of the score, such as fid; entries of older versions have no "metric", as all were fid.
+    """
     try:
-        return load_state(best_path(folder)).get("best")
+        best = load_state(best_path(folder)).get("best")
     except CheckpointError:
         return None
+    return best and {"metric": "fid", **best}
 
 
 def load(path):

@@ -13,6 +13,13 @@ from pathlib import Path
 from storage.journal import open_to_add
 from utils import write_atomically
 
+BESIDE = ("_std", "_low", "_high")      # suffixes of what is shown beside a value: standard deviation, 95 % interval
+_LEGEND = (
+    "Rows of one table are comparable: they share the protocol above it. Rows of different tables are not.", "",
+    "In brackets: the 95 % interval for the choice of the generated pictures. floor: the same score between two random "
+    "halves of the real pictures. coverage: of 5 nearest neighbours. ±: one standard deviation, over KID's subsets, "
+    "the splits of the Inception Score, or pictures.")
+
 
 @dataclass(frozen=True)
 class Score:
@@ -27,21 +34,24 @@ class Score:
         return {**self.values, "protocol": self.protocol, "source": self.source}
 
 
-def better_fid(scores, best):
-    """Return the entry of best.pth, {"fid", "protocol", "source"}, if `scores` have a lower FID than `best`, else None.
+def better_score(scores, best, names):
+    """Return the entry of best.pth if `scores` are better than its present entry `best`, else None.
 
-    `best` is the present entry or None. If its protocol or source differs, the two are not comparable, and the new FID
-    replaces it.
+    The first of `names` that was measured decides; of these a lower value is better. An entry is {"metric": name, name:
+    value, "protocol": str, "source": str}. If the metric, protocol or source of `best` differs, the two are not
+    comparable, and the new one replaces it.
     """
-    for score in scores:
-        if "fid" in score.values and not (best and best["fid"] <= score.values["fid"] and same_kind(score, best)):
-            return {"fid": score.values["fid"], "protocol": score.protocol, "source": score.source}
+    for name in names:
+        for score in scores:
+            if name in score.values:
+                entry = {"metric": name, name: score.values[name], "protocol": score.protocol, "source": score.source}
+                return None if best and comparable(entry, best) and best[name] <= entry[name] else entry
     return None
 
 
-def same_kind(score, best):
-    """Whether a Score and the entry of best.pth are comparable."""
-    return (score.protocol, score.source) == (best["protocol"], best["source"])
+def comparable(entry, best):
+    """Whether two entries of best.pth are of one metric, protocol and source."""
+    return all(entry[part] == best[part] for part in ("metric", "protocol", "source"))
 
 
 def record(log_path, name, step, scores):
@@ -55,9 +65,7 @@ def record(log_path, name, step, scores):
     folder.mkdir(parents=True, exist_ok=True)
     with open_to_add(folder / "scores.jsonl") as file:      # several programs may append whole lines at once
         file.write("".join(json.dumps(entry) + "\n" for entry in entries))
-    text = "\n".join([
-        "# Scores", "", "Rows of one table are comparable: they share the protocol above it. Rows of different tables "
-        "are not.", "", *tables(_read(folder / "scores.jsonl"))]) + "\n"
+    text = "\n".join(["# Scores", "", *_LEGEND, "", *tables(_read(folder / "scores.jsonl"))]) + "\n"
     write_atomically(folder / "scores.md", lambda path: path.write_text(text, encoding="utf-8"))
     return tables(entries)
 
@@ -94,13 +102,28 @@ def tables(entries):
         rows.sort(key=lambda entry: (names.index(entry["name"]), entry["step"] or 0))
         columns = list(dict.fromkeys(
             key for row in rows for key, value in row.items()
-            if isinstance(value, (int, float)) and key != "step" and not key.endswith("_std")))
+            if isinstance(value, (int, float)) and key != "step" and not is_beside_another(key, row)))
         lines += [protocol + ".", ""]
         lines += _table(["", "step", *columns, "source", "date"], [
             [_cell(row["name"]), "" if row["step"] is None else f"{row['step']:,}",
              *(_number(row, column) for column in columns), _cell(row["source"]), row["taken"]] for row in rows])
         lines.append("")
     return lines
+
+
+def is_beside_another(key, values):
+    """Whether this is the standard deviation or an end of the interval of another value."""
+    return any(key.endswith(suffix) and key.removesuffix(suffix) in values for suffix in BESIDE)
+
+
+def in_words(values):
+    """Return values as one line: `fid 41.2 (39.9 to 42.6), kid 0.012`; without standard deviations and floors."""
+    parts = []
+    for name, value in values.items():
+        if not is_beside_another(name, values) and not name.endswith("_floor"):
+            low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+            parts.append(f"{name} {value:.4g}" + ("" if low is None else f" ({low:.4g} to {high:.4g})"))
+    return ", ".join(parts)
 
 
 def _table(head, rows):
@@ -122,14 +145,19 @@ def _cell(text):
 
 
 def _number(row, column):
-    """Format a value: '41.21', '0.0123 ± 0.0004' with its standard deviation, or '' if there is none."""
-    value, std = row.get(column), row.get(f"{column}_std")
+    """Format a value: '41.21 (39.90 to 42.60)' with its interval, else '0.0123 ± 0.0004' with its standard deviation;
+    '' if there is none.
+    """
+    value, std, low, high = (row.get(f"{column}{suffix}") for suffix in ("", *BESIDE))
     if value is None:
         return ""
     if isinstance(value, int):
         return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
-    size = max(abs(value), abs(std or 0))
+    size = max(abs(value), abs(std or 0), 0 if None in (low, high) else high - low)
     digits = max(0, min(5, 3 - math.floor(math.log10(size)))) if size else 3
-    return f"{value:,.{digits}f}" + ("" if std is None else f" ± {std:,.{digits}f}")
+    text = f"{value:,.{digits}f}"
+    if None not in (low, high):
+        return f"{text} ({low:,.{digits}f} to {high:,.{digits}f})"
+    return text + ("" if std is None else f" ± {std:,.{digits}f}")

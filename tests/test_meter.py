@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SmallInception
+from conftest import SmallInception, fill
 from PIL import Image
 from stand_ins import CPU, small_swd
 
 import data_loader
 from errors import DataError
-from metrics import inception, meter, swd
+from metrics import features, meter, swd
 from metrics.meter import Meter
 from parameter import resolve
 
@@ -56,7 +56,8 @@ def test_the_reference_passes_once_and_is_read_the_next_time(real, small_incepti
     assert f"features read from {path}" in capsys.readouterr().out
     assert small_inception[1].seen == 8, "only the samples are embedded"
     assert first == second and set(first[0].values) == {
-        "fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std"}
+        "fid", "fid_floor", "kid", "kid_std", "kid_floor", "precision", "recall", "coverage", "inception_score",
+        "inception_score_std"}
 
 
 def repaint(real, pictures, monkeypatch):
@@ -82,22 +83,27 @@ def other_weights(real, pictures, monkeypatch):
 
 
 def other_version(real, pictures, monkeypatch):
-    monkeypatch.setattr(inception, "CACHE_VERSION", inception.CACHE_VERSION + 1)
+    monkeypatch.setattr(features, "CACHE_VERSION", features.CACHE_VERSION + 1)
     return real()
 
 
 def fewer_rows(real, pictures, monkeypatch):
-    monkeypatch.setattr(inception, "MAX_ROWS", 5)
+    monkeypatch.setattr(features, "MAX_ROWS", 5)
     return real()
 
 
+def other_net(real, pictures, monkeypatch):
+    monkeypatch.setitem(features.FEATURE_NETS, "clip", features.FEATURE_NETS["inception"])
+    return real(feature_net="clip", metrics=("fid", "kid"))
+
+
 def other_library(real, pictures, monkeypatch):
-    monkeypatch.setattr(inception, "version", lambda package: "99")
+    monkeypatch.setattr(features, "version", lambda package: "99")
     return real()
 
 
 @pytest.mark.parametrize("change", [repaint, remove, hold_out, other_size, other_weights, other_version, fewer_rows,
-                                    other_library])
+                                    other_library, other_net])
 def test_whatever_changes_the_reference_has_it_recomputed(real, small_inception, pictures, monkeypatch, capsys, change):
     meter_of(real())
     config = change(real, pictures, monkeypatch)
@@ -111,6 +117,28 @@ def test_another_file_of_weights_under_the_same_name_is_another(real, small_ince
         Path("my.pth").write_bytes(content)
         meter_of(real(inception_weights="my.pth"))
     assert [net.seen for net in small_inception] == [12, 12, 0]
+
+
+def test_few_pictures_for_the_features_are_warned_of_once(real, pictures, capsys):
+    """The small network has 16 features; the folder has 12 pictures."""
+    ready = meter_of(real(metrics=("fid", "pr")))
+    ready.measure(samples(40), "noise")
+    ready.measure(samples(40), "noise")
+    (warned,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert warned == ("warning: 12 pictures are fewer than the 16 features, so fid mostly measures how many they are; "
+                      "go by kid (add kid to --metrics)")
+    measured(real(metrics=("kid", "pr")), samples(8))
+    measured(real(image_path=str(fill(pictures.parent / "more", 16))), samples(16))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_another_network_has_no_inception_score_and_says_so(real, monkeypatch, capsys):
+    monkeypatch.setitem(features.FEATURE_NETS, "clip", features.FEATURE_NETS["inception"])
+    (found,) = measured(real(feature_net="clip"))
+    assert "note: the Inception Score is left out, as --feature_net is clip" in capsys.readouterr().out
+    assert {"fd_clip", "kid_clip", "precision_clip", "recall_clip", "coverage_clip"} < found.values.keys()
+    assert not any(name.startswith(("fid", "inception")) for name in found.values)
+    assert "KID: all pairs" in found.protocol and "Inception Score" not in found.protocol
 
 
 def flip(path):
@@ -159,8 +187,9 @@ def test_a_protocol_is_the_same_whichever_metrics_were_asked(real):
         ("fid",), ("kid",), ("is", "pr"), ("fid", "kid", "pr", "is"), ("fid", "swd"))}
     assert len({scored[0].protocol for scored in found.values()}) == 1
     assert found["fid",][0].values["fid"] == found["fid", "kid", "pr", "is"][0].values["fid"]
-    assert set(found["is", "pr"][0].values) == {"precision", "recall", "inception_score", "inception_score_std"}
-    assert [set(scored.values) for scored in found["fid", "swd"]] == [{"fid"}, {"swd"}]
+    assert set(found["is", "pr"][0].values) == {"precision", "recall", "coverage", "inception_score",
+                                               "inception_score_std"}
+    assert [set(scored.values) for scored in found["fid", "swd"]] == [{"fid", "fid_floor"}, {"swd"}]
     assert found["fid", "swd"][1].protocol.startswith("sliced Wasserstein")
 
 
@@ -169,11 +198,11 @@ def test_a_protocol_says_what_decides_the_number(real, pictures):
     assert found.source == "noise"
     for words in ("TF-Inception 2015-12-05 (sha256 6726825d)", "8 samples at 32 px", "KID: 100 subsets of 8;",
                   "against all 12 pictures of folder pictures, unflipped", "Inception Score: 8 splits",
-                  "3 nearest neighbours", "torch-fidelity", "fewer than 2,048 pictures"):
+                  "3 nearest neighbours", "torch-fidelity", "fewer than 16 pictures"):
         assert words in found.protocol, words
     Path("my.pth").write_bytes(b"others")
     (pictures.parent / "few").mkdir()
-    for number in range(5):
+    for number in range(6):
         os.link(pictures / f"{number}.png", pictures.parent / "few" / f"{number}.png")
     others = [measured(real(), samples(9)), measured(real(imsize=64), torch.zeros(8, 3, 64, 64, dtype=torch.uint8)),
               measured(real(holdout=0.25)), measured(real(image_path=str(pictures.parent / "few"))),
@@ -184,12 +213,12 @@ def test_a_protocol_says_what_decides_the_number(real, pictures):
     assert "Inception of other weights than the standard ones (sha256 " in protocols[5]
 
 
-def test_a_protocol_says_that_some_of_the_metrics_see_a_part_of_the_reference(real, monkeypatch):
-    monkeypatch.setattr(inception, "MAX_ROWS", 10)
+def test_a_protocol_says_that_some_of_the_metrics_see_a_part_of_the_reference(real, pictures, monkeypatch):
+    monkeypatch.setattr(features, "MAX_ROWS", 10)
     assert "KID, precision, recall: 10 of the real pictures" in measured(real())[0].protocol
     assert "fewer than" in measured(real())[0].protocol
-    monkeypatch.setattr(inception, "FEW", 8)
-    assert "fewer than" not in measured(real())[0].protocol
+    enough = str(fill(pictures.parent / "more", 16))
+    assert "fewer than" not in measured(real(image_path=enough), samples(16))[0].protocol
 
 
 def test_of_a_folder_the_reference_is_what_training_would_see(real, pictures):
@@ -202,20 +231,20 @@ def test_of_a_folder_the_reference_is_what_training_would_see(real, pictures):
 
 
 @pytest.mark.parametrize(("chosen", "count", "words"), [
-    (("fid", "pr"), 3, "3 generated pictures: --metrics fid,pr need at least 4"),
+    (("fid", "pr"), 5, "5 generated pictures: --metrics fid,pr need at least 6"),
     (("fid", "kid"), 1, "1 generated picture: --metrics fid,kid need at least 2"),
 ])
 def test_too_few_samples_are_refused(real, chosen, count, words):
     with pytest.raises(DataError, match=words) as refused:
         measured(real(metrics=chosen), samples(count))
     assert refused.value.code == 3
-    assert measured(real(metrics=chosen), samples(4))
+    assert measured(real(metrics=chosen), samples(6))
 
 
 def test_too_few_real_pictures_are_refused(real, pictures, small_inception):
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
-    with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need at least 4"):
+    with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need at least 6"):
         meter_of(real(batch_size=1))
     assert not small_inception[0].seen
     assert measured(real(batch_size=1, metrics=("fid", "kid")))
@@ -236,7 +265,7 @@ def test_swd_alone_needs_no_network_and_no_cache(real, small_inception):
 
 
 def test_whoever_wants_it_to_end_gets_no_score_and_waits_for_a_chunk_at_the_most(real, small_inception, monkeypatch):
-    monkeypatch.setattr(inception, "CHUNK", 4)
+    monkeypatch.setattr(features, "CHUNK", 4)
     asked = []
 
     def stopped():

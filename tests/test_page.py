@@ -85,7 +85,7 @@ def measure(step, protocol="P", source="G_ema, seed 0", **figures):
 
 
 def points(data, key):
-    """{(protocol, source): [[step, value, deviation], ...]} of a key, in the order of the page."""
+    """{(protocol, source): [[step, value, deviation, and where there are any low, high, floor], ...]} of a key."""
     return {tuple(data["measured"]["groups"][group]): list(map(list, zip(*columns, strict=True)))
             for name, group, *columns in data["measured"]["series"] if name == key}
 
@@ -278,6 +278,21 @@ def test_measurements_are_read_once_and_anew_where_the_file_was_replaced(run, mo
 def test_a_step_that_only_a_measurement_knows_is_reached(run):
     run.log(measure(700, fid=9), measure(300, fid=10))
     assert run.data()["keys"] == [] and embedded(run.path, "summary")["step"] == 700
+
+
+def test_intervals_and_floors_belong_to_their_score(run):
+    run.log(measure(100, fid=90, kid=1, kid_std=0.1),
+            measure(200, fid=50, fid_low=45, fid_high=55, fid_floor=20, kid=0.5, kid_std=0.1, kid_low=0.4,
+                    kid_high=0.6),
+            measure(200, "Q", odd_low=3, odd_floor=4))
+    data = run.data()
+    same = ("P", "G_ema, seed 0")
+    assert points(data, "fid") == {same: [[100, 90, None, None, None, None], [200, 50, None, 45, 55, 20]]}
+    assert points(data, "kid") == {same: [[100, 1, 0.1, None, None, None], [200, 0.5, 0.1, 0.4, 0.6, None]]}
+    assert {name for name, *_ in data["measured"]["series"]} == {"fid", "kid", "odd_low", "odd_floor"}
+    assert embedded(run.path, "summary")["figures"] == {
+        "fid": 50, "fid_low": 45, "fid_high": 55, "kid": 0.5, "kid_std": 0.1, "kid_low": 0.4, "kid_high": 0.6,
+        "odd_low": 3, "odd_floor": 4}
 
 
 def test_the_overview_knows_how_the_newest_figures_were_measured(run):
@@ -713,6 +728,38 @@ def test_a_band_reaches_one_deviation_up_and_down(chromium, measured):
     for low, middle, high in zip(lower, centre, upper, strict=True):
         assert low - middle == pytest.approx(0.1 * per_unit, abs=0.1)
         assert middle - high == pytest.approx(0.1 * per_unit, abs=0.1)
+
+
+@pytest.mark.browser
+def test_intervals_are_bands_and_brackets_and_floors_dashed_lines(chromium, tmp_path):
+    run = Run(tmp_path)
+    run.log(*(measure(step, fd_vgg16=fd, fd_vgg16_low=fd - 5, fd_vgg16_high=fd + 5, fd_vgg16_floor=20,
+                      precision_vgg16=0.5, precision_vgg16_low=0.4, precision_vgg16_high=0.6, recall_vgg16=0.25,
+                      coverage_vgg16=0.75)
+              for step, fd in ((100, 90), (200, 60), (300, 70))), measure(300, "Q", kid=1, kid_std=0.5))
+    chromium.open(run.write())
+    assert chromium.js(TITLES) == ["fd_vgg16", "kid", "precision, recall and coverage, vgg16"]
+    legend = f"[...{CHART}.querySelectorAll('li')].map(li => li.textContent.trim())"
+    assert chromium.js(legend, "fd_vgg16") == ["70 (65 to 75)  floor 20"]
+    assert chromium.js(legend, "precision, recall and coverage, vgg16") == [
+        "precision_vgg16 0.5 (0.4 to 0.6)", "recall_vgg16 0.25", "coverage_vgg16 0.75"]
+    line = f"(l => [l.getAttribute('y1'), getComputedStyle(l).strokeDasharray])({CHART}.querySelector('.floor'))"
+    height, dashes = chromium.js(line, "fd_vgg16")
+    points = [float(chromium.js(PLACE, "fd_vgg16", ".point", number)[1]) for number in range(2)]
+    per_unit = (points[1] - points[0]) / 30
+    assert float(height) == pytest.approx(points[1] + 40 * per_unit, abs=0.1) and dashes != "none"
+    outline = chromium.js(f"{CHART}.querySelector('.band').getAttribute('d')", "fd_vgg16")
+    heights = [float(number) for number in re.findall(r"[\d.]+", outline)[1::2]]
+    assert heights[0] - points[0] == pytest.approx(5 * per_unit, abs=0.2)
+    assert chromium.js(f"[...{CHART}.querySelectorAll('.best')].map(b => b.textContent)", "fd_vgg16") == [
+        "best 60 at step 200"]
+    visible = "['#intervals', '#deviations', '#floors'].map(id => document.querySelector(id).checkVisibility())"
+    assert chromium.js(visible) == [True, True, True]
+    page.write_overview(tmp_path / "samples")
+    chromium.open(tmp_path / "samples" / "index.html")
+    card = re.sub(r"\s+", " ", chromium.js("document.querySelector('.runs li').innerText"))
+    assert "fd_vgg16 70 (65 to 75) kid 1 ± 0.5 precision_vgg16 0.5 (0.4 to 0.6) recall_vgg16 0.25" in card
+    assert chromium.errors() == []
 
 
 @pytest.mark.browser

@@ -12,7 +12,7 @@ import pytest
 
 import parameter
 from errors import UsageError
-from flags.common import LOSSES, METRICS
+from flags.common import FEATURE_NETS, LOSSES, METRICS
 from parameter import FAMILIES, FLAGS, GROUPS, resolve
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -81,7 +81,8 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--train false --mode train", "contradict"),
     ("--config nowhere.json", "--config nowhere.json"),
     ("--parallel true --device cpu", "--parallel true: needs two or more CUDA devices"),
-    ("--metrics fdi", "--metrics: 'fdi' is not one of fid, kid, pr, is, swd, nearest, lpips, cost; did you mean fid?"),
+    ("--metrics fdi",
+     "--metrics: 'fdi' is not one of fid, kid, pr, is, swd, nearest, lpips, share, cost; did you mean fid?"),
     ("--metrics fid,lpip", "did you mean lpips?"),
     ("--metrics fid,", "--metrics: '' is not one of"),
     ("--pretrained_model bset", "--pretrained_model: 'bset' is neither a step nor best"),
@@ -115,8 +116,8 @@ def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
     ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
     ("--mode evaluate --imsize 100", "--imsize 100: must be 32, 64, 128 or 256"),
-    ("--mode evaluate --num_eval 3", "--num_eval 3: --metrics pr needs at least 4"),
-    ("--metric_step 5 --metrics fid,pr --num_eval 3", "--num_eval 3: --metrics pr needs at least 4"),
+    ("--mode evaluate --num_eval 3", "--num_eval 3: --metrics pr needs at least 6"),
+    ("--metric_step 5 --metrics fid,pr --num_eval 3", "--num_eval 3: --metrics pr needs at least 6"),
     ("--mode sample --restart true", "--restart true: is for training, not for --mode sample"),
     ("--restart true --pretrained_model 5", "--restart true begins from scratch, --pretrained_model 5 goes on"),
     ("--adv_loss wgan-gp --label_noise 0.2", "--label_noise 0.2: has no effect with --adv_loss wgan-gp; leave it out"),
@@ -333,6 +334,7 @@ def test_metrics_and_the_checkpoint_are_named_by_words():
     assert resolve(typed).pretrained_model == "best"
     assert parameter.parse(["--pretrained_model", "5000"]) == {"pretrained_model": 5000}
     assert resolve({}).metrics == ("fid", "kid", "pr", "is") and resolve({}).metric_step == 0
+    assert resolve({"feature_net": "vgg16"}).feature_net == "vgg16", "the metrics that were not typed may stay"
 
 
 @pytest.mark.parametrize("flags", [
@@ -461,7 +463,8 @@ def test_every_metric_has_the_file_and_the_functions_that_its_row_says():
     for name, row in METRICS.items():
         module = importlib.import_module(f"metrics.{row.file}")
         assert all(hasattr(module, word) for word in (["SetMeter"] if row.of_sets else ["require", "evaluate"])), name
-    assert METRICS["pr"].least == importlib.import_module("metrics.inception").NEIGHBOURS + 1
+    assert METRICS["pr"].least == importlib.import_module("metrics.features").COVERAGE_NEIGHBOURS + 1
+    assert tuple(importlib.import_module("pretrained.feature_nets").FEATURE_NETS) == FEATURE_NETS
 
 
 def test_families_agree_on_presets_and_every_loss_fills_the_same_settings():

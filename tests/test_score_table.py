@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from storage.score_table import Score, better_fid, record, same_kind
+from flags.common import scores_by_rank
+from storage.score_table import Score, better_score, comparable, in_words, record
 
 
 def score(protocol="A", source="G_ema, seed 0", **values):
@@ -174,22 +175,47 @@ def test_programs_that_record_at_once_lose_no_line(home):
 # ---- comparable scores ----
 
 
-def test_the_best_fid_is_the_lowest_of_its_kind():
+FID = {"metric": "fid", "fid": 10.0, "protocol": "A", "source": "G_ema, seed 0"}
+
+
+def test_the_best_is_the_lowest_of_its_kind():
     found = [score(swd=1.0), score(fid=10.0, kid=1.0)]
-    kept = {"fid": 10.0, "protocol": "A", "source": "G_ema, seed 0"}
-    assert better_fid(found, None) == kept
-    assert better_fid(found, {**kept, "fid": 10.5}) == kept
-    assert better_fid(found, {**kept, "fid": 10.0}) is None, "the earlier of two equal ones stays"
-    assert better_fid(found, {**kept, "fid": 9.0}) is None
+    assert better_score(found, None, ("fid", "kid")) == FID
+    assert better_score(found, {**FID, "fid": 10.5}, ("fid", "kid")) == FID
+    assert better_score(found, {**FID, "fid": 10.0}, ("fid", "kid")) is None, "the earlier of two equal ones stays"
+    assert better_score(found, {**FID, "fid": 9.0}, ("fid", "kid")) is None
 
 
-@pytest.mark.parametrize("changes", [{"protocol": "B"}, {"source": "G_ema, seed 1"}])
+@pytest.mark.parametrize("changes", [{"protocol": "B"}, {"source": "G_ema, seed 1"}, {"metric": "kid", "kid": 1.0}])
 def test_a_best_of_another_kind_gives_way(changes):
-    best = {"fid": 1.0, "protocol": "A", "source": "G_ema, seed 0", **changes}
-    assert not same_kind(score(), best)
-    assert better_fid([score()], best) == {"fid": 10.0, "protocol": "A", "source": "G_ema, seed 0"}
+    best = {**FID, "fid": 1.0, **changes}
+    assert not comparable(FID, best)
+    assert better_score([score()], best, ("fid", "kid")) == FID
 
 
-def test_without_a_fid_there_is_no_best():
-    assert better_fid([score(swd=1.0, kid=2.0)], None) is None and better_fid([], None) is None
-    assert same_kind(score(), {"fid": 3.0, "protocol": "A", "source": "G_ema, seed 0"})
+def test_the_first_score_that_was_measured_decides():
+    found = [score(swd=1.0), score(fid=10.0, kid=2.0)]
+    assert better_score(found, FID, ("kid", "fid")) == {**{k: v for k, v in FID.items() if k != "fid"}, "metric": "kid",
+                                                       "kid": 2.0}
+    assert better_score([score(fid=10.0)], None, ("kid", "fid")) == FID
+    assert better_score([score(swd=1.0)], None, ("kid", "fid")) is None and better_score([], None, ("fid",)) is None
+    assert scores_by_rank("inception", 999) == ("kid", "fid") and scores_by_rank("vgg16", 1000) == ("fd_vgg16",
+                                                                                                    "kid_vgg16")
+
+
+# ---- intervals ----
+
+
+def test_an_interval_stands_in_brackets_beside_its_number(home):
+    record("logs", "a", 1, [score(fid=41.21, fid_low=39.9, fid_high=42.6, fid_floor=12.5, kid=0.0123, kid_std=0.0004,
+                                  kid_low=0.0119, kid_high=0.0127)])
+    record("logs", "b", 1, [score(fid=40.0, kid=0.013, kid_std=0.0003)])
+    record("logs", "c", 1, [score("C", kid=0.0131, kid_low=-1.25, kid_high=1.27)])
+    assert read_tables().pop("C")[1][2] == "0.013 (-1.250 to 1.270)", "as many digits as the interval has"
+    head, *rows = read_tables()["A"]
+    assert head[2:5] == ["fid", "fid_floor", "kid"]
+    assert [row[2:5] for row in rows] == [["41.21 (39.90 to 42.60)", "12.50", "0.01230 (0.01190 to 0.01270)"],
+                                          ["40.00", "", "0.01300 ± 0.00030"]], "lines of older versions, too"
+    assert "95 % interval" in Path("logs/scores.md").read_text(encoding="utf-8")
+    assert in_words(score(fid=41.21, fid_low=39.9, fid_high=42.6, fid_floor=12.5, kid=0.5, kid_std=1.0).values) == (
+        "fid 41.21 (39.9 to 42.6), kid 0.5")

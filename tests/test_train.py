@@ -19,7 +19,8 @@ from PIL import Image
 
 import loop
 import trainer
-from metrics import inception, swd
+from flags import common
+from metrics import features, swd
 from storage import checkpoint
 
 
@@ -453,7 +454,7 @@ def a_quick_swd(monkeypatch):
 def fids(monkeypatch, small_inception):
     """fids(5, 3, ...): the next measurements give these."""
     coming = []
-    monkeypatch.setattr(inception, "distances", lambda *_: {"fid": float(coming.pop(0))})
+    monkeypatch.setattr(features, "distances", lambda *_: {"fid": float(coming.pop(0))})
     return lambda *values: coming.extend(values)
 
 
@@ -469,7 +470,8 @@ def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_i
                        "--metrics", "fid,kid,pr,is,swd")
     assert code == 0
     found = [line for line in lines("a") if "protocol" in line]
-    names = {"fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std"}
+    names = {"fid", "fid_floor", "kid", "kid_std", "kid_floor", "precision", "recall", "coverage", "inception_score",
+             "inception_score_std"}
     assert [(line["step"], line.keys() - {"step", "protocol", "source"}) for line in found] == [
         (step, values) for step in (2, 4, 5) for values in (names, {"swd"})]
     for line in found:
@@ -515,8 +517,30 @@ def test_best_pth_is_the_checkpoint_of_the_lowest_fid_and_is_not_pruned(run, pic
     assert sorted(os.listdir("models/a")) == [".lock", "0000006.pth", "best.pth", "config.json"]
     best = checkpoint.load("models/a/best.pth")
     assert best.pop("best") == checkpoint.best_score("models/a") == {
-        "fid": 3, "source": "G_ema, seed 0", "protocol": lines("a")[0]["protocol"]}
+        "metric": "fid", "fid": 3, "source": "G_ema, seed 0", "protocol": lines("a")[0]["protocol"]}
     assert_same_state(best, state("straight", 4))
+
+
+def test_with_few_real_pictures_best_pth_goes_by_kid_and_an_older_entry_by_fid_gives_way(run, pictures, fids,
+                                                                                         monkeypatch):
+    coming = [{"fid": 5.0, "kid": 2.0}, {"fid": 4.0, "kid": 3.0}, {"fid": 9.0, "kid": 1.0}]
+    fids(1)
+    run(*measuring(pictures), "--version", "a", "--total_step", 2, "--metrics", "fid", "--model_save_step", 2)
+    best = checkpoint.load("models/a/best.pth")
+    del best["best"]["metric"]                          # as older versions wrote it
+    torch.save(best, "models/a/best.pth")
+    assert checkpoint.best_score("models/a")["metric"] == "fid"
+    monkeypatch.setattr(features, "distances", lambda *_: coming.pop(0))
+    seen = []
+    for step in (4, 6, 8):
+        run(*measuring(pictures), "--version", "a", "--total_step", step, "--metrics", "fid,kid", "--model_save_step",
+            2)
+        seen.append((checkpoint.load("models/a/best.pth")["step"], checkpoint.best_score("models/a")["metric"]))
+    assert seen == [(4, "kid"), (4, "kid"), (8, "kid")] and checkpoint.best_score("models/a")["kid"] == 1
+    monkeypatch.setattr(common, "FEW", 12)              # as many as there are: fid decides
+    coming += [{"fid": 8.0, "kid": 5.0}]
+    run(*measuring(pictures), "--version", "a", "--total_step", 10, "--metrics", "fid,kid", "--model_save_step", 2)
+    assert checkpoint.best_score("models/a")["metric"] == "fid"
 
 
 def test_best_pth_is_sampled_and_evaluated(run, pictures, fids):
@@ -536,7 +560,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_scored_is_scored_all_the_same(r
         return {"fid": 1.0}
 
     run(*measuring(pictures), "--version", "a", "--total_step", 2, "--metric_step", 0)
-    monkeypatch.setattr(inception, "distances", prune)
+    monkeypatch.setattr(features, "distances", prune)
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu", tiny=False)
     assert code == 0 and lines("a")[-1]["fid"] == 1 and checkpoint.best_score("models/a") is None
 
@@ -642,7 +666,7 @@ def test_too_few_pictures_for_a_metric_end_it_before_the_first_step(run, picture
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
     code, _, err = run(*flags, "--metrics", "pr")
-    assert code == 3 and "3 real pictures: --metrics pr need at least 4" in err
+    assert code == 3 and "3 real pictures: --metrics pr need at least 6" in err
     assert checkpoint.steps_in("models/a") == []
     assert not small_inception
 
@@ -657,7 +681,7 @@ def test_a_signal_ends_a_measurement_soon_and_saves(run, pictures, small_incepti
 
     forward = SmallInception.forward
     monkeypatch.setattr(SmallInception, "forward", kill_and_look)
-    monkeypatch.setattr(inception, "CHUNK", 4)
+    monkeypatch.setattr(features, "CHUNK", 4)
     before = signal.getsignal(number)
     found, out, err = run(*measuring(pictures), "--version", "a", "--total_step", 9, "--num_eval", 40)
     assert found == code and "Traceback" not in err and signal.getsignal(number) == before
@@ -676,6 +700,6 @@ def test_how_it_is_measured_is_taken_over_when_a_run_goes_on_but_not_which_metri
     run("--version", "a", "--total_step", 4, tiny=False)
     found = [line for line in lines("a") if "protocol" in line]
     assert [line["step"] for line in found] == [2, 4] and found[0]["protocol"] == found[1]["protocol"]
-    assert [line.keys() for line in found] == [{"step", "kid", "kid_std", "protocol", "source"}] * 2
+    assert [line.keys() for line in found] == [{"step", "kid", "kid_std", "kid_floor", "protocol", "source"}] * 2
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--device", "cpu", tiny=False)
     assert code == 0 and {"fid", "kid", "precision", "inception_score"} < lines("a")[-1].keys()
