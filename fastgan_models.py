@@ -124,7 +124,7 @@ class Noise(nn.Module):
         else:
             with exact(x.device):
                 maps = _fixed_normal(self.number, self.RANK, H * W, x.device)           # (RANK, H * W)
-                noise = (coefficients @ maps).view(B, 1, H, W).to(x.dtype)
+                noise = (coefficients @ maps.to(coefficients.dtype)).view(B, 1, H, W).to(x.dtype)
         return x + self.weight.to(x.dtype) * noise
 
 
@@ -135,14 +135,15 @@ def noise_coefficients(z):
     would leave the same stripes and specks in every one of them.
     """
     with exact(z.device):
-        return F.normalize(z.float() @ _fixed_normal(0, z.size(1), Noise.RANK, z.device))
+        return F.normalize(z @ _fixed_normal(0, z.size(1), Noise.RANK, z.device).to(z.dtype))
 
 
 @lru_cache(maxsize=16)
 def _fixed_normal(seed, rows, columns, device):
     """N(0, 1) numbers (rows, columns), always the same."""
     with torch.inference_mode(False):           # also for a later search by gradients
-        return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
 
 
 class Block(nn.Sequential):
