@@ -221,15 +221,16 @@ def _skips(layers, sources, width, slae):
 class Generator(nn.Module):
     """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at `small_size`].
 
-    Both in [-1, 1]. `slae` is the kernel size of the spatial attention, None for no attention.
+    Both in [-1, 1]. `slae` is the kernel size of the spatial attention, None for no attention; `metadata_weight`, in
+    [0, 1), the share of the latent's variance that metadata get.
     """
 
-    def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True):
+    def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True, metadata_weight=0.5):
         super().__init__()
         layers = _Layers(sn)
         self.imsize, self.z_dim = imsize, z_dim
         width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
-        self.mix = None
+        self.mix, self.metadata_weight = None, metadata_weight
         if metadata:
             with initialized_apart():
                 self.mix = nn.Linear(METADATA, z_dim, bias=False)
@@ -284,7 +285,9 @@ class Generator(nn.Module):
         z, metadata = z.split([self.z_dim, METADATA], dim=1)            # (B, z_dim), (B, 512)
         # normalized, so that the metadata keep the scale of the noise whatever `mix` learns
         mixed = F.rms_norm(self.mix(metadata), (self.z_dim,))           # (B, z_dim)
-        return (z + mixed) * 0.5**0.5
+        # N pictures span N - 1 directions. With few, G learns to look at these alone, where equal lengths leave z weak.
+        weight = self.metadata_weight
+        return (z + (weight / (1 - weight))**0.5 * mixed) * (1 - weight)**0.5
 
     @property
     def parts(self):
@@ -455,6 +458,6 @@ def build(config):
     """Return (G, D) of the config, newly initialized, on the CPU."""
     kernel = config.slae_kernel
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
-                  config.sn in ("both", "g"))
+                  config.sn in ("both", "g"), config.metadata_weight)
     D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"))
     return G, D

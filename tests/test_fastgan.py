@@ -1,5 +1,7 @@
 """SLAE-FastGAN's networks and objective: published sizes, every imsize, layers against the published formulas."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -183,14 +185,16 @@ def test_a_sample_depends_on_no_batch_mate_and_leaves_the_random_state():
 
 
 def test_noise_and_metadata_mix_at_variance_one_whatever_the_mixture_learns():
-    G, _ = networks()
     z, metadata = torch.randn(500, 16), torch.randn(500, 512)
-    for scale in (0.1, 1.0, 20.0):
+    for weight, scale in itertools.product((0.0, 0.25, 0.5, 0.9), (0.1, 20.0)):
+        G, _ = networks(metadata_weight=weight)
         with torch.no_grad():
             G.mix.weight.normal_(std=scale)
         latent = G.latent(torch.cat([z, metadata], 1))
         assert latent.shape == (500, 16)
         assert latent.var().item() == pytest.approx(1, rel=0.05)
+        of_z = (latent * z).mean().item() ** 2
+        assert of_z == pytest.approx(1 - weight, abs=0.06), "z's share of the variance"
     plain, _ = networks(metadata=False)
     assert torch.equal(plain.latent(z), z)
 
