@@ -28,6 +28,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +38,9 @@ import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
+from device.distributed import Place  # noqa: E402
 from errors import CheckpointError, DataError, Failure, UsageError  # noqa: E402
-from metrics import swd  # noqa: E402
+from metrics import evaluate, swd  # noqa: E402
 from processes import Children, Stopped  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
 from utils import write_atomically  # noqa: E402
@@ -181,6 +183,10 @@ class Ablation:
 
     def _count_parameters(self):
         """G's and D's sizes, from --dry_run, which also tells before hours of training whether the flags work."""
+        if self.options.evaluate:
+            argv = self._main(Variant("", ()), "--mode", "evaluate", "--metrics", self.options.evaluate)[2:]
+            config = parameter.resolve(parameter.parse([str(word) for word in argv]))
+            evaluate.load(config, Place(torch.device("cpu")))           # raises if weights are missing
         for variant in self.options.variants:
             self.record.put_variant(variant)
             if variant.slug not in self.record.data["parameters"]:
@@ -251,10 +257,10 @@ class Ablation:
         """Fill in what the record lacks of one row's scores for one seed and step."""
         kept = self.record.data["scores"].get(self._key(run, draw, step), {})
         missing = [scorer for scorer in self._scorers(step) if scorer not in kept]
-        fake = self._draw(run, draw, step) if set(missing) - {self.options.evaluate} else None
+        fake = self._draw(run, draw, step) if set(missing) - {self._evaluated} else None
         for scorer in missing:
             self.children.check()
-            if scorer == self.options.evaluate:
+            if scorer == self._evaluated:
                 scores = self._evaluate(run, draw, step)
             elif scorer == "swd":
                 scores = {"swd": swd.sliced_wasserstein(self.real, swd.PictureFiles.below(fake))}
@@ -268,7 +274,12 @@ class Ablation:
     def _scorers(self, step):
         """What computes columns at this step: swd, the --score commands, at the last step --evaluate."""
         last = step == self.options.steps and self.options.evaluate
-        return ["swd", *self.options.score, *([last] if last else [])]
+        return ["swd", *self.options.score, *([self._evaluated] if last else [])]
+
+    @property
+    def _evaluated(self):
+        """The name of --evaluate's scores in the record."""
+        return f"--evaluate {self.options.evaluate}"
 
     def _evaluate(self, run, draw, step):
         """{column: number}: what --mode evaluate --metrics ... finds for a run at `step`."""
@@ -306,7 +317,7 @@ class Ablation:
         for scorer in self._scorers(step):
             clash = sorted(numbers.keys() & kept[scorer].keys() | kept[scorer].keys() & set(report.COST))
             if clash:
-                raise UsageError(f"--score {scorer!r}: '{clash[0]}' is the name of another column already")
+                raise UsageError(f"{scorer}: '{clash[0]}' is the name of another column already")
             numbers.update(kept[scorer])
         cost = report.cost_of(self.out / "logs" / run.name / "metrics.jsonl", step)
         return {**numbers, **cost, **self.record.data["parameters"][run.variant.slug]}

@@ -41,7 +41,7 @@ VARIANTS = (
 # Flags of main.py that make the ablation what it is: not to be passed on after --.
 OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "version", "mode", "train", "dry_run",
        "slae", "metadata", "metadata_sample", "num_samples", "pretrained_model", "log_path", "model_save_path",
-       "sample_path")
+       "sample_path", "metrics", "fake_dir", "real_dir")
 _TAKEN_AWAY = ("--slae", "--metadata", "--metadata_sample")     # of these, what a --variant may set
 
 
@@ -94,7 +94,9 @@ def _refuse_own(words, where, hint=lambda name: ""):
 
 
 def own_metrics(text):
-    """'lpips,share' as it is; every name is one of main.py's --metrics."""
+    """'lpips,share' as it is; every name is one of main.py's --metrics, but swd, which is a column anyway."""
+    if "swd" in metrics(text):
+        raise argparse.ArgumentTypeError(f"'{text}': swd is a column of every ablation; leave it out")
     return ",".join(metrics(text))
 
 
@@ -155,5 +157,5 @@ def parse(argv):
     if len({variant.slug for variant in options.variants}) < len(options.variants):
         raise UsageError("--variant: two of one name")
     _refuse_own(extra, "after --", lambda name: f"; give --{name} before the --" if name in ("image_path", "imsize")
-                else "")
+                 else "; give --evaluate before the --" if name == "metrics" else "")
     return options, extra

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def _small_faces(path, count=10_000):
     try:
         with zipfile.ZipFile(path) as archive:
             names = _pictures_in(archive)
+            if not names:
+                raise DataError(f"--celeba {path}: it holds no picture; name the zip of CelebA's aligned pictures")
             for index in spread_indices(count, len(names)):
                 data = archive.read(names[index])
                 with Image.open(io.BytesIO(data)) as image:
@@ -108,9 +111,15 @@ def _pictures_in(archive):
     return sorted(name for name in archive.namelist() if Path(name).suffix.lower() in SUFFIXES)
 
 
+def _crc(path):
+    return f"{zlib.crc32(path.read_bytes()):08x}"
+
+
 def unpack(path, folder, experiment):
     """Write an experiment's pictures from the archive as files, unless an earlier call did. Return their number."""
-    if not folder.is_dir():
+    origin, now = folder.with_name(f"{folder.name}.txt"), f"{path.name}: {path.stat().st_size} bytes, {_crc(path)}\n"
+    if not (folder.is_dir() and origin.is_file() and origin.read_text() == now):
+        shutil.rmtree(folder, ignore_errors=True)
         partial = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -121,7 +130,10 @@ def unpack(path, folder, experiment):
                 list(pool.map(lambda name: _unpack(archive.read(name), partial / name, experiment.crop), chosen))
         except (*DAMAGE, zipfile.BadZipFile) as error:
             raise DataError(f"{shown(path)} is damaged ({error}); pack it again with {experiment.pack_flag}") from None
+        if not names:
+            raise DataError(f"{shown(path)} holds no picture; pack it again with {experiment.pack_flag}")
         os.replace(partial, folder)
+        origin.write_text(now)
     return sum(1 for name in os.listdir(folder) if Path(name).suffix in SUFFIXES)
 
 

@@ -498,6 +498,10 @@ def parse(argv):
     options = parser.parse_args(argv[:split])
     if options.experiment == "classes":
         raise UsageError("classes: comes with --arch resnet, the class-conditional networks; this version has none")
+    try:
+        shlex.split(options.scores)
+    except ValueError as error:
+        raise UsageError(f"--scores {options.scores!r}: {error}") from None
     options.main_flags = argv[split + 1:]
     return options
 

@@ -61,7 +61,7 @@ def evaluate(config, place, precision):
     return code
 
 
-def _load(config, place):
+def load(config, place):
     """Return (the Meter, or None; the modules of the other metrics). Raise if something that they need is missing."""
     chosen = [row for name, row in METRICS.items() if name in config.metrics]
     others = [import_module(f"metrics.{file}") for file in dict.fromkeys(row.file for row in chosen if not row.of_sets)]
@@ -71,7 +71,7 @@ def _load(config, place):
 
 
 def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lambda scores, names: None):
-    """Compute the metrics that `_load` returned: `meter` on `samples`, then the others; report each."""
+    """Compute the metrics that `load` returned: `meter` on `samples`, then the others; report each."""
     if evaluation.reference:
         refuse_few(evaluation.config.metrics, len(evaluation.reference), "real")
     if meter:
@@ -94,7 +94,7 @@ def _evaluate_run(config, place, precision):
     trained.G.requires_grad_(False)
     needs_pictures = any(METRICS[name].of_folders for name in config.metrics)
     read_reference = _find_reference(config, config.imsize) if needs_pictures else lambda: None
-    meter, others = _load(config, place)
+    meter, others = load(config, place)
     reference = read_reference()
     say(f"evaluating '{config.version}' at step {trained.step}")
 
@@ -174,7 +174,7 @@ def _evaluate_folder(config, place):
     imsize = config.imsize or _common_size(config)
     samples = ThreadedReader(of_folder(config.fake_dir, imsize, "--fake_dir").dataset)
     read_reference = _find_reference(config, imsize)
-    meter, others = _load(config, place)
+    meter, others = load(config, place)
     reference = read_reference()
     _note_resized(config.fake_dir, "--fake_dir", imsize)
 

@@ -223,8 +223,11 @@ def prepare_real(features, standardize=False, device="cpu"):
     scale = torch.ones_like(features.mean)
     if standardize:
         deviation = features.covariance.diagonal().clamp(min=0).sqrt()
+        least = float(deviation.median() or deviation.max()) / 2
+        if not least:
+            raise DataError("the real pictures are all the same: no score tells how near others are to them")
         # a feature that a small set hardly shows must not rule the distances
-        scale = deviation.clamp(min=max(float(deviation.median()) / 2, 1e-12))
+        scale = deviation.clamp(min=least)
     features = features.divided_by(scale)
     rows = features.rows.to(device).double()
     near = _nearest(rows, COVERAGE_NEIGHBOURS + 1)[0]
@@ -324,7 +327,7 @@ def _frechet(mean, root, other_mean, other_covariance):
     values, vectors = torch.linalg.eigh(root @ other_covariance @ root)
     distance = ((mean - other_mean).square().sum() + root.square().sum() + other_covariance.trace()
                 - 2 * values.clamp(min=0).sqrt().sum())
-    return float(distance), (values, vectors)
+    return max(0.0, float(distance)), (values, vectors)         # below 0 by rounding
 
 
 # KID

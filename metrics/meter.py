@@ -57,11 +57,12 @@ def of_folder(path, imsize, flag):
 
 def refuse_few(metrics, count, who):
     """Raise DataError if a set of `count` pictures, "real" or "generated", is too small for one of `metrics`."""
-    needy = [name for name in metrics if METRICS[name].least > 1]
-    least = max((METRICS[name].least for name in needy), default=0)
-    if count < least:
-        raise DataError(f"{count} {who} picture{'s' * (count != 1)}: --metrics {','.join(needy)} need at least "
-                        f"{least}, and thousands for meaningful values")
+    needy = [name for name in metrics if count < METRICS[name].least]
+    if needy:
+        least, one = max(METRICS[name].least for name in needy), len(needy) == 1
+        raise DataError(f"{count} {who} picture{'s' * (count != 1)}: --metrics {','.join(needy)} need{'s' * one} at "
+                        f"least {least}, and thousands for meaningful values; leave {'it' if one else 'them'} out, or "
+                        "add pictures")
 
 
 class Meter:

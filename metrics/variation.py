@@ -6,13 +6,14 @@ import torch
 
 from device import distributed
 from gallery import variation
-from metrics.nearest import FALLBACK_HINT, reduced, weights_in_words
+from metrics.nearest import reduced, weights_in_words
 from pretrained import lpips
 from storage.score_table import Score
 
 SAMPLES = 256
 BATCH = 64              # samples that swap inputs with each other; that of `Latents.seeded_batches`
 RESAMPLES = 1000        # of the bootstrap
+FALLBACK_HINT = "--metrics without share"
 
 
 def require(config):

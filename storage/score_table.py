@@ -71,7 +71,10 @@ def record(log_path, name, step, scores):
 
 
 def _read(path):
-    """Return the entries of scores.jsonl without damaged lines; only the last per (protocol, name, step, source)."""
+    """Return the entries of scores.jsonl without damaged lines; those of one (protocol, name, step, source) as one.
+
+    Of a score that was measured twice the last counts.
+    """
     entries = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -80,8 +83,7 @@ def _read(path):
             continue
         if _is_valid(entry):
             key = tuple(entry[part] for part in ("protocol", "name", "step", "source"))
-            entries.pop(key, None)
-            entries[key] = entry
+            entries[key] = {**entries.pop(key, {}), **entry}
     return list(entries.values())
 
 

@@ -204,7 +204,9 @@ def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
     assert len(calls("sample")) == 4, "mix had been drawn and scored"
 
 
-def test_scores_of_mode_evaluate_are_columns_of_the_last_step(stand_in, tmp_path, capsys):
+def test_scores_of_mode_evaluate_are_columns_of_the_last_step(stand_in, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(ablation.evaluate, "load", lambda config, place: asked.append(config.metrics))
     pair = ("--variants", "baseline,+SLAE", "--points", "2", "--evaluate", "lpips")
     assert run(*pair) == 0
     assert [value(call["argv"], "--pretrained_model") for call in calls("evaluate")] == ["4", "4"]
@@ -212,8 +214,7 @@ def test_scores_of_mode_evaluate_are_columns_of_the_last_step(stand_in, tmp_path
     assert "lpips 0.500 -> 1.500 (+200 %), worse" in text and "lpips_std" not in text
     assert run(*pair) == 0
     assert len(calls("evaluate")) == 2, "nothing is evaluated twice"
-    assert run("--evaluate", "lpisp") == 2
-    assert "'lpisp' is not one of" in capsys.readouterr().err
+    assert asked == [("lpips",)] * 2, "whether weights are missing is asked before anything is trained"
 
 
 def scorer_of(folder, **columns):
@@ -388,6 +389,10 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
     (("--", "--imsize=64"), 2, "give --imsize before the --"),
+    (("--evaluate", "lpisp"), 2, "'lpisp' is not one of"),
+    (("--evaluate", "swd"), 2, "swd is a column of every ablation"),
+    (("--evaluate", "share"), 3, "--metrics without share"),
+    (("--", "--metrics", "kid"), 2, "give --evaluate before the --"),
     (("--variant", "wide"), 2, "'wide' is not NAME=FLAGS"),
     (("--variant", "wide=--seed 3"), 2, "--seed in --variant wide: the ablation sets it"),
     (("--variant", "Both=--z_dim 3"), 2, "take another name"),

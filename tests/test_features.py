@@ -211,7 +211,8 @@ def test_of_a_large_set_rows_are_spread_evenly_and_all_count_for_the_mean(monkey
 def test_a_set_scores_perfectly_against_itself_and_worse_the_further_it_is():
     real, same, other = measures.prepare_real(features(300)), features(300), features(300, 1)
     perfect = measures.distances(real, same, METRICS)
-    assert abs(perfect["fid"]) < 1e-4 and (perfect["precision"], perfect["recall"]) == (1, 1)
+    assert 0 <= perfect["fid_low"] <= perfect["fid"] <= perfect["fid_high"] and perfect["fid"] < 1e-4
+    assert (perfect["precision"], perfect["recall"]) == (1, 1)
     near = measures.distances(real, other, METRICS)
     dark = measures.compute_features(SmallInception(), pictures(300, 1) // 4, CPU, "dark", logits=True)
     far = measures.distances(real, dark, METRICS)
@@ -222,6 +223,18 @@ def test_a_set_scores_perfectly_against_itself_and_worse_the_further_it_is():
     assert [name for name in near if name in names] == list(names)
     assert near.keys() - names <= {f"{name}_{end}" for name in names for end in ("std", "low", "high", "floor")}
     assert near == measures.distances(real, other, METRICS), "deterministic"
+
+
+def test_real_pictures_that_hardly_differ_rule_no_score_and_equal_ones_are_refused():
+    rows = gaussian(60)
+    rows[:, :12] = 1                                    # of 16 features
+    prepared = measures.prepare_real(of_rows(rows), standardize=True)
+    shifted = rows.clone()
+    shifted[0, 0] += 1e-3
+    found = measures.distances(prepared, of_rows(shifted).divided_by(prepared.scale), ("fid",))
+    assert 0 <= found["fid"] < 0.01
+    with pytest.raises(DataError, match="all the same"):
+        measures.prepare_real(of_rows(torch.ones(20, 16)), standardize=True)
 
 
 def test_only_what_is_asked_is_computed():

@@ -71,6 +71,18 @@ def test_paintings_travel_as_squares_and_the_small_set_is_spread_over_them(tmp_p
     small = replace(gpu_runs.EXPERIMENTS["few100"], pictures=4)
     assert gpu_pack.unpack(packed, tmp_path / "few", small) == 4
     assert sorted(path.name for path in (tmp_path / "few").iterdir()) == [f"{n:04d}.jpg" for n in (0, 3, 6, 9)]
+    for number in range(6):
+        (pictures / f"{number}.png").unlink(missing_ok=True)
+    packed = pack(tmp_path, "--paintings", pictures) / "paintings.zip"
+    assert gpu_pack.unpack(packed, tmp_path / "few", small) == 4
+    assert "0009.jpg" not in {path.name for path in (tmp_path / "few").iterdir()}, "another pack is unpacked anew"
+
+
+def test_a_zip_without_pictures_is_refused_when_it_is_packed(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("readme.txt", "")
+    assert gpu_runs.main(["pack", str(tmp_path / "pack"), "--celeba", str(tmp_path / "empty.zip")]) == 3
+    assert "it holds no picture" in capsys.readouterr().err and not any((tmp_path / "pack").iterdir())
 
 
 def test_the_weights_travel_in_half_the_size_and_load(tmp_path):
@@ -88,6 +100,7 @@ def test_the_weights_travel_in_half_the_size_and_load(tmp_path):
     (["OUT", "faces"], 2, "'celeb', 'few', 'few100'"),
     (["OUT", "celeb", "--seconds", "soon"], 2, "--seconds: 'soon' is no whole number"),
     (["OUT", "celeb", "--pack", "nowhere"], 3, "gpu.sh pack"),
+    (["OUT", "celeb", "--scores", "--metrics 'swd"], 2, "--scores"),
     (["pack", "P"], 2, "--celeba ZIP"),
     (["pack", "P", "--celeba", "none.zip"], 3, "--celeba none.zip"),
     (["pack", "P", "--paintings", "none"], 3, "--paintings: there is no folder none"),

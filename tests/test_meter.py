@@ -231,7 +231,7 @@ def test_of_a_folder_the_reference_is_what_training_would_see(real, pictures):
 
 
 @pytest.mark.parametrize(("chosen", "count", "words"), [
-    (("fid", "pr"), 5, "5 generated pictures: --metrics fid,pr need at least 6"),
+    (("fid", "pr"), 5, "5 generated pictures: --metrics pr needs at least 6"),
     (("fid", "kid"), 1, "1 generated picture: --metrics fid,kid need at least 2"),
 ])
 def test_too_few_samples_are_refused(real, chosen, count, words):
@@ -244,7 +244,7 @@ def test_too_few_samples_are_refused(real, chosen, count, words):
 def test_too_few_real_pictures_are_refused(real, pictures, small_inception):
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
-    with pytest.raises(DataError, match="3 real pictures: --metrics fid,kid,pr,is need at least 6"):
+    with pytest.raises(DataError, match="3 real pictures: --metrics pr needs at least 6"):
         meter_of(real(batch_size=1))
     assert not small_inception[0].seen
     assert measured(real(batch_size=1, metrics=("fid", "kid")))

@@ -162,7 +162,7 @@ BEGINNING = {
     "all held out": Refusal(("--image_path", "few", "--batch_size", "1", "--holdout", "0.5"), 3,
                             "--holdout 0.5 leaves no picture", one_picture),
     "few for the metrics": Refusal(("--image_path", "few", "--batch_size", "1", "--holdout", "0.5", *MEASURING, "pr"),
-                                   3, "3 real pictures: --metrics pr need at least 6", few_pictures),
+                                   3, "3 real pictures: --metrics pr needs at least 6", few_pictures),
     "no Inception": Refusal((*MEASURING, "fid"), 3, "bash download.sh Inception", no_network),
     "no VGG-16": Refusal((*MEASURING, "fid", "--feature_net", "vgg16"), 3, "bash download.sh VGG16", no_network),
     "no CLIP": Refusal((*MEASURING, "fid", "--feature_net", "clip"), 3, "--feature_net vgg16 --vgg_weights",
@@ -222,7 +222,7 @@ EVALUATING = SAMPLING | {
     "no pictures to hold out": Refusal(("--metrics", "swd,lpips", "--real_dir", "few", "--vgg_weights", "random"), 3,
                                        "there is no folder pictures", lambda _: [few_pictures(_), no_pictures(_)]),
     "few pictures": Refusal(("--metrics", "swd,nearest", "--real_dir", "few", "--vgg_weights", "random"), 3,
-                            "1 real picture: --metrics nearest need at least 2", one_picture),
+                            "1 real picture: --metrics nearest needs at least 2", one_picture),
     "few samples": Refusal(("--metrics", "swd,pr", "--num_eval", "3"), 2, "--num_eval 3: --metrics pr needs"),
     "a file for logs": Refusal(("--metrics", "swd", "--log_path", "way"), 5, "way/a: Not a directory", file_in_the_way),
 }

@@ -69,11 +69,12 @@ def test_rows_of_a_run_stand_together_in_order_of_their_steps(home):
 
 def test_of_two_equal_entries_the_later_one_is_shown_and_both_are_kept(home):
     record("logs", "a", 1, [score(fid=7.0)])
-    record("logs", "a", 1, [score(fid=8.0)])
+    record("logs", "a", 1, [score(fid=8.0, kid=1.0)])
     record("logs", "a", 1, [score(source="the folder", fid=9.0)])
+    record("logs", "a", 1, [score(kid=2.0)])
     ((_, *rows),) = read_tables().values()
-    assert [row[2] for row in rows] == ["8.000", "9.000"]
-    assert [entry["fid"] for entry in entries()] == [7, 8, 9]
+    assert [row[2:4] for row in rows] == [["9.000", ""], ["8.000", "2.000"]], "a score that is not measured again stays"
+    assert [entry.get("fid") for entry in entries()] == [7, 8, 9, None]
 
 
 def test_a_name_cannot_break_the_table(home):

@@ -666,7 +666,7 @@ def test_too_few_pictures_for_a_metric_end_it_before_the_first_step(run, picture
     for number in range(3, 12):
         (pictures / f"{number}.png").unlink()
     code, _, err = run(*flags, "--metrics", "pr")
-    assert code == 3 and "3 real pictures: --metrics pr need at least 6" in err
+    assert code == 3 and "3 real pictures: --metrics pr needs at least 6" in err
     assert checkpoint.steps_in("models/a") == []
     assert not small_inception
 
