@@ -12,7 +12,7 @@ from conftest import lines, two_processes
 from PIL import Image
 from stand_ins import SmallLpips, small_swd
 
-from metrics import backtrack, features, swd
+from metrics import backtrack, features, swd, variation
 from pretrained import lpips
 from storage import checkpoint
 
@@ -260,7 +260,7 @@ def test_a_run_without_its_pictures_is_told_what_is_missing(run, pictures, small
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips):
+def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips, monkeypatch):
     """The ranks share the work, and rank 0 writes the results once."""
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
     script = tmp_path / "two.py"
@@ -268,23 +268,25 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_in
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import conftest, main, stand_ins
-from metrics import backtrack, swd
+from metrics import backtrack, swd, variation
 from pretrained import inception, lpips
 inception.load_inception = lambda weights: conftest.SmallInception()
 lpips.load_lpips = lambda weights, hint: stand_ins.SmallLpips()
 lpips.require = lambda weights, hint: None
 backtrack.STARTS = 64
+variation.SAMPLES = 128
 swd.sliced_wasserstein = stand_ins.small_swd
 sys.exit(main.main(sys.argv[1:]))
 """)
-    flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics", "fid,kid,pr,is,swd,nearest,lpips",
-             "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
+    flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics",
+             "fid,kid,pr,is,swd,nearest,lpips,share", "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
+    monkeypatch.setattr(variation, "SAMPLES", 128)
     two = two_processes(script, *flags)
     assert two.returncode == 0, two.stderr
     assert run(*flags, tiny=False)[0] == 0
     measured = [line for line in lines("a") if "protocol" in line]
-    assert len(measured) == 8, "four lines each"
-    for shared, alone in zip(measured[:4], measured[4:], strict=True):
+    assert len(measured) == 10, "five lines each"
+    for shared, alone in zip(measured[:5], measured[5:], strict=True):
         assert shared["protocol"] == alone["protocol"]
         for name in alone:
             if isinstance(alone[name], float):
