@@ -39,9 +39,9 @@ import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
 from device.distributed import Place  # noqa: E402
-from errors import CheckpointError, DataError, Failure, UsageError  # noqa: E402
+from errors import DataError, UsageError  # noqa: E402
 from metrics import evaluate, swd  # noqa: E402
-from processes import Children, Stopped  # noqa: E402
+from processes import Children, Stopped, exit_code_of  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
@@ -265,10 +265,8 @@ class Ablation:
             elif scorer == "swd":
                 scores = {"swd": swd.sliced_wasserstein(self.real, swd.PictureFiles.below(fake))}
             else:
-                words = [word.replace("{real}", str(self.out / "real")).replace("{fake}", str(fake))
-                         for word in shlex.split(scorer)]
-                printed = self.children.run(f"--score for {run.name}", words, self._log(run.name), capture=True)
-                scores = report.read_scores(printed, scorer)
+                scores = report.scores_by(scorer, self.out / "real", fake, lambda words: self.children.run(
+                    f"--score for {run.name}", words, self._log(run.name), capture=True))
             self.record.put(scores, "scores", self._key(run, draw, step), scorer)
 
     def _scorers(self, step):
@@ -409,21 +407,13 @@ def say(text):
 
 def main(argv):
     """Run the command line `argv` and return the exit code."""
-    try:
+    def do():
         options, extra = parse(argv)
         Path(options.out).mkdir(parents=True, exist_ok=True)
         with contextlib.closing(FolderLock([options.out], f"--out {options.out}")):
             return Ablation(options, extra, argv).do()
-    except Failure as failure:
-        print(getattr(failure, "output", ""), end="", file=sys.stderr)
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: --out: {error.filename or options.out}: {error.strerror or error}", file=sys.stderr)
-        return CheckpointError.code
+
+    return exit_code_of(do, "--out: ")
 
 
 if __name__ == "__main__":

@@ -43,12 +43,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import report  # noqa: E402 - what it imports is found through the line above
+from ablation_options import at_least  # noqa: E402
 from dataset.table import CELEBA_CROP  # noqa: E402
 from device.signals import Interrupt  # noqa: E402
-from errors import CheckpointError, DataError, Failure, UsageError, first_line  # noqa: E402
+from errors import CheckpointError, DataError, UsageError, first_line  # noqa: E402
 from gallery import page  # noqa: E402
 from gpu_pack import WEIGHTS, pack, shown, unpack  # noqa: E402
 from parameter import Config  # noqa: E402
+from processes import exit_code_of  # noqa: E402
 from storage import checkpoint, score_table  # noqa: E402
 from storage.folders import RunFolders, step_name  # noqa: E402
 from utils import spread_indices, write_atomically  # noqa: E402
@@ -283,9 +285,11 @@ class Call:
     def refresh(self, last=False):
         """Write into OUT what there is; the zip of the pages with the last. A failure is told in the report."""
         results = (self.copy_pictures, self.draw_curves, self.copy_logs, *[self.zip_pages] * last, self.write_report)
+        logs = None
         for write in results:
             try:
-                write({name: Log(self.folders(name).logs / "metrics.jsonl") for name in self.experiment.runs})
+                logs = logs or {name: Log(self.folders(name).logs / "metrics.jsonl") for name in self.experiment.runs}
+                write(logs)
             except Exception as error:                  # the training is worth more than a picture of it
                 note = f"**{write.__name__} failed**: {type(error).__name__}: {first_line(error)}"
                 self.notes += [note] * (note not in self.notes)
@@ -466,12 +470,6 @@ def _folder(text):
     return Path(text).resolve()
 
 
-def _number(text):
-    if not re.fullmatch(r"[1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number of at least 1")
-    return int(text)
-
-
 def parse(argv):
     """The options of a call. Raise UsageError."""
     if argv[:1] == ["pack"]:
@@ -490,8 +488,9 @@ def parse(argv):
     parser.add_argument("--pack", type=_folder, default=ROOT / "gpu_pack", metavar="DIR", help="what pack has written")
     parser.add_argument("--runs", type=_folder, default=ROOT / "gpu_runs", metavar="DIR",
                         help="the runs, from call to call (default: gpu_runs, which git ignores)")
-    parser.add_argument("--seconds", type=_number, default=515, metavar="N", help="length of the call (default: 515)")
-    parser.add_argument("--steps", type=_number, metavar="N",
+    parser.add_argument("--seconds", type=at_least(1), default=515, metavar="N",
+                        help="length of the call (default: 515)")
+    parser.add_argument("--steps", type=at_least(1), metavar="N",
                         help="train to this step (default: celeb 300000, few and few100 6000 more than there are)")
     parser.add_argument("--scores", default=SCORES, metavar="FLAGS", help=f"flags of the scores (default: '{SCORES}')")
     parser.add_argument("--rehearsal", action="store_true", help="the same at a tiny size")
@@ -508,18 +507,11 @@ def parse(argv):
 
 def main(argv):
     """Run the command line `argv` and return the exit code."""
-    try:
+    def do():
         options = parse(argv)
         return pack(options) if argv[0] == "pack" else Call(options).do()
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
-        return CheckpointError.code
+
+    return exit_code_of(do)
 
 
 if __name__ == "__main__":

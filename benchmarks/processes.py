@@ -8,10 +8,11 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 
 from dataset.workers import cores
-from errors import Failure
+from errors import CheckpointError, Failure
 
 TAIL = 12       # lines of a failed command's output that are shown
 
@@ -92,3 +93,22 @@ class Children:
         """A signal to the program: the first lets trainings save, the second does not wait for that."""
         self.stop(kill=self.signal is not None)
         self.signal = self.signal or number
+
+
+def exit_code_of(action, flag=""):
+    """Return action()'s exit code; for a Failure, Ctrl-C or a disk error print a line and return its code.
+
+    `flag`, such as "--out: ", begins the line of a disk error.
+    """
+    try:
+        return action()
+    except Failure as failure:
+        print(getattr(failure, "output", ""), end="", file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"error: {flag}{error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        return CheckpointError.code

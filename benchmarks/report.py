@@ -9,6 +9,7 @@ if __name__ == "__main__":
 import json
 import math
 import platform
+import shlex
 import statistics
 
 import torch
@@ -18,6 +19,7 @@ from dataset.workers import cores
 from errors import Failure
 from gallery.grid import BACKGROUND, INK, MARGIN, QUIET
 from metrics import cost
+from storage.score_table import BESIDE
 from utils import write_atomically
 
 BASELINE = "baseline"       # label of the row that the others are compared with
@@ -304,6 +306,12 @@ def picture(grids, path):
     write_atomically(path, lambda temporary: page.save(temporary, format="PNG"))
 
 
+def scores_by(command, real, fake, run):
+    """{column: number} that a --score command prints for two folders; `run(words)` returns what a command printed."""
+    words = [word.replace("{real}", str(real)).replace("{fake}", str(fake)) for word in shlex.split(command)]
+    return read_scores(run(words), command)
+
+
 def read_scores(printed, command):
     """{column: number} from the JSON object on the last line that a --score command printed. Raises Failure."""
     lines = printed.strip().splitlines()
@@ -324,7 +332,7 @@ def scores_in(lines):
     for entry in map(json.loads, lines):
         if "protocol" in entry:
             numbers |= {name: value for name, value in entry.items()
-                        if isinstance(value, float) and not name.endswith(("_std", "_low", "_high", "_floor"))}
+                        if isinstance(value, float) and not name.endswith((*BESIDE, "_floor"))}
     return numbers
 
 

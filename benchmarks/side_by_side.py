@@ -11,8 +11,8 @@ the whole machine for --minutes, one after the other. Writes side_by_side.png, s
 
 import argparse
 import json
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +31,7 @@ from data_loader import build_dataset, real_batches  # noqa: E402
 from device import distributed  # noqa: E402
 from errors import Failure  # noqa: E402
 from gallery.grid import grid_side, save_grid, to_uint8  # noqa: E402
-from processes import Children  # noqa: E402
+from processes import Children, exit_code_of  # noqa: E402
 from reference import PlainTrainer  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
@@ -72,7 +72,7 @@ def train_ours(options, flags, began, log):
         try:
             process.wait(max(0, began + 60 * options.minutes - time.time()))
         except subprocess.TimeoutExpired:
-            process.send_signal(2)                      # SIGINT: it saves and ends
+            process.send_signal(signal.SIGINT)          # it saves and ends
         code = process.wait()
     if code != 130:
         raise Failure(f"main.py ended with exit code {code}; its output is in {log}")
@@ -87,9 +87,8 @@ def score(options, side):
     """{column: number} of one side's pictures by the --score command, {} without one."""
     if not options.score:
         return {}
-    words = [word.replace("{real}", options.real or options.image_path).replace("{fake}", str(options.out / side))
-             for word in shlex.split(options.score)]
-    return report.read_scores(Children(1).run("--score", words, options.out / "score.txt", capture=True), options.score)
+    return report.scores_by(options.score, options.real or options.image_path, options.out / side,
+                            lambda words: Children(1).run("--score", words, options.out / "score.txt", capture=True))
 
 
 def compare(options, extra):
@@ -130,12 +129,12 @@ def main(argv):
     add("--real", metavar="DIR", help="pictures to score against (default: the training pictures)")
     add("--score", type=score_command, metavar="COMMAND", help="as benchmarks/ablation.py's")
     add("--out", type=Path, default=Path("side_by_side"), metavar="DIR", help="folder of all that this writes")
-    try:
+
+    def do():
         compare(parser.parse_args(argv[:split]), argv[split + 1:])
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
-    return 0
+        return 0
+
+    return exit_code_of(do)
 
 
 if __name__ == "__main__":

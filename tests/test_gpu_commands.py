@@ -75,7 +75,7 @@ def test_paintings_travel_as_squares_and_the_small_set_is_spread_over_them(tmp_p
         (pictures / f"{number}.png").unlink(missing_ok=True)
     packed = pack(tmp_path, "--paintings", pictures) / "paintings.zip"
     assert gpu_pack.unpack(packed, tmp_path / "few", small) == 4
-    assert "0009.jpg" not in {path.name for path in (tmp_path / "few").iterdir()}, "another pack is unpacked anew"
+    assert "0009.jpg" not in {path.name for path in (tmp_path / "few").iterdir()}, "pictures packed later replace them"
 
 
 def test_a_zip_without_pictures_is_refused_when_it_is_packed(tmp_path, capsys):
