@@ -62,7 +62,8 @@ def has_bf16(device):
     if device.type == "cuda":
         return has_tensor_cores(device)
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # older torch has none
-    return bool(get_capabilities().get("amx_bf16"))
+    units = get_capabilities()                                          # AVX-512 BF16: AMD since 2022, some Intel
+    return any(units.get(name) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def exact(device):

@@ -5,6 +5,7 @@ import torch
 from conftest import SMALL, SMALL_FASTGAN, assert_same_state, begun, state, step_losses, tensors
 
 from device import precision
+from device.precision import has_bf16
 from metrics import swd
 
 
@@ -47,6 +48,13 @@ def test_auto_is_bf16_where_the_device_is_fast_at_it(monkeypatch, capsys, device
     chosen = precision.Precision("auto", torch.device(device))
     chosen.announce()
     assert chosen.name == taken and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("units", "fast"), [({"amx_bf16": True}, True), ({"avx512_bf16": True}, True),
+                                             ({"avx512_bf16": False, "avx512_f": True}, False), ({}, False)])
+def test_processors_with_bf16_products_are_fast_at_bf16(monkeypatch, units, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+    assert has_bf16(torch.device("cpu")) is fast
 
 
 @pytest.mark.gpu
