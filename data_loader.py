@@ -111,16 +111,49 @@ def flip_coins(seed: int, first: int, count: int) -> np.ndarray:
     return (words >> np.uint64(63)).astype(bool)
 
 
+@lru_cache(maxsize=2**14)  # two epochs of each class
+def _class_order(seed: int, number: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch, number + 1)).permutation(length)
+
+
+class ByEpoch:
+    """Picture indices by sample number: each epoch is a permutation of all pictures."""
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed = length, seed
+
+    def __getitem__(self, n: int) -> int:
+        return int(epoch_order(self.seed, n // self.length, self.length)[n % self.length])
+
+
+class ByClass:
+    """Picture indices by sample number, all classes equally often (`--balance`).
+
+    A round is a permutation of the classes that have pictures. The pictures of a class come in epochs of their own.
+    """
+
+    def __init__(self, numbers: np.ndarray, seed: int):
+        self.seed = seed
+        order = np.argsort(numbers, kind="stable")
+        self.members = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)  # the pictures of each class
+
+    def __getitem__(self, n: int) -> int:
+        turn, place = divmod(n, len(self.members))
+        which = int(epoch_order(self.seed, turn, len(self.members))[place])
+        members = self.members[which]
+        return int(members[_class_order(self.seed, which, turn // len(members), len(members))[turn % len(members)]])
+
+
 class Samples(Dataset):
     """Maps sample numbers to pictures, before the flip; each worker process gets a copy."""
 
-    def __init__(self, dataset: ImageDataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: ImageDataset, seed: int, balance: bool = False):
+        self.dataset = dataset
+        self.order = ByClass(dataset.labels.numbers, seed) if balance else ByEpoch(len(dataset), seed)
 
     def indices(self, numbers: Sequence[int]) -> list[int]:
         """Return the picture index of each of these sample numbers."""
-        length = len(self.dataset)
-        return [int(epoch_order(self.seed, n // length, length)[n % length]) for n in numbers]
+        return [self.order[n] for n in numbers]
 
     def fetch(self, numbers: Sequence[int]) -> torch.Tensor:
         """Return uint8 (len(numbers), 3, imsize, imsize). Raise DataError if a picture cannot be read."""
@@ -152,9 +185,11 @@ class RealBatches:
     memory for all of them, else from main memory or the cache file.
     """
 
-    def __init__(self, config, dataset: ImageDataset, first_sample: int, device: torch.device, rank, world_size):
+    def __init__(self, config, dataset: ImageDataset, first_sample: int, device: torch.device, rank, world_size,
+                 labelled):
         self.samples_seen = first_sample  # over all ranks; prefetched samples do not count until the caller has them
-        self.samples = Samples(dataset, config.seed)
+        self.samples = Samples(dataset, config.seed, labelled and config.balance)
+        self.labels = torch.from_numpy(dataset.labels.numbers) if labelled else None    # (N,), or None
         self.seed, self.hflip, self.imsize = config.seed, config.hflip, config.imsize
         self.batch_size, self.device = config.batch_size, device
         # CRUCIAL: this rank's rows of each part, not a part of its rows. So the parts of all ranks together are those
@@ -207,8 +242,10 @@ class RealBatches:
     def __next__(self) -> Batch:
         before, length = self.samples_seen, len(self.samples.dataset)
         numbers = self._numbers(before)
+        if self._loaded is not None or self.labels is not None:
+            indices = torch.tensor(self.samples.indices(numbers))
         if self._loaded is not None:
-            pictures = self._loaded[self._on_device(torch.tensor(self.samples.indices(numbers)))]
+            pictures = self._loaded[self._on_device(indices)]
         elif self._from_workers is not None:
             pictures = self._on_device(self._receive())
         else:
@@ -220,7 +257,7 @@ class RealBatches:
         self.samples_seen += self.batch_size
         if not self._decoded and before // length != self.samples_seen // length:
             self._use_decoded()  # an epoch has ended
-        return Batch(to_images(pictures))
+        return Batch(to_images(pictures), None if self.labels is None else self._on_device(self.labels[indices]))
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Copy `tensor` to the device asynchronously."""
@@ -256,13 +293,13 @@ def load_to_device(dataset: ImageDataset, imsize: int, device: torch.device) -> 
 
 def real_batches(
     config, dataset: ImageDataset, first_sample: int, device: torch.device | str, rank: int = 0,
-    world_size: int = 1
+    world_size: int = 1, labelled: bool = False
 ) -> RealBatches:
-    """Return an endless iterator over Batches of batch_size / world_size images on `device`.
+    """Return an endless iterator over Batches of batch_size / world_size images on `device`, `labelled` or not.
 
     Batch t holds the batch_size sample numbers from first_sample + t * batch_size on, in `--accumulate` parts; `rank`
     gets its contiguous share of each part. The last pictures of an epoch share a batch with the first of the next: no
     picture is dropped. Global random states stay as they are. `samples_seen` is the first_sample to resume with;
     `close()`, or the end of the program, stops the workers.
     """
-    return RealBatches(config, dataset, first_sample, torch.device(device), rank, world_size)
+    return RealBatches(config, dataset, first_sample, torch.device(device), rank, world_size, labelled)

@@ -8,9 +8,11 @@ import torch
 import fastgan_models
 import flags.fastgan
 import losses
+import resnet_models
 import sagan_models
 from device.distributed import say
 from gallery import records
+from layers import gammas
 from pretrained import lpips
 
 
@@ -18,8 +20,9 @@ from pretrained import lpips
 class Family:
     """One network family.
 
-    `build(config) -> (G, D)`, on the CPU; `objective(config, device)` returns an objective of losses.py, and
-    `require(config)` raises what it would raise if weights are missing; all ranks must call both;
+    `build(config, classes) -> (G, D)`, on the CPU, for so many classes, 0 for none; `objective(config, device)` returns
+    an objective of losses.py, and `require(config)` raises what it would raise if weights are missing; all ranks must
+    call both;
     `gammas(G, D) -> {layer: (1,) tensor}`, the learned weight of each attention layer's output;
     `records`, each (G, D, record) -> {name: float}, and `sheet(G, inputs, images, queries, step)` show what the
     networks attend to, see gallery/records.py; `baselines` is {--against: (its name in tables, the settings in which it
@@ -34,6 +37,13 @@ class Family:
     sheet: Callable
     baselines: dict
     compile_from: float
+
+
+ARCHITECTURES = {"dcgan": sagan_models, "resnet": resnet_models}        # --arch
+
+
+def _sagan(config, classes=0):
+    return ARCHITECTURES[config.arch].build(config, classes)
 
 
 def _adversarial(config, device):
@@ -58,7 +68,7 @@ def _self_supervised(config, device):
 
 
 FAMILIES = {    # --model
-    "sagan": Family(sagan_models.build, _adversarial, lambda config: None, sagan_models.gammas,
+    "sagan": Family(_sagan, _adversarial, lambda config: None, gammas,
                     (records.write_attention,), records.attention_sheet, {},
                     compile_from=100_000),      # compiling takes a minute or two and saves some 0.7 ms a step
     "fastgan": Family(fastgan_models.build, _self_supervised, _require_lpips, lambda G, D: {},
@@ -67,15 +77,20 @@ FAMILIES = {    # --model
 }
 
 
-def build_networks(config, device):
-    """Return [G, D], newly initialized, on the device, in channels-last memory format: fastest for convolutions."""
-    return [net.to(device, memory_format=torch.channels_last) for net in FAMILIES[config.model].build(config)]
+def build_networks(config, device, classes=None):
+    """Return [G, D] for the Classes, newly initialized, on the device, in channels-last memory format: fastest for
+    convolutions.
+    """
+    built = FAMILIES[config.model].build(config, len(classes or ()))
+    return [net.to(device, memory_format=torch.channels_last) for net in built]
 
 
 def find_mismatch(config, state):
     """Return in words why the networks of a checkpoint's `state` are not those of `config`; None if they are."""
+    classes = len((state.get("classes") or {"names": ()})["names"])     # older checkpoints have none
     with torch.device("meta"):          # shapes alone: no memory, no random numbers, no power iteration
-        expected = dict(zip("GD", (net.state_dict() for net in FAMILIES[config.model].build(config)), strict=True))
+        built = FAMILIES[config.model].build(config, classes)
+    expected = dict(zip("GD", (net.state_dict() for net in built), strict=True))
     for name, weights in (*expected.items(), ("G_ema", expected["G"])):
         if state[name].keys() != weights.keys():
             other = sorted(state[name].keys() ^ weights.keys(), key=str)[0]

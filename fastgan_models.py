@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import FromVector, ToVector, capture
+from layers import CLASS_VECTOR, FromVector, Projection, ToVector, capture
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -221,11 +221,13 @@ def _skips(layers, sources, width, slae):
 class Generator(nn.Module):
     """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at `small_size`].
 
-    Both in [-1, 1]. `slae` is the kernel size of the spatial attention, None for no attention; `metadata_weight`, in
-    [0, 1), the share of the latent's variance that metadata get.
+    Both in [-1, 1]. With `classes` it takes labels (B,), too; class vectors stand beside the latent. `slae` is the
+    kernel size of the spatial attention, None for no attention; `metadata_weight`, in [0, 1), the share of the latent's
+    variance that metadata get.
     """
 
-    def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True, metadata_weight=0.5):
+    def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True, metadata_weight=0.5,
+                 classes=0):
         super().__init__()
         layers = _Layers(sn)
         self.imsize, self.z_dim = imsize, z_dim
@@ -235,8 +237,12 @@ class Generator(nn.Module):
             with initialized_apart():
                 self.mix = nn.Linear(METADATA, z_dim, bias=False)
                 nn.init.normal_(self.mix.weight, std=METADATA**-0.5)    # maps metadata of variance 1 to variance 1
+        self.class_vectors = None
+        if classes:
+            with initialized_apart():
+                self.class_vectors = nn.Embedding(classes, CLASS_VECTOR)
         self.start = nn.Sequential(
-            layers.wrap(FromVector(z_dim, 2 * width[4], 4, bias=False)),
+            layers.wrap(FromVector(z_dim + (CLASS_VECTOR if classes else 0), 2 * width[4], 4, bias=False)),
             nn.BatchNorm2d(2 * width[4]), GLU(dim=1),
         )
         self.blocks = nn.ModuleDict()
@@ -254,21 +260,24 @@ class Generator(nn.Module):
 
     has_noise = True        # maps, which in evaluation depend on z
 
-    def forward(self, z, style=None, noise=None):
+    def forward(self, z, labels=None, style=None, noise=None):
         """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing).
 
         With `noise`, latents like z, the noise maps of evaluation are those of `noise`.
         """
-        maps = self._maps(z, noise=noise) if style is None else self._maps(z, self._maps(style), noise)
+        maps = self._maps(z, labels, None if style is None else self._maps(style, labels), noise)
         x = maps[self.imsize]                                           # (B, width, imsize, imsize)
         small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
         return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]
 
-    def _maps(self, z, sources=None, noise=None):
+    def _maps(self, z, labels=None, sources=None, noise=None):
         """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
         source = z if noise is None else noise
         coefficients = None if self.training else noise_coefficients(source[:, :self.z_dim])        # (B, RANK)
-        x = self.start(self.latent(z)[:, :, None, None])                # (B, width, 4, 4)
+        latent = self.latent(z)                                         # (B, z_dim)
+        if self.class_vectors is not None:
+            latent = torch.cat([latent, self.class_vectors(labels)], dim=1)             # (B, z_dim + CLASS_VECTOR)
+        x = self.start(latent[:, :, None, None])                        # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
             x = block(x, coefficients)                                  # (B, width, size, size)
@@ -295,9 +304,9 @@ class Generator(nn.Module):
         metadata = {} if self.mix is None else {"metadata": slice(self.z_dim, None)}
         return {"z": slice(self.z_dim), **metadata}
 
-    def attention_maps(self, z, queries=None):
+    def attention_maps(self, z, queries=None, labels=None):
         """Return {"slae<size>": mask (B, 1, size, size) in (0, 1)}, of each skip's source; masks need no queries."""
-        return _attention_masks(self, z, "slae")
+        return _attention_masks(self, lambda: self(z, labels), "slae")
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -313,10 +322,12 @@ class Discriminator(nn.Module):
     """Images in [-1, 1] -> DiscriminatorOutput.
 
     Takes [image (B, 3, imsize, imsize), the same at `small_size`] as G returns them, or the image alone for real ones.
-    `slae` is the kernel size of the spatial attention in the skip excitations, None for no attention.
+    With `classes` it takes labels (B,), too, and adds a projection of the deep path's last map to that path's logits;
+    labels of None leave it out. `slae` is the kernel size of the spatial attention in the skip excitations, None for no
+    attention.
     """
 
-    def __init__(self, imsize, conv_dim, slae=None, sn=True):
+    def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0):
         super().__init__()
         layers = _Layers(sn)
         top = min(imsize, 256)                                          # the stem's output, whatever the imsize
@@ -332,6 +343,10 @@ class Discriminator(nn.Module):
         self.to_logits = nn.Sequential(
             layers.conv(last, 2 * last, 1), nn.BatchNorm2d(2 * last), _leaky(), layers.conv(2 * last, 1, 4)
         )
+        self.projection = None
+        if classes:
+            with initialized_apart():
+                self.projection = Projection(last, classes, layers.wrap)
         half = small_size(imsize)
         steps = [size for size in sizes if LAST <= size < half]         # half / 2, ..., 8
         small = [width[2 * size] for size in steps]                     # ends with half the deep path's width
@@ -345,7 +360,7 @@ class Discriminator(nn.Module):
         self.decode_middle = _decoder(layers, middle, half, conv_dim)
         self.decode_small = _decoder(layers, small[-1], half, conv_dim)
 
-    def forward(self, images):
+    def forward(self, images, labels=None):
         image, small = both_sizes(images) if isinstance(images, torch.Tensor) else images
         x = self.stem(image)                                            # (B, width, top, top)
         maps = {x.size(-1): x}
@@ -356,8 +371,11 @@ class Discriminator(nn.Module):
                 x = self.skips[name](maps[self.sources[size]], x)
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
-        logits = torch.cat([self.to_logits(x).flatten(1), self.small_to_logits(from_small).flatten(1)], dim=1)
-        return DiscriminatorOutput(logits.float(), maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
+        deep = self.to_logits(x).flatten(1).float()                     # (B, 5 * 5)
+        if self.projection is not None and labels is not None:
+            deep = deep + self.projection(x.float().mean((2, 3)), labels)[:, None]
+        logits = torch.cat([deep, self.small_to_logits(from_small).flatten(1).float()], dim=1)
+        return DiscriminatorOutput(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
 
     def reconstruct(self, output, real, quadrant=None):
         """Return {name: (reconstruction, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
@@ -390,7 +408,7 @@ class Discriminator(nn.Module):
 
     def attention_maps(self, images, queries=None):
         """Return {"slae_d<size>": mask (B, 1, size, size)} for images (B, 3, imsize, imsize); {} without `slae`."""
-        return _attention_masks(self, images, "slae_d")
+        return _attention_masks(self, lambda: self(images), "slae_d")
 
 
 def take_quadrant(x, quadrant):
@@ -447,17 +465,18 @@ def _decoder(layers, channels, size, conv_dim):
     return nn.Sequential(*blocks, layers.conv(channels, 3, 3, padding=1), nn.Tanh())
 
 
-def _attention_masks(net, x, prefix):
-    """Run net(x) and return the mask of each skip excitation with attention; {} without a run if none has."""
+def _attention_masks(net, run, prefix):
+    """Call run(), a pass of `net`, and return the mask of each skip excitation with attention; no call if none has."""
     attention = {f"{prefix}{source}": net.skips[f"{target}"].attention for target, source in net.sources.items()}
     layers = {name: layer for name, layer in attention.items() if layer is not None}
-    return capture(net, x, layers, lambda layer, features, mask: mask)
+    return capture(run, layers, lambda layer, features, mask: mask)
 
 
-def build(config):
-    """Return (G, D) of the config, newly initialized, on the CPU."""
+def build(config, classes=0):
+    """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""
     kernel = config.slae_kernel
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
-                  config.sn in ("both", "g"), config.metadata_weight)
-    D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"))
+                  config.sn in ("both", "g"), config.metadata_weight, classes)
+    D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"),
+                      classes)
     return G, D

@@ -6,10 +6,12 @@ no longer finite. What comes before the first step is in start.py.
 
 import math
 import signal
+from collections import Counter
 from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import utils
@@ -78,7 +80,7 @@ class Run:
     def __init__(self, trainer, meter, dataset, data, folders, interrupt, undone, unlogged):
         self.trainer, self.meter, self.folders, self.interrupt = trainer, meter, folders, interrupt
         self.dataset, self.data = dataset, data         # the pictures, and what a checkpoint keeps of which they are
-        self.config, self.place = trainer.config, trainer.place
+        self.config, self.place, self.classes = trainer.config, trainer.place, trainer.latents.classes
         self.figures = {}                               # numbers from the last record, for the next log line
         self.failing = set()                            # what `try_to` could not do the last time
         self.saved_step = self.first_step = trainer.step
@@ -174,23 +176,26 @@ class Run:
             with utils.forked_random_state(device):
                 inputs = trainer.fixed_inputs
                 images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
-                record = Record(inputs.to(device), images.to(device), self.real_images.to(device), folders.samples,
-                                folders.attention, trainer.step, config.attn_queries, config.attn_raw)
+                order = slice(None) if self.classes is None else by_columns(len(images))
+                record = Record(inputs[order].to(device), images[order].to(device), self.real_images[order].to(device),
+                                folders.samples, folders.attention, trainer.step, config.attn_queries, config.attn_raw)
                 self.figures = self.check_health(record)
                 for write in FAMILIES[config.model].records:
                     self.figures |= write(trainer.G_ema, trainer.D, record)
-                save_grid(images, record.samples / step_name(record.step, LAST_PICTURE))
+                save_grid(images, record.samples / step_name(record.step, LAST_PICTURE), names=self.row_names)
         finally:
             trainer.D.train()
 
     def check_health(self, record):
         """Warn of a dead D, a collapsed G, a D that memorizes. Return {name: float}, for held-out pictures."""
-        shown = {"fake": record.images, "real": record.real}
+        labels = record.inputs.labels                   # of the real images, too: rows of both grids have one class
+        shown = {"fake": (record.images, labels), "real": (record.real, labels)}
         if self.held_out:
             indices = utils.spread_indices(len(record.real), len(self.held_out))
-            shown["heldout"] = to_images(self.held_out.load_batch(indices)).to(self.place.device)
-        logits = {name: self.trainer.objective.logits(self.trainer.D, images[:HEALTH_IMAGES])
-                  for name, images in shown.items()}
+            images = to_images(self.held_out.load_batch(indices))
+            shown["heldout"] = images.to(self.place.device), self.labels_of(self.held_out, indices)
+        logits = {name: self.trainer.objective.logits(self.trainer.D, *(
+            part if part is None else part[:HEALTH_IMAGES] for part in shown[name])) for name in shown}
         return self.health.check(record.step, record.images, record.real, logits)
 
     def log(self, means):
@@ -326,7 +331,7 @@ class Run:
         """Open the batches, the metrics log (rank 0 only, else None) and the progress bar; close them at the end."""
         config, trainer, first = self.config, self.trainer, distributed.is_first()
         self.batches = real_batches(config, self.dataset, trainer.samples_seen, self.place.device, self.place.rank,
-                                    self.place.world_size)
+                                    self.place.world_size, self.classes is not None)
         self.metrics_log = None
         self.progress = distributed.progress(config.total_step, "step", initial=trainer.step)
         try:
@@ -334,7 +339,8 @@ class Run:
                 self.try_to("open metrics.jsonl", self.open_log)
                 self.try_to("write config.json", lambda: utils.write_atomically(        # a checkpoint has it, too
                     self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
-                self.try_to("write real.png", lambda: save_grid(self.real_images, self.folders.samples / "real.png"))
+                self.try_to("write real.png", lambda: save_grid(
+                    self.real_images, self.folders.samples / "real.png", names=self.row_names))
             self.window = Window(self.unlogged, self.place.device)
             yield
         finally:
@@ -345,9 +351,40 @@ class Run:
 
     @cached_property
     def real_images(self):
-        """Real images for a grid, spread evenly over the data set: (N, 3, imsize, imsize) in [-1, 1], on the CPU."""
-        indices = utils.spread_indices(len(self.trainer.fixed_inputs), len(self.dataset))
+        """Real images for a grid, spread evenly over the data set: (N, 3, imsize, imsize) in [-1, 1], on the CPU.
+
+        With classes, each row of the grid has those of its class; fewer than a row are repeated.
+        """
+        fixed = self.trainer.fixed_inputs
+        if self.classes is None:
+            indices = utils.spread_indices(len(fixed), len(self.dataset))
+        else:
+            numbers, indices = self.dataset.labels.numbers, []
+            for label, count in Counter(fixed.labels.tolist()).items():
+                members = np.flatnonzero(numbers == label)
+                chosen = members[utils.spread_indices(count, len(members))]
+                indices += np.resize(chosen, count).tolist()
         return to_images(self.dataset.load_batch(indices))
+
+    @cached_property
+    def row_names(self):
+        """The name of the class of each row of a grid, or None."""
+        if self.classes is None:
+            return None
+        labels = self.trainer.fixed_inputs.labels
+        return [self.classes.names[label] for label in labels[::math.isqrt(len(labels))]]
+
+    def labels_of(self, dataset, indices):
+        """Return the labels of these pictures of a data set on the device; None in a run without classes."""
+        if self.classes is None:
+            return None
+        return torch.from_numpy(dataset.labels.numbers[indices]).to(self.place.device)
+
+
+def by_columns(count):
+    """Return indices (count,) of the images of a square grid, column by column: neighbours are of different rows."""
+    side = math.isqrt(count)
+    return torch.arange(count).view(side, side).T.flatten()
 
 
 def _summary(scalars):

@@ -1,12 +1,13 @@
 """Objectives: what D and G minimize. One class per loss; `--adv_loss` chooses a row of `OBJECTIVES`.
 
-    objective.d_loss(D, real, fake) -> (scalar, {name: detached scalar})
-    objective.g_loss(D, real, fake) -> (scalar, {...})
-    objective.logits(D, images)     -> (B,), one logit per image, for records
+    objective.d_loss(D, real, fake, labels) -> (scalar, {name: detached scalar})
+    objective.g_loss(D, real, fake, labels) -> (scalar, {...})
+    objective.logits(D, images, labels)     -> (B,), one logit per image, for records
 
 `real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both already
-augmented. G's loss takes real images too, for losses that compare the two (relativistic ones do). Objectives only
-compute: trainer.py owns every `backward()` and every optimizer step.
+augmented. `labels` is the pair (labels of real, labels of fake), each (B,), or None in a run without classes; D is
+called as D(images, labels). G's loss takes real images too, for losses that compare the two (relativistic ones do).
+Objectives only compute: trainer.py owns every `backward()` and every optimizer step.
 """
 
 import torch
@@ -15,6 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from device.precision import exact
 from device.replicas import draw_rows
+
+NO_LABELS = (None, None)        # of real, of fake
+
+
+def on_both(D, real, fake, labels):
+    """Return D's (logits of real, logits of fake), (B,) each, in one pass: for a D without batch norm the same."""
+    both = None if labels[0] is None else torch.cat(labels)             # (2B,)
+    return D(torch.cat([real, fake]), both).chunk(2)
 
 
 class Hinge:
@@ -25,16 +34,15 @@ class Hinge:
     def __init__(self, label_noise=0.0):
         self.label_noise = label_noise
 
-    def d_loss(self, D, real, fake):
-        # one pass for both: D has no batch norm, so the logits equal those of two passes
-        on_real, on_fake = D(torch.cat([real, fake[0]])).chunk(2)      # (B,), (B,)
+    def d_loss(self, D, real, fake, labels=NO_LABELS):
+        on_real, on_fake = on_both(D, real, fake[0], labels)           # (B,), (B,)
         return hinge(on_real, on_fake, self.label_noise)
 
-    def g_loss(self, D, real, fake):
-        return -D(fake[0]).mean(), {}
+    def g_loss(self, D, real, fake, labels=NO_LABELS):
+        return -D(fake[0], labels[1]).mean(), {}
 
-    def logits(self, D, images):
-        return D(images)
+    def logits(self, D, images, labels=None):
+        return D(images, labels)
 
 
 def hinge(on_real, on_fake, label_noise):
@@ -64,30 +72,32 @@ class WassersteinGP:
     def __init__(self, lambda_gp):
         self.lambda_gp = lambda_gp
 
-    def d_loss(self, D, real, fake):
-        on_real, on_fake = D(torch.cat([real, fake[0]])).chunk(2)      # (B,), (B,)
-        penalty = gradient_penalty(D, real, fake[0])
+    def d_loss(self, D, real, fake, labels=NO_LABELS):
+        on_real, on_fake = on_both(D, real, fake[0], labels)           # (B,), (B,)
+        penalty = gradient_penalty(D, real, fake[0], labels[0])
         loss = on_fake.mean() - on_real.mean() + self.lambda_gp * penalty
         stats = {"d_real": on_real.detach().mean(), "d_fake": on_fake.detach().mean(), "gp": penalty.detach()}
         return loss, stats
 
-    def g_loss(self, D, real, fake):
-        return -D(fake[0]).mean(), {}
+    def g_loss(self, D, real, fake, labels=NO_LABELS):
+        return -D(fake[0], labels[1]).mean(), {}
 
-    def logits(self, D, images):
-        return D(images)
+    def logits(self, D, images, labels=None):
+        return D(images, labels)
 
 
-def gradient_penalty(D, real, fake):
+def gradient_penalty(D, real, fake, labels=None):
     """Mean over the batch of (||grad D(x)|| - 1)^2 at random points x between real and fake; a 0-d fp32 tensor.
 
-    One mixing weight and one norm per sample. Draws from the global random state.
+    One mixing weight and one norm per sample; D gets the `labels` (B,) of the real images there. Draws from the
+    global random state.
     """
     alpha = draw_rows(lambda B: torch.rand(B, 1, 1, 1, device=real.device), len(real))
     interpolated = (alpha * real + (1 - alpha) * fake.detach()).float().requires_grad_(True)
     # the fused attention kernels have no double backward
     with sdpa_kernel(SDPBackend.MATH), exact(real.device):
-        (gradient,) = torch.autograd.grad(D(interpolated).sum(), interpolated, create_graph=True)   # (B, 3, H, W)
+        (gradient,) = torch.autograd.grad(D(interpolated, labels).sum(), interpolated,
+                                          create_graph=True)            # (B, 3, H, W)
     norm = gradient.flatten(1).norm(dim=1)                 # (B,)
     return (norm - 1).square().mean()
 
@@ -104,10 +114,10 @@ class SelfSupervisedHinge:
     def __init__(self, distance, recon_weight, label_noise):
         self.distance, self.recon_weight, self.label_noise = distance, recon_weight, label_noise
 
-    def d_loss(self, D, real, fake):
+    def d_loss(self, D, real, fake, labels=NO_LABELS):
         # two passes: D's batch norm must not mix real with fake
-        on_real = D(real)
-        on_fake = D(fake)
+        on_real = D(real, labels[0])
+        on_fake = D(fake, labels[1])
         loss, stats = hinge(on_real.logits, on_fake.logits, self.label_noise)
         pairs = D.reconstruct(on_real, real)
         rebuilt, targets = (torch.cat(images) for images in zip(*pairs.values(), strict=True))
@@ -116,11 +126,11 @@ class SelfSupervisedHinge:
         stats |= {f"recon/{name}": value for name, value in zip(pairs, distances.detach(), strict=True)}
         return loss + self.recon_weight * distances.sum(), stats
 
-    def g_loss(self, D, real, fake):
-        return -D(fake).logits.mean(), {}
+    def g_loss(self, D, real, fake, labels=NO_LABELS):
+        return -D(fake, labels[1]).logits.mean(), {}
 
-    def logits(self, D, images):
-        return D(images).logits.mean(1)
+    def logits(self, D, images, labels=None):
+        return D(images, labels).logits.mean(1)
 
 
 def l1(a, b):

@@ -124,13 +124,17 @@ def describe(config, dataset, place):
     import data_loader
     from device.distributed import say
     from families import FAMILIES
+    from generate.classes import find_classes
 
     say(parameter.as_json(config), end="")
+    classes = dataset and find_classes(config, dataset)
     if not config.fake_dir:                             # scoring a folder needs no networks
-        for name, net in zip("GD", FAMILIES[config.model].build(config), strict=True):
+        for name, net in zip("GD", FAMILIES[config.model].build(config, len(classes or ())), strict=True):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
+    for line in classes.lines() if classes else ():
+        say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
 
 

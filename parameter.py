@@ -138,7 +138,7 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
              if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
-    values.update(FAMILIES[model].PRESETS[preset] | known)
+    values.update(FAMILIES[model].find_preset(preset, {**values, "imsize": None, **known}) | known)
     values["version"] = version
     if values["fake_dir"]:
         values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
@@ -216,7 +216,10 @@ def _fill_in(values, weights_there):
         values["d_iters"] = loss["d_iters"]
     if values["sn"] == "auto":
         values["sn"] = loss["sn"]
-    FAMILIES[values["model"]].fill_in(values, weights_there)
+    family = FAMILIES[values["model"]]
+    if values["conditional"] == "auto" and not family.asks_for_classes(values):
+        values["conditional"] = False
+    family.fill_in(values, weights_there)
     values["train"] = values["mode"] == "train"
 
 

@@ -8,14 +8,15 @@ import json
 from functools import partial
 
 from data_loader import build_dataset, find_dataset, without_held_out
+from dataset import table
 from dataset.check import write_lists
-from dataset.table import describe_changes, is_other_set, summarize
 from device import distributed
 from device.distributed import say
 from errors import LockedError, UsageError
 from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
+from generate.classes import Classes, describe_changes, find_classes
 from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
@@ -45,17 +46,14 @@ def train(config, place, precision, interrupt):
             f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
         return 0
     found = find_dataset(config)
-    if state:
-        _compare_data(config, state, summarize(found, config))
+    _compare(config, state, found)
     meter = _load_what_is_needed(config, place, state, len(without_held_out(found, config)))
 
     # what takes work, whose results are cached
     dataset = build_dataset(config, found)
-    data = summarize(dataset, config)
-    changes = _compare_data(config, state, data)
-    if changes:
-        say(f"note: {changes}")
-    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state))
+    data = _compare(config, state, dataset, say)
+    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state),
+                      _say_classes(find_classes(config, dataset)))
     if meter:
         meter.prepare(of_run(config, dataset))
 
@@ -137,14 +135,32 @@ def _find_bank(config, dataset, place, state):
     return bank
 
 
-def _compare_data(config, state, data):
-    """Return how the pictures differ from those of the checkpoint `state`, or None. Raise UsageError if all differ."""
-    before = state and state.get("data")                # older checkpoints have none
-    changes = before and describe_changes(before, data)
-    if changes and is_other_set(before, data):
-        raise UsageError(f"--version {config.version}: this run was trained on other pictures ({changes}).\n"
+def _say_classes(classes):
+    """Print what a user should know of the Classes; return them. None prints nothing."""
+    for line in classes.lines() if classes else ():
+        say(line)
+    return classes
+
+
+def _compare(config, state, dataset, tell=lambda line: None):
+    """Return the data set's record for checkpoints; tell how it differs from that of the checkpoint `state`.
+
+    Raise UsageError if all pictures differ, or the classes; DataError if labels are wrong.
+    """
+    data, classes = table.summarize(dataset, config), find_classes(config, dataset)
+    if state is None:
+        return data
+    before = state.get("data")                          # older checkpoints have none
+    changes = before and table.describe_changes(before, data)
+    other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
+    changed_classes = describe_changes(Classes.from_state(state.get("classes")), classes)
+    if other or changed_classes:
+        raise UsageError(f"--version {config.version}: this run was trained on "
+                         f"{other or f'other classes ({changed_classes})'}.\n"
                          "Use another --version; or --restart true, which moves this run aside and begins again.")
-    return changes
+    if changes:
+        tell(f"note: {changes}")
+    return data
 
 
 def _restore(trainer, state, folders):

@@ -8,6 +8,7 @@ until `--log_step`, and what changes between steps is in tensors, so that a step
 import copy
 import importlib.util
 import json
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -21,7 +22,7 @@ from diffaug import augment
 from families import FAMILIES, build_networks
 from gallery.grid import grid_side
 from generate.draw import BN_STATS_IMAGES, batch_for, recompute_bn_stats
-from generate.latents import Inputs, Latents
+from generate.latents import Latents
 from parameter import as_json
 from spectral import power_iterate, shared_weights
 
@@ -30,18 +31,18 @@ class Trainer:
     """Networks, optimizers and counters of one run, and the step on them.
 
     `epoch_length` is the number of training pictures. `bank` holds the metadata that G takes beside its noise, or is
-    None. Raise DataError if weights that the objective needs are missing.
+    None; `classes`, the Classes, too. Raise DataError if weights that the objective needs are missing.
     """
 
-    def __init__(self, config, place, precision, epoch_length, bank=None):
+    def __init__(self, config, place, precision, epoch_length, bank=None, classes=None):
         self.config, self.place, self.precision, self.epoch_length = config, place, precision, epoch_length
         self.step = self.samples_seen = 0
         self.is_whole = True                                # whether the state is that after a whole step
         family, device = FAMILIES[config.model], place.device
         utils.seed_everything(config.seed)
-        self.G, self.D = (net.train() for net in build_networks(config, device))
+        self.G, self.D = (net.train() for net in build_networks(config, device, classes))
         self.objective = family.objective(config, device)
-        self.latents = Latents(config.z_dim, bank, config.metadata_sample, device)
+        self.latents = Latents(config.z_dim, bank, config.metadata_sample, device, classes)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()
         # G_ema keeps the plain batch norm: its statistics come from the same images on every rank
@@ -55,7 +56,10 @@ class Trainer:
                                           for net in (self.G, self.D))
         # a separate generator: a run's fixed inputs depend on the seed alone
         generator = torch.Generator().manual_seed(config.seed)
-        self.fixed_inputs = self.latents.sampling(grid_side(config.imsize) ** 2, generator)
+        side = grid_side(config.imsize)
+        self.fixed_inputs = self.latents.sampling(side**2, generator)
+        if classes is not None:
+            self.fixed_inputs = replace(self.fixed_inputs, labels=classes.rows(side, config.classes))
         self.bn_stats_inputs = self.latents.sampling(BN_STATS_IMAGES, generator).to(device)
         utils.seed_everything(config.seed)      # CRUCIAL: the same on every rank, see `draw_rows`
         self._is_checked = False
@@ -64,37 +68,46 @@ class Trainer:
 
     def train_step(self, batches):
         """Train one step on the next `d_iters` of `batches`, an iterator over Batch. Return {name: 0-d tensor}."""
-        images = [next(batches).images for _ in range(self.config.d_iters)]     # each (B, 3, imsize, imsize)
+        batches_of_d = [next(batches) for _ in range(self.config.d_iters)]
+        tensors = [batch.images for batch in batches_of_d]              # each (B, 3, imsize, imsize)
+        if self.latents.classes is not None:
+            tensors += [batch.labels for batch in batches_of_d]         # each (B,)
         self.is_whole = False                               # until the end of the step, the state belongs to no step
         self._set_learning_rates()
         with self.precision.switched():
-            stats = self._fast_step(images)
+            stats = self._fast_step(tensors)
         # EMA warm-up, so that early averages forget the initialization
-        utils.ema_update(self.G_ema, self.G, decay=min(self.config.ema_decay, (1 + self.step) / (10 + self.step)))
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        utils.ema_update(self.G_ema, self.G, decay if self.step >= self.config.ema_start else 0)
         self.step += 1
         self.samples_seen = batches.samples_seen
         self.is_whole = True
         self._check_replicas()
         return stats
 
-    def update(self, batches):
-        """Update D once on each of the `batches` of real images, then G once. Return {name: 0-d tensor}."""
+    def update(self, tensors):
+        """Update D once on each batch of real images, then G once. Return {name: 0-d tensor}.
+
+        `tensors`: the images of each batch, then, in a run with classes, the labels of each.
+        """
         config = self.config
+        images, labels = tensors[:config.d_iters], tensors[config.d_iters:]
         # use D's fake batch again for G; not with --accumulate, which would hold the graphs of all parts in memory
         reuse_fake = config.d_iters == 1 and config.accumulate == 1
         power_iterate(self.G)
 
         # D phase: minimize d_loss(D)
         self.D.requires_grad_(True)
-        for batch in batches:
+        for batch in zip(images, labels, strict=True) if labels else zip(images):
             power_iterate(self.D)
             reals, d_stats = [], []
-            for real in batch.chunk(config.accumulate):
+            for real, real_labels in self._parts(*batch):
                 with torch.set_grad_enabled(reuse_fake):
-                    fake = self.generate(len(real))
+                    fake, fake_labels = self.generate(len(real))
                 with shared_weights(self._compiled(self.D)), self.precision.autocast():
-                    reals.append(self.augment(real))
-                    loss, stats = self._d_loss(self.D, reals[-1], [self.augment(x.detach()) for x in fake])
+                    reals.append((self.augment(real), real_labels))
+                    loss, stats = self._d_loss(self.D, reals[-1][0], [self.augment(x.detach()) for x in fake],
+                                               (real_labels, fake_labels))
                 self._backward(loss)
                 d_stats.append({"d_loss": loss.detach(), **stats})
             self._optimize(self.d_optimizer, self.d_average)
@@ -102,24 +115,31 @@ class Trainer:
         # G phase: minimize g_loss(G). Freezing D skips its weight gradients, which halves the backward pass.
         self.D.requires_grad_(False)
         g_stats = []
-        for real in reals:
+        for real, real_labels in reals:
             if not reuse_fake:
-                fake = self.generate(len(real))
+                fake, fake_labels = self.generate(len(real))
             with shared_weights(self._compiled(self.D)), self.precision.autocast():
-                loss, stats = self._g_loss(self.D, real, [self.augment(x) for x in fake])
+                loss, stats = self._g_loss(self.D, real, [self.augment(x) for x in fake], (real_labels, fake_labels))
             self._backward(loss)
             g_stats.append({"g_loss": loss.detach(), **stats})
         self._optimize(self.g_optimizer, self.g_average)
         return {**_mean(d_stats), **_mean(g_stats)}
+
+    def _parts(self, images, labels=None):
+        """Return [(images, labels or None), ...]: the `--accumulate` parts of a batch."""
+        count = self.config.accumulate
+        of_labels = [None] * count if labels is None else labels.chunk(count)
+        return list(zip(images.chunk(count), of_labels, strict=True))
 
     def augment(self, images):
         """Apply `--augment`: to all images that D takes, real and fake, in both phases."""
         return augment(images, self.config.augment, draw_rows)
 
     def generate(self, count):
-        """Return G's [images, ...], largest first, for `count` newly drawn inputs."""
+        """Return (G's [images, ...], largest first; their labels or None) for `count` newly drawn inputs."""
+        inputs = self.latents.training(count)
         with shared_weights(self._compiled(self.G)), self.precision.autocast():
-            return self._G(**self.latents.training(count).as_arguments())
+            return self._G(**inputs.as_arguments()), inputs.labels
 
     def _backward(self, loss):
         """Accumulate the gradients of one of the `--accumulate` parts of a batch."""
@@ -204,6 +224,7 @@ class Trainer:
             "G": self.G.state_dict(), "D": self.D.state_dict(), "G_ema": self.G_ema.state_dict(),
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_inputs.z, "metadata": self.latents.state(),
+            "classes": self.latents.classes and self.latents.classes.state(),
             "random": [utils.random_states(self.place.device)],     # a list: by rank in older checkpoints
         }
 
@@ -215,7 +236,8 @@ class Trainer:
             optimizer = getattr(self, name)
             # take the moments only: learning rates, betas and options are those of this command line and device
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
-        self.step, self.samples_seen, self.fixed_inputs = state["step"], state["samples_seen"], Inputs(state["fixed_z"])
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.fixed_inputs = replace(self.fixed_inputs, z=state["fixed_z"])
         utils.restore_random_states(state["random"][0], self.place.device)      # last: no draws after
 
     def recompute_bn_stats(self, images=BN_STATS_IMAGES):

@@ -18,9 +18,8 @@ from device.precision import Precision
 from diffaug import augment
 from families import FAMILIES
 from fastgan_models import GLU
-from layers import FromVector, ToVector
+from layers import FromVector, SelfAttention, ToVector
 from metrics.cost import ConstantBatch, TimedConfig
-from sagan_models import SelfAttention
 
 
 class PlainAttention(SelfAttention):
@@ -107,7 +106,7 @@ class PlainTrainer:
 class PlainConfig(TimedConfig):
     """One configuration, trained the plain way."""
 
-    def __init__(self, config, place, bank=None):
+    def __init__(self, config, place, bank=None, classes=None):
         self.config, self.place, self.seconds = config, place, []
         self.batches = ConstantBatch(config, place.device)
         self.trainer = PlainTrainer(config, place.device)

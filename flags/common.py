@@ -130,6 +130,11 @@ def policies(text):
     return tuple(_AUGMENTATION(part) for part in text.split(","))
 
 
+def names(text):
+    """'3,tabby' -> ("3", "tabby")."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def metrics(text):
     """'fid,kid' -> ("fid", "kid"), each once."""
     return tuple(dict.fromkeys(_METRIC(part) for part in text.split(",")))
@@ -197,7 +202,8 @@ class Flag:
     def metavar(self):
         """The placeholder of its value in --help."""
         kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
-                 sizes: "SIZES", policies: "NAMES", metrics: "NAMES", points: "POINTS", step_or_best: "STEP"}
+                 sizes: "SIZES", policies: "NAMES", metrics: "NAMES", names: "NAMES", points: "POINTS",
+                 step_or_best: "STEP"}
         return kinds.get(self.type, "NAME")
 
 
@@ -210,6 +216,11 @@ def _without_features(values):
     """For `Flag.unused`: none of the metrics is computed from the features of a network."""
     chosen = values["metrics"]
     return not any(METRICS[name].file == "features" for name in chosen) and f"--metrics {written(chosen)}"
+
+
+def no_classes(values):
+    """For `Flag.unused`: a run without classes."""
+    return values["conditional"] is False and "--conditional false"
 
 
 def _by_loss(setting):
@@ -266,6 +277,8 @@ FLAGS = {
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
         Flag("num_workers", whole_or_auto, "auto", "loader processes, until all pictures are in the cache; 0 loads in "
              "the training process; auto: one per core, at most 8", 0, 256),
+        Flag("balance", boolean, False, "with classes: train on pictures of all classes equally often",
+             unused=no_classes),
         Flag("hflip", boolean, False, "flip pictures horizontally, each with probability 1/2"),
         Flag("holdout", float, 0.0, "fraction of the pictures that is never trained on, for --metrics lpips; 0.1 is "
              "usual", 0.0, 0.5, fixed=always),
@@ -288,6 +301,8 @@ FLAGS = {
         Flag("z_dim", int, 128, "length of the noise vector", 1, fixed=always),
         Flag("g_conv_dim", int, 64, "width of G in channels: {families}", 1, fixed=always),
         Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, fixed=always),
+        Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
+             "dataset.json, or the data set's own; auto: {families}"),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),
@@ -310,10 +325,13 @@ FLAGS = {
         Flag("beta2", float, 0.9, "Adam's decay of the second moment, in [0, 1)", low=0.0, below=1.0),
         Flag("ema_decay", float, 0.999, "decay of G_ema, the averaged generator that draws all samples, in [0, 1)",
              low=0.0, below=1.0),
+        Flag("ema_start", int, 0, "step from which G_ema is an average; before, it is G", 0),
     ),
     "records": (
         Flag("log_step", int, 10, "steps between lines in metrics.jsonl", 1),
         Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
+        Flag("classes", names, None, "with classes: those that grids show, one a row, by name or number, such as "
+             "3,tabby, or all (default: a spread of all)", unused=no_classes),
         Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
         Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),

@@ -11,7 +11,13 @@ HELP = {
     "g_conv_dim": "at 128 px",
     "d_conv_dim": "at 64 px",
     "compile": "never, as its gain was not measured",
+    "conditional": "false",
 }
+
+
+def asks_for_classes(values):
+    """Return whether `--conditional auto` uses the classes of the pictures, if they have any."""
+    return False
 
 
 def _without_metadata(values):
@@ -48,6 +54,11 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
             "num_workers": 0},
 }
+
+def find_preset(name, values):
+    """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
+    return PRESETS[name]
+
 
 IMSIZES = (64, 128, 256, 512, 1024)
 

@@ -6,17 +6,19 @@ raised as OSError.
 """
 
 import math
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils import write_atomically
 
 BACKGROUND, INK, QUIET, WARN = (22, 23, 27), (236, 236, 238), (154, 157, 166), (255, 190, 92)
 EDGE = (84, 87, 96)  # frames whose colour has no meaning
 GAP, MARGIN, FRAME, RAMP = 2, 24, 3, 120  # px; RAMP is the length of the colour scale in the legend
+NAME_WIDTH = 160  # px: of a row's name, at most
 SCREEN = 1920  # px: maximal width of eight columns
 
 
@@ -42,12 +44,19 @@ def to_uint8(images):
     return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def save_grid(images, path, columns=None):
+@lru_cache
+def find_font(size):
+    """The font of all text in pictures: Pillow's own, which is everywhere."""
+    return ImageFont.load_default(size=size)
+
+
+def save_grid(images, path, columns=None, names=None):
     """Write images (B, 3, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
 
     columns defaults to ceil(sqrt(B)). Images less than 64 px high are enlarged by an integer factor (nearest
-    neighbour) to be visible on a screen; larger ones keep their size. The write is atomic; missing folders are created.
-    Raises ValueError for no image or fewer than one column, OSError if the file cannot be written.
+    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows;
+    one that equals the name above is not repeated. The write is atomic; missing folders are created. Raises ValueError
+    for no image or fewer than one column, OSError if the file cannot be written.
     """
     cells = to_uint8(images)
     if not len(cells):
@@ -58,13 +67,29 @@ def save_grid(images, path, columns=None):
     zoom = math.ceil(64 / cells.shape[1])
     cells = cells.repeat(zoom, 1).repeat(zoom, 2)
     B, H, W, _ = cells.shape
-    rows = math.ceil(B / columns)
-    canvas = np.empty((rows * (H + GAP) + GAP, columns * (W + GAP) + GAP, 3), np.uint8)
+    rows, font = math.ceil(B / columns), find_font(13)
+    lines = [_shortened(name, font) for name in names or ()]
+    margin = math.ceil(max(map(font.getlength, lines), default=-2 * GAP)) + 2 * GAP
+    canvas = np.empty((rows * (H + GAP) + GAP, margin + columns * (W + GAP) + GAP, 3), np.uint8)
     canvas[:] = BACKGROUND
     for i, cell in enumerate(cells):
-        top, left = GAP + i // columns * (H + GAP), GAP + i % columns * (W + GAP)
+        top, left = GAP + i // columns * (H + GAP), margin + GAP + i % columns * (W + GAP)
         canvas[top : top + H, left : left + W] = cell
-    save_png(Image.fromarray(canvas), path)
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for row, line in enumerate(lines):
+        if row == 0 or names[row] != names[row - 1]:
+            draw.text((margin, GAP + row * (H + GAP) + H // 2), line, INK, font, "rm")
+    save_png(picture, path)
+
+
+def _shortened(name, font):
+    """The name, or its beginning if it is wider than NAME_WIDTH."""
+    if font.getlength(name) <= NAME_WIDTH:
+        return name
+    while font.getlength(f"{name}...") > NAME_WIDTH:
+        name = name[:-1]
+    return f"{name}..."
 
 
 def save_png(image, path):

@@ -64,8 +64,9 @@ def write_attention(G, D, record):
     Return {"entropy/<layer>": mean normalized entropy, 0 to 1}; the names of D's layers on real images end in _real.
     """
     queries, layers = _points(record.queries), {**G.attention, **D.attention}
+    inputs = record.inputs[:ATTENTION_ROWS]
     generated, real = record.images[:ATTENTION_ROWS], record.real[:ATTENTION_ROWS]
-    maps_of_g = G.attention_maps(queries=queries, **record.inputs[:ATTENTION_ROWS].as_arguments())
+    maps_of_g = G.attention_maps(inputs.z, queries, inputs.labels)
     shown = {layer: (generated, maps) for layer, maps in maps_of_g.items()}
     for suffix, images in (("", generated), ("_real", real)):
         shown |= {layer + suffix: (images, maps) for layer, maps in D.attention_maps(images, queries).items()}
@@ -85,7 +86,7 @@ def write_attention(G, D, record):
 def attention_sheet(G, inputs, images, queries, step):
     """Attention sheet of G's self-attention layer of the highest resolution."""
     queries = _points(queries)
-    maps = G.attention_maps(queries=queries, **inputs.as_arguments())
+    maps = G.attention_maps(inputs.z, queries, inputs.labels)
     if not maps:
         return None
     layer = list(maps)[-1]
@@ -107,7 +108,8 @@ def write_masks(G, D, record):
     Return {"mask/<layer>": mean, "mask_range/<layer>": maximum - minimum} of each layer's masks on generated images.
     """
     images, real = record.images[:ATTENTION_ROWS], record.real[:RECONSTRUCTED]
-    masks = {**G.attention_maps(**record.inputs[:ATTENTION_ROWS].as_arguments()), **D.attention_maps(images)}
+    inputs = record.inputs[:ATTENTION_ROWS]
+    masks = {**G.attention_maps(inputs.z, labels=inputs.labels), **D.attention_maps(images)}
     on_real = {f"{layer}_real": mask for layer, mask in D.attention_maps(real[:ATTENTION_ROWS]).items()}
     record.save_raw({**masks, **on_real})
     for shown, masks_of_layers, name, title in (
@@ -134,7 +136,7 @@ def measure_inputs(G, D, record):
 
 def mask_sheet(G, inputs, images, queries, step):
     """Mask sheet with a column per spatial attention mask of G. Masks have no queries."""
-    masks = G.attention_maps(**inputs.as_arguments())
+    masks = G.attention_maps(inputs.z, labels=inputs.labels)
     return sheets.mask_sheet(images, masks, "spatial attention", step) if masks else None
 
 

@@ -10,9 +10,23 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from gallery.grid import BACKGROUND, EDGE, FRAME, GAP, INK, MARGIN, QUIET, RAMP, SCREEN, WARN, save_png, to_uint8
+from gallery.grid import (
+    BACKGROUND,
+    EDGE,
+    FRAME,
+    GAP,
+    INK,
+    MARGIN,
+    QUIET,
+    RAMP,
+    SCREEN,
+    WARN,
+    find_font,
+    save_png,
+    to_uint8,
+)
 
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
 # hue, for colour-blind readers (under simulated full protanopia, deuteranopia and tritanopia any two differ by a CIE76
@@ -150,7 +164,7 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     if not shapes or any(len(s) != 4 or s[:2] != (shapes[0][0], 3) or not math.prod(s) for s in shapes):
         raise ValueError(f"save_reconstructions: rows {shapes} are not pictures of the same number of images")
     B = shapes[0][0]
-    gap, small = 2 * GAP, _font(13)
+    gap, small = 2 * GAP, find_font(13)
     limit = min(256, (SCREEN - 2 * MARGIN) // min(B, 8) - gap)
     cell = _shown(max(max(shape[2:]) for shape in shapes), limit)
     captions = captions or {}
@@ -244,7 +258,7 @@ def _sheet(head, legend, cells, columns, rows):
     or "") per overlay. rows: (maps in [0, 1], captions) per cell.
     -> (sheet, x of all columns, y of all rows): positions of the pictures inside their frames.
     """
-    cell, small = cells.shape[1], _font(13)
+    cell, small = cells.shape[1], find_font(13)
     texts = [text for heading, _, _, note in columns for text in (heading, note)]
     texts += [caption for _, captions in rows for caption in captions]
     pitch_x = max(cell + 2 * FRAME, *(math.ceil(small.getlength(text)) for text in texts)) + 10
@@ -274,7 +288,7 @@ def _blank(head, legend, width, body):
     head: (text, colour) parts of the title line; legend: texts below the body, None for the colour scale.
     -> (sheet, its ImageDraw, y of the body); the body's x is MARGIN.
     """
-    title, small = _font(17), _font(13)
+    title, small = find_font(17), find_font(13)
     foot = [(text, QUIET) for text in legend]
     width = max(width, 400 - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head))
     head, head_height = _flow(head, title, width, 26)
@@ -285,11 +299,6 @@ def _blank(head, legend, width, body):
     _put(sheet, draw, head, MARGIN, MARGIN - 6, title)
     _put(sheet, draw, foot, MARGIN, height - MARGIN - foot_height + 6, small)
     return sheet, draw, MARGIN + head_height
-
-
-@lru_cache
-def _font(size):
-    return ImageFont.load_default(size=size)
 
 
 def _flow(parts, font, width, gap):

@@ -1,4 +1,4 @@
-"""G's inputs: noise z, metadata appended to it if there is a bank, and optional class labels."""
+"""G's inputs: noise z, metadata appended to it if there is a bank, and labels if the run has classes."""
 
 from dataclasses import dataclass
 
@@ -48,14 +48,17 @@ class Inputs:
 
 
 class Latents:
-    """Draws G's inputs: z ~ N(0, 1), concatenated with 512 dimensions of metadata if there is a `bank`.
+    """Draws G's inputs: z ~ N(0, 1), concatenated with 512 dimensions of metadata if there is a `bank`; and labels, if
+    there are `classes`.
 
-    In training each z gets the metadata of one training picture. For samples, `metadata_sample`, a key of
-    `metadata.SAMPLERS`, says how metadata are drawn.
+    In training each z gets the metadata of one training picture, and labels are uniform. For samples,
+    `metadata_sample`, a key of `metadata.SAMPLERS`, says how metadata are drawn, and labels are as frequent as in the
+    data.
     """
 
-    def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu"):
-        self.z_dim, self.metadata_sample, self.device = z_dim, metadata_sample, device
+    def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu", classes=None):
+        self.z_dim, self.metadata_sample, self.device, self.classes = z_dim, metadata_sample, device, classes
+        self._present = None if classes is None else classes.present.to(device)
         if bank is not None and bank.weights == "random":
             vgg.FILE.warn_of_random()
         self.bank = None if bank is None else bank.to(device)
@@ -77,17 +80,23 @@ class Latents:
     def training(self, count):
         """Draw the `Inputs` of a training batch on the device, with its global random state. Does not synchronize."""
         z = draw_rows(lambda B: torch.randn(B, self.z_dim, device=self.device), count)              # (count, z_dim)
-        if self.bank is None:
+        if self.bank is not None:
+            metadata = draw_rows(lambda B: self.bank.sample(B, "bank"), count)                      # (count, 512)
+            z = torch.cat([z, metadata], 1)
+        if self.classes is None:
             return Inputs(z)
-        metadata = draw_rows(lambda B: self.bank.sample(B, "bank"), count)                          # (count, 512)
-        return Inputs(torch.cat([z, metadata], 1))
+        return Inputs(z, draw_rows(self._uniform_labels, count))
+
+    def _uniform_labels(self, count):
+        """Labels (count,) of the classes that have pictures, on the device."""
+        return self._present[torch.randint(len(self._present), (count,), device=self.device)]
 
     def sampling(self, count, generator):
         """Draw the `Inputs` of samples on the CPU, with a CPU `generator`."""
         z = torch.randn(count, self.z_dim, generator=generator)
-        if self.bank is None:
-            return Inputs(z)
-        return Inputs(torch.cat([z, self._bank_on_cpu.sample(count, self.metadata_sample, generator)], 1))
+        if self.bank is not None:
+            z = torch.cat([z, self._bank_on_cpu.sample(count, self.metadata_sample, generator)], 1)
+        return Inputs(z, None if self.classes is None else self.classes.draw(count, generator))
 
     def seeded_batches(self, seed):
         """Yield the Inputs of samples 0, 1, 2, ... of this seed, on the CPU, 64 at a time, endlessly.

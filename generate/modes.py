@@ -20,6 +20,7 @@ from device.precision import Precision
 from errors import CheckpointError, UsageError
 from families import FAMILIES, build_networks, find_mismatch
 from gallery import grid, page
+from generate.classes import Classes
 from generate.draw import BN_STATS_IMAGES, batch_for, draw, recompute_bn_stats
 from generate.latents import Inputs, Latents
 from generate.metadata import Bank
@@ -64,11 +65,13 @@ def load_generator(config, place, precision):
     if state is None:
         raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models}.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")
-    G, _ = build_networks(config, place.device)
+    classes = Classes.from_state(state.get("classes"))
+    G, _ = build_networks(config, place.device, classes)
     G.load_state_dict(state["G_ema"])
     G.eval()
     batch = batch_for(config.imsize)
-    latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device)
+    latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device,
+                      classes)
     if config.metadata_sample != state["config"].get("metadata_sample"):
         # the checkpoint's batch-norm statistics were computed with the other metadata distribution
         with forked_random_state(place.device):

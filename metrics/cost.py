@@ -11,6 +11,7 @@ import platform
 import re
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,33 +41,35 @@ def require(config):
 def evaluate(evaluation):
     """Yield [Score, ...]: the cost of training the evaluation's run. Measured on rank 0 only."""
     if distributed.is_first():
-        yield measure(evaluation.config, evaluation.trained.latents.bank, evaluation.place)
+        latents = evaluation.trained.latents
+        yield measure(evaluation.config, latents.bank, evaluation.place, latents.classes)
 
 
 class ConstantBatch:
     """Stands in for the data loader: the same batch of noise every time. The content does not affect the timing."""
 
-    def __init__(self, config, device):
+    def __init__(self, config, device, classes=None):
         generator = torch.Generator().manual_seed(0)
         shape = (config.batch_size, 3, config.imsize, config.imsize)
         self.images = (torch.rand(shape, generator=generator) * 2 - 1).to(device)
+        self.labels = None if classes is None else classes.draw(config.batch_size, generator).to(device)
         self.samples_seen = 0
 
     def __len__(self):
         return len(self.images)
 
     def __next__(self):
-        return Batch(self.images)
+        return Batch(self.images, self.labels)
 
 
 class TimedConfig:
     """One configuration in training; `seconds` holds the time per step of each round."""
 
-    def __init__(self, config, place, bank=None):
+    def __init__(self, config, place, bank=None, classes=None):
         self.config, self.place = config, place
-        self.batches = ConstantBatch(config, place.device)
+        self.batches = ConstantBatch(config, place.device, classes)
         precision = Precision(config.precision, place.device)
-        self.trainer = Trainer(config, place, precision, len(self.batches), bank)
+        self.trainer = Trainer(config, place, precision, len(self.batches), bank, classes)
         self.seconds = []
 
     def run(self, steps):
@@ -105,14 +108,14 @@ def each_ratio(side, other):
     return [a / b for a, b in zip(side.seconds, other.seconds, strict=True)]
 
 
-def measure(config, bank, place):
+def measure(config, bank, place, classes=None):
     """Return [Score, ...]: the cost of the run's model and, with `--against`, of the baseline. Raises Failure."""
     sides = {OWN: (config, bank)}
     if config.against:
         name, changes = FAMILIES[config.model].baselines[config.against]
         sides[name] = (Config.of({**vars(config), **changes}), None)
-    memory = {name: peak_memory(side_config, side_bank, place) for name, (side_config, side_bank) in sides.items()}
-    timed = {name: TimedConfig(side_config, place, side_bank) for name, (side_config, side_bank) in sides.items()}
+    memory = {name: peak_memory(its, bank, place, classes=classes) for name, (its, bank) in sides.items()}
+    timed = {name: TimedConfig(its, place, bank, classes) for name, (its, bank) in sides.items()}
     alternate(list(timed.values()))
     unit = "allocated on the GPU" if place.device.type == "cuda" else "resident, over an idle process"
     in_turn = " in turn (time_ratio ± its standard deviation over them)" if config.against else ""
@@ -133,16 +136,16 @@ def measure(config, bank, place):
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
-def peak_memory(config, bank, place, kind=TimedConfig):
+def peak_memory(config, bank, place, kind=TimedConfig, classes=None):
     """Return the peak memory of training `config`, in bytes; `kind` is the class that trains.
 
     Raises Failure if the process that measures it dies or the system does not report a process's peak memory.
     """
     if place.device.type == "cuda":
-        return _peak_of_gpu(config, bank, place, kind)
+        return _peak_of_gpu(partial(kind, config, place, bank, classes), place)
     context = multiprocessing.get_context("spawn")      # a forked process would start with this one's memory
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send_peak_memory, args=(vars(config), bank, place, kind, sender))
+    child = context.Process(target=_send_peak_memory, args=(vars(config), bank, place, kind, classes, sender))
     child.start()
     sender.close()
     try:
@@ -157,18 +160,18 @@ def peak_memory(config, bank, place, kind=TimedConfig):
     return result
 
 
-def _peak_of_gpu(config, bank, place, kind):
+def _peak_of_gpu(build, place):
     gc.collect()                    # reference cycles of an earlier configuration
     before = torch.cuda.memory_allocated(place.device)
     torch.cuda.reset_peak_memory_stats(place.device)
-    kind(config, place, bank).run(WARM_UP)
+    build().run(WARM_UP)
     return torch.cuda.max_memory_allocated(place.device) - before
 
 
-def _send_peak_memory(values, bank, place, kind, sender):
+def _send_peak_memory(values, bank, place, kind, classes, sender):
     try:
         before = _peak_resident()
-        kind(Config.of(values), place, bank).run(WARM_UP)
+        kind(Config.of(values), place, bank, classes).run(WARM_UP)
         sender.send(_peak_resident() - before)
     except Failure as failure:
         sender.send(failure)

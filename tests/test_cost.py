@@ -27,7 +27,7 @@ def quick(monkeypatch):
 
 
 def test_a_run_is_measured_against_the_baseline_in_one_table(run, pictures, quick, monkeypatch):
-    monkeypatch.setattr(cost, "peak_memory", lambda config, bank, place: 2**21 + 2**20 * config.slae)
+    monkeypatch.setattr(cost, "peak_memory", lambda config, bank, place, classes: 2**21 + 2**20 * config.slae)
     run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
         "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
     code, out, err = run("--version", "f", "--mode", "evaluate", "--metrics", "cost", "--against", "baseline",
@@ -69,7 +69,7 @@ def test_memory_is_that_of_the_training_and_not_of_this_process():
     assert ballast[0] == 1
 
 
-def without_weights(config, place, bank):
+def without_weights(config, place, bank, classes):
     raise DataError("weights that are missing")
 
 
@@ -103,6 +103,6 @@ def test_sides_take_turns_and_the_order_changes(quick, monkeypatch):
 def test_cost_needs_no_pictures(run, pictures, quick, monkeypatch):
     run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
     shutil.rmtree(pictures)
-    monkeypatch.setattr(cost, "peak_memory", lambda *_: 2**20)
+    monkeypatch.setattr(cost, "peak_memory", lambda *_, **__: 2**20)
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "cost", tiny=False)
     assert code == 0 and lines("a")[-1]["peak_memory_mib"] == 1

@@ -75,7 +75,7 @@ def test_the_top_shows_the_paper_and_folders_stay_small():
     for folder in (ROOT / unit for unit in LAYER if (ROOT / unit).is_dir()):
         files = [path for path in folder.iterdir() if path.is_file()]
         (docstring,) = (folder / "__init__.py").read_text().splitlines()
-        assert len(files) <= 9 and docstring.startswith('"""') and docstring.endswith('."""'), folder
+        assert len(files) <= 10 and docstring.startswith('"""') and docstring.endswith('."""'), folder
 
 
 def test_no_function_is_longer_than_45_lines():

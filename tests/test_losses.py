@@ -15,7 +15,7 @@ class LinearD(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x):
+    def forward(self, x, labels=None):
         return (x * self.weight).flatten(1).sum(1) + 1
 
 
@@ -31,7 +31,7 @@ def test_penalty_of_a_linear_d_has_the_closed_form():
 
 def test_penalty_is_per_sample_not_of_the_batch():
     class TwoSlopes(nn.Module):
-        def forward(self, x):       # slope 0 where x < 0, slope 2 per pixel elsewhere
+        def forward(self, x, labels=None):       # slope 0 where x < 0, slope 2 per pixel elsewhere
             return torch.where(x[:, 0, 0, 0] < 0, 0 * x.sum((1, 2, 3)), 2 * x[:, 0, 0, 0])
 
     x = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1)

@@ -8,8 +8,9 @@ import torch
 from device.precision import Precision
 from generate.draw import recompute_bn_stats
 from generate.latents import Inputs
+from layers import SelfAttention, attend
 from parameter import resolve
-from sagan_models import Discriminator, Generator, SelfAttention, attend, build
+from sagan_models import Discriminator, Generator, build
 
 FP32 = Precision("fp32", torch.device("cpu"))
 

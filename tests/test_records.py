@@ -18,9 +18,9 @@ class Attending:
         self.attention = {layer: SimpleNamespace(gamma=torch.tensor([0.5])) for layer in layers}
         self.asked = []
 
-    def attention_maps(self, images=None, queries=None, z=None):
-        self.asked.append((z if images is None else images, queries))
-        maps = torch.zeros(len(self.asked[-1][0]), len(queries), 4, 4)
+    def attention_maps(self, x, queries, labels=None):
+        self.asked.append((x, queries))
+        maps = torch.zeros(len(x), len(queries), 4, 4)
         maps[..., 1, 2] = 1
         return {layer: maps if layer.startswith("d") else torch.full_like(maps, 1 / 16) for layer in self.attention}
 
@@ -28,11 +28,9 @@ class Attending:
 class Masking:
     """Stands in for G and D: a spatial mask from 0.25 to 0.75, and perfect reconstructions."""
 
-    def attention_maps(self, images=None, z=None):
+    def attention_maps(self, x, labels=None):
         mask = torch.linspace(0.25, 0.75, 16).view(1, 1, 4, 4)
-        if images is None:
-            return {"slae8": mask.expand(len(z), -1, -1, -1)}
-        return {"d8": mask.expand(len(images), -1, -1, -1)}
+        return {"d8" if x.dim() == 4 else "slae8": mask.expand(len(x), -1, -1, -1)}
 
     def reconstructions(self, images):
         return {"real": images, "again": images}
@@ -100,7 +98,7 @@ def test_a_video_frame_is_the_sheet_of_gs_largest_layer_for_the_asked_points():
 
 def test_a_video_frame_of_masks_has_a_column_for_each():
     inputs, images = Inputs(torch.zeros(1, 8)), torch.zeros(1, 3, 32, 32)
-    masks = Masking().attention_maps(z=inputs.z)
+    masks = Masking().attention_maps(inputs.z)
     expected = sheets.mask_sheet(images, masks, "spatial attention", 7)
     assert mask_sheet(Masking(), inputs, images, None, 7).tobytes() == expected.tobytes()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conftest import SMALL
 
-import sagan_models
+import layers
 import speed
 from device import distributed
 from metrics import cost
@@ -79,7 +79,7 @@ def test_the_ideal_counts_the_products_that_attention_needs(monkeypatch):
     """Whichever kernel computes it: not those with the zeros that one of them wants, nor those done twice."""
     found = []
     for fused_from in (0, 10**6):
-        monkeypatch.setattr(sagan_models, "FUSED_FROM_POSITIONS", fused_from)
+        monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", fused_from)
         config = resolve(parse(SMALL))
         place = distributed.start(config)
         with speed.counting() as counter:

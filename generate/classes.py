@@ -1,0 +1,115 @@
+"""The classes of a conditional run: names, how frequent they are, which of them a grid shows."""
+
+from dataclasses import dataclass
+
+import torch
+
+from dataset.decode import printable
+from errors import DataError, UsageError
+from utils import spread_indices
+
+
+@dataclass(frozen=True)
+class Classes:
+    """`names` of the classes, in the order of their numbers, and `counts`, the training pictures of each."""
+
+    names: tuple
+    counts: tuple
+
+    def __len__(self):
+        return len(self.names)
+
+    @classmethod
+    def of(cls, labels):
+        """The classes of a data set's Labels; None if it has none."""
+        return labels and cls(tuple(labels.names), tuple(int(count) for count in labels.counts))
+
+    def state(self):
+        """Return what a checkpoint keeps."""
+        return {"names": list(self.names), "counts": list(self.counts)}
+
+    @classmethod
+    def from_state(cls, state):
+        """The classes of a checkpoint; None for a run without classes, such as those of older versions."""
+        return state and cls(tuple(state["names"]), tuple(state["counts"]))
+
+    def lines(self):
+        """Return what a user should know of the classes, one line each."""
+        ordered = sorted(zip(self.counts, self.names, strict=True), key=lambda pair: pair[0])
+        (least, small), (most, large) = ordered[0], ordered[-1]
+        lines = [f"classes: {len(self)}, of {least} ({small}) to {most} ({large}) pictures"]
+        few = [name for count, name in ordered if count == 1]
+        if few:
+            lines.append(f"warning: {_listed(few)} {'has' if len(few) == 1 else 'have'} one picture, which G will "
+                         "learn by heart")
+        none = [name for count, name in ordered if count == 0]
+        if none:
+            lines.append(f"warning: {_listed(none)} {'has' if len(none) == 1 else 'have'} no picture and will not be "
+                         "learned")
+        return lines
+
+    @property
+    def present(self):
+        """The numbers of the classes that have pictures, int64 (·,)."""
+        return torch.tensor(self.counts).nonzero().flatten()
+
+    def draw(self, count, generator):
+        """Draw labels (count,) as frequent as in the data, with a CPU `generator`."""
+        return torch.multinomial(torch.tensor(self.counts, dtype=torch.float64), count, True, generator=generator)
+
+    def choose(self, names, limit=None):
+        """Return the numbers of the classes that `--classes` asks for, names or numbers; None and "all" mean all.
+
+        With a `limit`, a spread of at most so many. Raises UsageError.
+        """
+        numbers = self.present.tolist() if names in (None, ("all",)) else [self._number(name) for name in names]
+        return numbers if limit is None else [numbers[index] for index in spread_indices(limit, len(numbers))]
+
+    def _number(self, name):
+        if name in self.names:                          # a name first: classes may be called 7 and 3
+            return self.names.index(name)
+        if name.isdecimal() and int(name) < len(self):
+            return int(name)
+        shown = ", ".join(self.names[:20]) + (f" and {len(self) - 20} more" if len(self) > 20 else "")
+        raise UsageError(f"--classes {name}: there is no such class; this run has {shown}, or numbers from 0 to "
+                         f"{len(self) - 1}")
+
+    def rows(self, side, names=None):
+        """Return labels (side * side,) of a grid with one class a row; with few classes, several rows a class."""
+        chosen = torch.tensor(self.choose(names, side))
+        return chosen[torch.arange(side) * len(chosen) // side].repeat_interleave(side)
+
+
+def find_classes(config, dataset):
+    """Return the Classes of the data set as `--conditional` asks for them, or None.
+
+    Raise DataError if there are none and must be, or if labels are wrong.
+    """
+    labels = dataset.labels if config.conditional is not False else None
+    if labels is None and config.conditional is True:
+        where = config.dataset if config.dataset in ("toy", "celeb") else printable(config.image_path)
+        raise DataError(f"--conditional true: {where} has no labels.\nPut the pictures of each class into a subfolder "
+                        'of its own, or add a dataset.json: {"labels": [["a/1.jpg", 0], ...]}')
+    return Classes.of(labels)
+
+
+def describe_changes(before, now):
+    """Return how the classes `now` differ from those `before`, in names or order; None if they do not."""
+    old, new = (() if classes is None else classes.names for classes in (before, now))
+    if old == new:
+        return None
+    if not old or not new:
+        return f"{_count(new)}, were {_count(old)}"
+    parts = [f"{word} {', '.join(names[:5])}{' ...' * (len(names) > 5)}" for word, names in (
+        ("new:", [name for name in new if name not in old]), ("gone:", [name for name in old if name not in new]))
+        if names]
+    return f"{_count(new)}, were {_count(old)}; " + ("; ".join(parts) if parts else "in another order")
+
+
+def _listed(names):
+    shown = ", ".join(names[:5])
+    return f"{'class' if len(names) == 1 else 'classes'} {shown}" + f" and {len(names) - 5} more" * (len(names) > 5)
+
+
+def _count(names):
+    return f"{len(names)} classes" if names else "no classes"
