@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import CLASS_VECTOR, FromVector, Projection, ToVector, capture
+from layers import CLASS_VECTOR, ClassTable, FromVector, Projection, ToVector, capture
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -240,7 +240,7 @@ class Generator(nn.Module):
         self.class_vectors = None
         if classes:
             with initialized_apart():
-                self.class_vectors = nn.Embedding(classes, CLASS_VECTOR)
+                self.class_vectors = ClassTable(classes, CLASS_VECTOR)
         self.start = nn.Sequential(
             layers.wrap(FromVector(z_dim + (CLASS_VECTOR if classes else 0), 2 * width[4], 4, bias=False)),
             nn.BatchNorm2d(2 * width[4]), GLU(dim=1),

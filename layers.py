@@ -15,7 +15,7 @@ from torch.nn import functional as F
 FUSED_FROM_POSITIONS = 512
 FUSED_TO_WIDTH = 256
 
-CLASS_VECTOR = 128      # length of the learned vector of a class, where G takes one beside z
+CLASS_VECTOR = 64       # length of the learned vector of a class, where G takes one beside z
 
 
 class FromVector(nn.ConvTranspose2d):
@@ -121,6 +121,17 @@ def attend(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
 
 
+class ClassTable(nn.Embedding):
+    """One vector for each class: labels (B,) -> (B, C). Shares of the classes, floats (B, classes), give the mixture of
+    their vectors.
+    """
+
+    def forward(self, labels):
+        if labels.is_floating_point():
+            return labels @ self.weight
+        return super().forward(labels)
+
+
 class ConditionalBatchNorm(nn.Module):
     """Batch norm with a scale and a shift for each class; plain batch norm without classes.
 
@@ -132,7 +143,7 @@ class ConditionalBatchNorm(nn.Module):
         self.norm = nn.BatchNorm2d(channels, affine=not classes)
         self.scale = self.shift = None
         if classes:
-            self.scale, self.shift = nn.Embedding(classes, channels), nn.Embedding(classes, channels)
+            self.scale, self.shift = ClassTable(classes, channels), ClassTable(classes, channels)
             nn.init.ones_(self.scale.weight)
             nn.init.zeros_(self.shift.weight)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flags.sagan import d_feature_sizes, g_feature_sizes
-from layers import CLASS_VECTOR, Attentive, FromVector, Projection, SelfAttention, ToVector
+from layers import CLASS_VECTOR, Attentive, ClassTable, FromVector, Projection, SelfAttention, ToVector
 from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16
@@ -33,7 +33,7 @@ class Generator(Attentive):
         wrap = maybe_spectral_norm(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
-        self.class_vectors = nn.Embedding(classes, CLASS_VECTOR) if classes else None
+        self.class_vectors = ClassTable(classes, CLASS_VECTOR) if classes else None
         channels = z_dim + (CLASS_VECTOR if classes else 0)
         for size, width in zip(sizes, widths, strict=True):
             self.blocks[f"{size}"] = nn.Sequential(

@@ -330,8 +330,9 @@ FLAGS = {
     "records": (
         Flag("log_step", int, 10, "steps between lines in metrics.jsonl", 1),
         Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
-        Flag("classes", names, None, "with classes: those that grids show, one a row, by name or number, such as "
-             "3,tabby, or all (default: a spread of all)", unused=no_classes),
+        Flag("classes", names, None, "with classes: those that grids show, one a row, and --mode interpolate walks "
+             "between, by name or number, such as 3,tabby, or all (default: a spread); --mode sample draws of each",
+             per_call=True, unused=no_classes),
         Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
         Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),
@@ -367,7 +368,10 @@ FLAGS = {
              "best: best.pth, see --metric_step", 1, per_call=True),
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
-        Flag("num_samples", int, 64, "pictures that --mode sample writes", 1, per_call=True),
+        Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True),
+        Flag("truncation", float, None, "components of z beyond this are drawn anew: fewer kinds of pictures, of "
+             "better quality; 0.5 to 2 (default: none)", low=0.01, per_call=True,
+             unused=lambda values: values["mode"] == "train" and "--mode train"),
         Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "
              "imageio-ffmpeg)", per_call=True),

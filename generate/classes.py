@@ -1,5 +1,6 @@
 """The classes of a conditional run: names, how frequent they are, which of them a grid shows."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ class Classes:
         raise UsageError(f"--classes {name}: there is no such class; this run has {shown}, or numbers from 0 to "
                          f"{len(self) - 1}")
 
+    def folder_names(self, numbers):
+        """Return a name for the folder of each of these classes: its own, where a file system allows it."""
+        names = [re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", self.names[number]).strip(". ")[:100] for number in numbers]
+        lower = [name.lower() for name in names]        # some file systems ignore case
+        return [name if name and lower.count(name.lower()) == 1 else f"{number}_{name}".rstrip("_")
+                for number, name in zip(numbers, names, strict=True)]
+
     def rows(self, side, names=None):
         """Return labels (side * side,) of a grid with one class a row; with few classes, several rows a class."""
         chosen = torch.tensor(self.choose(names, side))
@@ -99,17 +107,13 @@ def describe_changes(before, now):
     if old == new:
         return None
     if not old or not new:
-        return f"{_count(new)}, were {_count(old)}"
+        return f"{len(new) or 'no'} classes, were {len(old) or 'none'}"
     parts = [f"{word} {', '.join(names[:5])}{' ...' * (len(names) > 5)}" for word, names in (
         ("new:", [name for name in new if name not in old]), ("gone:", [name for name in old if name not in new]))
         if names]
-    return f"{_count(new)}, were {_count(old)}; " + ("; ".join(parts) if parts else "in another order")
+    return f"{len(new)} classes, were {len(old)}; " + ("; ".join(parts) if parts else "in another order")
 
 
 def _listed(names):
     shown = ", ".join(names[:5])
     return f"{'class' if len(names) == 1 else 'classes'} {shown}" + f" and {len(names) - 5} more" * (len(names) > 5)
-
-
-def _count(names):
-    return f"{len(names)} classes" if names else "no classes"

@@ -10,7 +10,8 @@ from pretrained import vgg
 
 @dataclass(frozen=True)
 class Inputs:
-    """G's inputs for N images: `z` (N, z_dim), or (N, z_dim + 512) with metadata; `labels` (N,) for a conditional G.
+    """G's inputs for N images: `z` (N, z_dim), or (N, z_dim + 512) with metadata; `labels` (N,) for a conditional G, or
+    shares of the classes (N, classes), for images between them.
 
     `noise`, latents like z: images get the noise maps that belong to these, instead of those of z. Slicing, `split` and
     `to` apply to all. Call G as `G(**inputs.as_arguments())`.
@@ -53,11 +54,12 @@ class Latents:
 
     In training each z gets the metadata of one training picture, and labels are uniform. For samples,
     `metadata_sample`, a key of `metadata.SAMPLERS`, says how metadata are drawn, and labels are as frequent as in the
-    data.
+    data; with a `truncation` the components of z beyond +-truncation are drawn anew.
     """
 
-    def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu", classes=None):
+    def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu", classes=None, truncation=None):
         self.z_dim, self.metadata_sample, self.device, self.classes = z_dim, metadata_sample, device, classes
+        self.truncation = truncation
         self._present = None if classes is None else classes.present.to(device)
         if bank is not None and bank.weights == "random":
             vgg.FILE.warn_of_random()
@@ -75,7 +77,12 @@ class Latents:
 
     def source(self, seed):
         """Describe the samples of this seed: the `source` of their scores."""
-        return f"G_ema, seed {seed}" + ("" if self.bank is None else f", metadata {self.metadata_sample}")
+        parts = [f"G_ema, seed {seed}"]
+        if self.bank is not None:
+            parts.append(f"metadata {self.metadata_sample}")
+        if self.truncation is not None:
+            parts.append(f"truncation {self.truncation:g}")
+        return ", ".join(parts)
 
     def training(self, count):
         """Draw the `Inputs` of a training batch on the device, with its global random state. Does not synchronize."""
@@ -93,10 +100,17 @@ class Latents:
 
     def sampling(self, count, generator):
         """Draw the `Inputs` of samples on the CPU, with a CPU `generator`."""
-        z = torch.randn(count, self.z_dim, generator=generator)
+        z = self._normal(count, generator)
         if self.bank is not None:
             z = torch.cat([z, self._bank_on_cpu.sample(count, self.metadata_sample, generator)], 1)
         return Inputs(z, None if self.classes is None else self.classes.draw(count, generator))
+
+    def _normal(self, count, generator):
+        """Draw z (count, z_dim) ~ N(0, 1), cut off at +-truncation (Brock et al. 2019, arXiv 1809.11096, 3.1)."""
+        z = torch.randn(count, self.z_dim, generator=generator)
+        while self.truncation is not None and (outside := z.abs() > self.truncation).any():
+            z[outside] = torch.randn(int(outside.sum()), generator=generator)
+        return z
 
     def seeded_batches(self, seed):
         """Yield the Inputs of samples 0, 1, 2, ... of this seed, on the CPU, 64 at a time, endlessly.

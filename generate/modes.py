@@ -6,7 +6,7 @@ They need neither the data set nor, for metadata, VGG-16: the output depends on 
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from generate.latents import Inputs, Latents
 from generate.metadata import Bank
 from storage import checkpoint
 from storage.folders import RunFolders, step_name
-from utils import forked_random_state, write_atomically
+from utils import forked_random_state, spread_indices, write_atomically
 
 FRAMES_PER_SECOND = 20
 FRAMES_PER_LEG = 30             # from one latent to the next, about
@@ -48,9 +48,16 @@ class TrainedGenerator:
         """Generate images (N, 3, imsize, imsize) in [-1, 1] on the CPU."""
         return draw(self.G, inputs, self.precision, self.batch)
 
+    def classes(self):
+        """Return the Classes of the run. Raises UsageError if it has none."""
+        if self.latents.classes is None:
+            raise UsageError("--classes: this run has no classes; leave it out")
+        return self.latents.classes
+
     def path(self, name, config):
         """Path of an output of this step and seed, without suffix."""
-        return self.folders.samples / step_name(self.step, f"_{name}_seed{config.seed}")
+        truncation = "" if config.truncation is None else f"_truncation{config.truncation:g}"
+        return self.folders.samples / step_name(self.step, f"_{name}_seed{config.seed}{truncation}")
 
     def finish(self, config, message):
         """Update the run's page and print `message`."""
@@ -71,9 +78,9 @@ def load_generator(config, place, precision):
     G.eval()
     batch = batch_for(config.imsize)
     latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device,
-                      classes)
-    if config.metadata_sample != state["config"].get("metadata_sample"):
-        # the checkpoint's batch-norm statistics were computed with the other metadata distribution
+                      classes, config.truncation)
+    if config.truncation is not None or config.metadata_sample != state["config"].get("metadata_sample"):
+        # the checkpoint's batch-norm statistics belong to whole z and to the metadata of its own sampler
         with forked_random_state(place.device):
             generator = torch.Generator().manual_seed(config.seed)
             inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
@@ -81,34 +88,57 @@ def load_generator(config, place, precision):
     return TrainedGenerator(G, latents, precision, batch, state["step"], folders)
 
 
-def _start(config, place, precision):
-    """`load_generator`, then create the folder of the outputs: nothing can be refused any more. Raises OSError, too."""
-    trained = load_generator(config, place, precision)
-    trained.folders.samples.mkdir(parents=True, exist_ok=True)
-    return trained
-
-
 def sample(config, place, precision):
-    """Write `--num_samples` pictures and a grid of the first ones. Return exit code 0.
+    """Write `--num_samples` pictures and a grid of the first ones; with `--classes` so many of each, into a folder a
+    class. Return exit code 0.
 
-    Picture i depends on the seed, i and the checkpoint alone. Raises CheckpointError.
+    Picture i depends on the seed, i, its class and the checkpoint alone. Raises CheckpointError, UsageError.
     """
-    trained = _start(config, place, precision)
-    folder = trained.path("generated", config)
-    folder.mkdir(exist_ok=True)
-    batches = trained.latents.seeded_batches(config.seed)
-    shown = []
+    trained = load_generator(config, place, precision)
+    side, folder = grid.grid_side(config.imsize), trained.path("generated", config)
+    if config.classes is not None:
+        return _sample_classes(config, trained, folder, side)
+    folder.mkdir(parents=True, exist_ok=True)
     with progress(config.num_samples, "picture") as done:
-        while done.n < config.num_samples:
-            images = trained.draw(next(batches)[:config.num_samples - done.n])
-            for number, picture in enumerate(grid.to_uint8(images), start=done.n):
-                Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
-            shown.append(images[:grid.grid_side(config.imsize) ** 2 - sum(map(len, shown))])
-            done.update(len(images))
-    grid.save_grid(torch.cat(shown), f"{folder}.png")
+        grid.save_grid(_write_samples(trained, config, folder, side**2, done), f"{folder}.png")
     trained.finish(config, f"{config.num_samples} pictures of step {trained.step} in {folder}{os.sep}, "
                    f"a grid of them in {folder}.png")
     return 0
+
+
+def _sample_classes(config, trained, folder, side):
+    """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
+    classes = trained.classes()
+    chosen, rows = classes.choose(config.classes), {}
+    shown = [chosen[index] for index in spread_indices(side, len(chosen))]
+    with progress(config.num_samples * len(chosen), "picture") as done:
+        for label, name in zip(chosen, classes.folder_names(chosen), strict=True):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            rows[label] = _write_samples(trained, config, folder / name, side, done, label)
+    grid.save_grid(torch.cat([rows[label] for label in shown]), f"{folder}.png", min(side, config.num_samples),
+                   [classes.names[label] for label in shown])
+    trained.finish(config, f"{config.num_samples} pictures of step {trained.step} of each of {len(chosen)} classes in "
+                   f"{folder}{os.sep}, a grid of them in {folder}.png")
+    return 0
+
+
+def _write_samples(trained, config, folder, shown, done, label=None):
+    """Write samples 0 to `--num_samples` - 1 of the seed, all of class `label` if there is one; advance `done`.
+
+    Return the first `shown` images.
+    """
+    batches, count, first = trained.latents.seeded_batches(config.seed), 0, []
+    while count < config.num_samples:
+        inputs = next(batches)[:config.num_samples - count]
+        if label is not None:
+            inputs = replace(inputs, labels=torch.full((len(inputs),), label))
+        images = trained.draw(inputs)
+        for number, picture in enumerate(grid.to_uint8(images), start=count):
+            Image.fromarray(picture).save(folder / f"{number:06d}.png", compress_level=1)
+        first.append(images[:max(0, shown - count)])
+        count += len(images)
+        done.update(len(images))
+    return torch.cat(first)
 
 
 # ------------------------------------------------------------------------------------------------------- interpolate
@@ -125,18 +155,32 @@ def walk(latents, frames):
     return torch.cos(t) * latents[leg] + torch.sin(t) * latents[(leg + 1) % len(latents)]
 
 
+def walk_classes(labels, classes, frames):
+    """labels (K,) -> shares of the `classes` (frames, classes): from each label to the next, linearly, in a loop."""
+    position = torch.arange(frames) * len(labels) / frames              # in legs
+    leg, t = position.long(), (position % 1)[:, None]
+    corners = torch.nn.functional.one_hot(labels, classes).float()      # (K, classes)
+    return torch.lerp(corners[leg], corners[(leg + 1) % len(labels)], t)
+
+
 @torch.no_grad()
 def interpolate(config, place, precision):
     """Write a looping video of an interpolation between random latents: G_ema's image and its attention maps.
 
-    Return exit code 0. Raises CheckpointError, UsageError.
+    With classes it walks between them, too: a spread, or those of `--classes`. Return exit code 0. Raises
+    CheckpointError, UsageError.
     """
     if config.film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
         raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
-    trained = _start(config, place, precision)
+    trained = load_generator(config, place, precision)
     generator = torch.Generator().manual_seed(config.seed)
     count = max(2, round(config.num_frames / FRAMES_PER_LEG))
     inputs = Inputs(walk(trained.latents.sampling(count, generator).z, config.num_frames))
+    if trained.latents.classes is not None or config.classes is not None:
+        classes = trained.classes()
+        chosen = torch.tensor(classes.choose(config.classes, None if config.classes else count))
+        inputs = replace(inputs, labels=walk_classes(chosen, len(classes), config.num_frames))
+    trained.folders.samples.mkdir(parents=True, exist_ok=True)          # nothing can be refused any more
     frames = []
     for part in tqdm(inputs.split(1), unit="frame", dynamic_ncols=True):
         part = part.to(place.device)
@@ -179,7 +223,8 @@ def style_mix(config, place, precision):
     The skip layers get the low-resolution maps of the style's latent, all other layers the content's latent. Return
     exit code 0. Raises CheckpointError.
     """
-    trained = _start(config, place, precision)
+    trained = load_generator(config, place, precision)
+    trained.folders.samples.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(config.seed)
     contents, styles = trained.latents.sampling(2 * STYLES, generator).to(place.device).split(STYLES)
     first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, 3, imsize, imsize)
@@ -187,7 +232,8 @@ def style_mix(config, place, precision):
     rows = [torch.cat([blank, first_row])]
     for content in tqdm(contents.split(1), unit="row", dynamic_ncols=True):
         with precision.arithmetic():
-            mixed = trained.G(content.z.expand(STYLES, -1), style=styles.z)[0]
+            labels = None if content.labels is None else content.labels.expand(STYLES)
+            mixed = trained.G(content.z.expand(STYLES, -1), labels, styles.z)[0]
             rows.append(torch.cat([trained.G(**content.as_arguments())[0], mixed]).cpu())
     path = f"{trained.path('style_mix', config)}.png"
     grid.save_grid(torch.cat(rows), path, columns=STYLES + 1)

@@ -112,7 +112,7 @@ def _evaluate_run(config, place, precision):
         return trained.folders.samples / step_name(trained.step, f"_{name}.png")
 
     def keep_best(scores, names):
-        if not config.real_dir and distributed.is_first():
+        if not config.real_dir and config.truncation is None and distributed.is_first():
             _keep_best(config, trained, scores, names)
 
     evaluation = Evaluation(config, place, reference, sample_sets, picture_path, trained, trained.step)

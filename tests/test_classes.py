@@ -1,0 +1,209 @@
+"""Runs with classes: every family, exact resuming, the same on two ranks, balanced sampling, samples by class."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_state, data_config, fill, gradient, identities, state
+from PIL import Image
+
+from data_loader import real_batches
+from dataset.images import Files
+from errors import UsageError
+from generate.classes import Classes, describe_changes
+from generate.latents import Latents
+
+FAMILIES = {"resnet": ("--arch", "resnet"), "dcgan": ("--conditional", "true"),
+            "penalty": ("--arch", "resnet", "--adv_loss", "wgan-gp", "--d_iters", "2", "--accumulate", "2"),
+            "fastgan": ("--model", "fastgan", "--imsize", "64", "--conditional", "true", "--metadata", "false",
+                        "--recon", "l1")}
+
+
+@pytest.fixture
+def classed(tmp_path):
+    """A folder of three classes: cat 6 pictures, dog 2, eel 1."""
+    for number, (name, count) in enumerate((("cat", 6), ("dog", 2), ("eel", 1))):
+        (tmp_path / "classed" / name).mkdir(parents=True)
+        for index in range(count):
+            gradient(seed=10 * number + index).save(tmp_path / "classed" / name / f"{index}.png")
+    return tmp_path / "classed"
+
+
+@pytest.fixture
+def trained(run, classed):
+    """Train the run "a" for so many steps on `classed`; return what it printed."""
+    def train(*flags, steps=1):
+        code, out, err = run("--dataset", "folder", "--image_path", classed, "--version", "a", "--total_step", steps,
+                             *flags)
+        assert code == 0, err
+        return out
+
+    return train
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_four_steps_are_two_and_two_bit_for_bit(run, classed, trained, family):
+    flags = (*FAMILIES[family], "--balance", "true", "--dataset", "folder", "--image_path", classed)
+    out = trained(*flags, steps=4)
+    assert "classes: 3, of 1 (eel) to 6 (cat) pictures" in out and "class eel has one picture" in out
+    run(*flags, "--version", "b", "--total_step", 2)
+    code, out, _ = run(*flags, "--version", "b", "--total_step", 4)
+    assert code == 0 and "resuming 'b' from step 2" in out
+    assert_same_state(state("a", 4), state("b", 4))
+    assert state("a", 4)["classes"] == {"names": ["cat", "dog", "eel"], "counts": [6, 2, 1]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_labels_of_real_and_of_fake_reach_g_and_d(trained, family):
+    trained(*FAMILIES[family], "--keep_checkpoints", 0, "--model_save_step", 1, steps=2)
+    before, after = state("a", 1), state("a", 2)
+    learned = {net: [name for name in before[net] if any(word in name for word in ("class_vectors", "projection.table",
+                                                                                   "scale", "shift"))
+                     and name.endswith(("weight", "original")) and not before[net][name].equal(after[net][name])]
+               for net in "GD"}
+    assert learned["G"] and len(learned["D"]) == 1
+
+
+@pytest.mark.parametrize("flags", [
+    (), ("--arch", "resnet", "--conditional", "false"),
+    ("--model", "fastgan", "--imsize", "64", "--metadata", "false", "--recon", "l1"),
+], ids=["dcgan", "resnet", "fastgan"])
+def test_classes_are_used_where_they_are_asked_for(trained, flags):
+    assert "classes:" not in trained(*flags) and state("a", 1)["classes"] is None
+
+
+def test_pictures_without_classes(run, pictures):
+    flags = ("--dataset", "folder", "--image_path", pictures, "--total_step", 1)
+    code, _, err = run("--conditional", "true", *flags)
+    assert code == 3 and "has no labels" in err and "subfolder" in err and "dataset.json" in err
+    code, out, _ = run("--arch", "resnet", "--version", "a", *flags)
+    assert code == 0 and state("a", 1)["classes"] is None
+    code, _, err = run("--version", "a", "--train", "false", "--classes", "all", tiny=False)
+    assert code == 2 and "this run has no classes" in err
+
+
+def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
+    trained("--arch", "resnet")
+    fill(classed / "fox", 3)
+    code, _, err = run("--dataset", "folder", "--image_path", classed, "--version", "a", "--total_step", 2)
+    assert code == 2 and "4 classes, were 3; new: fox" in err and "--restart true" in err
+    old = Classes(("a", "b"), (1, 1))
+    assert describe_changes(old, Classes(("b", "a"), (1, 1))) == "2 classes, were 2; in another order"
+    assert describe_changes(None, old) == "2 classes, were none" and describe_changes(old, old) is None
+
+
+def test_a_broken_label_file_ends_it_with_3_before_any_work(run, classed):
+    (classed / "dataset.json").write_text(json.dumps({"labels": [["cat/0.png", 0.5]]}))
+    code, out, err = run("--dataset", "folder", "--image_path", classed, "--arch", "resnet", "--total_step", 1)
+    assert code == 3 and "cat/0.png" in err and "decoding" not in out and not (classed / "logs").exists()
+    assert run("--dataset", "folder", "--image_path", classed, "--total_step", 1)[0] == 0, "without classes nobody asks"
+
+
+# ---- the batches ----
+
+
+def labels_of(folder, count, **changes):
+    config = data_config(folder, **{"balance": False, **changes})
+    dataset = Files(folder, config.imsize)
+    batches = real_batches(config, dataset, 0, "cpu", labelled=True)
+    taken = [next(batches) for _ in range(count)]
+    return dataset, torch.cat([batch.images for batch in taken]), torch.cat([batch.labels for batch in taken])
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_each_picture_comes_with_its_label(classed, balance):
+    dataset, images, labels = labels_of(classed, 9, balance=balance)
+    expected = {dataset[index].numpy().tobytes(): label for index, label in enumerate(dataset.labels.numbers)}
+    pictures = identities(((images + 1) * 127.5).round().to(torch.uint8))
+    assert len(expected) == 9 and [expected[picture] for picture in pictures] == labels.tolist()
+
+
+def test_balanced_batches_have_all_classes_equally_often_and_all_their_pictures(classed):
+    _, images, labels = labels_of(classed, 9, balance=True)
+    assert labels.bincount().tolist() == [12, 12, 12]
+    assert all(sorted(labels[turn:turn + 3].tolist()) == [0, 1, 2] for turn in range(0, 36, 3))
+    cats = [image.numpy().tobytes() for image in images[labels == 0]]
+    assert [cats.count(cat) for cat in set(cats)] == [2] * 6, "two epochs of the six"
+    assert labels_of(classed, 9)[2].bincount().tolist() == [24, 8, 4], "as often as they are"
+
+
+# ---- labels of fakes, grids ----
+
+
+def test_labels_of_samples_are_as_frequent_as_in_the_data_those_of_training_uniform():
+    torch.manual_seed(0)
+    latents = Latents(4, classes=Classes(("a", "b", "c"), (600, 0, 200)))
+    drawn = latents.sampling(4000, torch.Generator().manual_seed(0)).labels.bincount(minlength=3)
+    assert drawn[1] == 0 and abs(drawn[0] - 3000) < 100
+    trained_on = latents.training(4000).labels.bincount(minlength=3)
+    assert trained_on[1] == 0 and abs(trained_on[0] - 2000) < 150
+
+
+def test_a_grid_has_a_class_a_row():
+    classes = Classes(tuple("abcdefghijkl"), (1,) * 12)
+    rows = classes.rows(4).view(4, 4)
+    assert (rows == rows[:, :1]).all() and rows[:, 0].tolist() == [0, 3, 6, 9], "a spread of many"
+    assert classes.rows(2, ("l", "3"))[::2].tolist() == [11, 3]
+    assert Classes(("a", "b"), (1, 1)).rows(4)[::4].tolist() == [0, 0, 1, 1], "rows for each of few"
+    assert Classes(("7", "3"), (1, 1)).choose(("7",)) == [0], "a name goes before a number"
+    with pytest.raises(UsageError, match="--classes z: there is no such class; this run has a, b"):
+        Classes(("a", "b"), (1, 1)).choose(("z",))
+
+
+def test_folders_of_classes_are_safe():
+    classes = Classes(("a/b", "..", "Cat", "cat", "", "fine"), (1,) * 6)
+    assert classes.folder_names(range(6)) == ["a_b", "1", "2_Cat", "3_cat", "4", "fine"]
+
+
+# ---- from a checkpoint ----
+
+
+def test_samples_of_classes_are_in_folders_and_depend_on_the_class(run, trained, classed, tmp_path):
+    trained("--arch", "resnet", "--g_lr", "0.1", steps=3)                  # the tables of the classes differ then
+    for part in classed.rglob("*.png"):
+        part.unlink()                                   # neither the data nor flags are needed
+    code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 3, "--classes", "dog,0", tiny=False)
+    folder = tmp_path / "samples/a/0000003_generated_seed0"
+    assert code == 0 and "3 pictures of step 3 of each of 2 classes" in out
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png")) == [
+        f"{name}/{number:06d}.png" for name in ("cat", "dog") for number in range(3)]
+    cat, dog = (np.asarray(Image.open(folder / name / "000001.png")) for name in ("cat", "dog"))
+    assert (cat != dog).any()
+    assert Image.open(f"{folder}.png").width > Image.open(f"{folder}.png").height, "two rows of three"
+    code, _, err = run("--version", "a", "--train", "false", "--classes", "cow", tiny=False)
+    assert code == 2 and "--classes cow" in err and "cat, dog, eel" in err
+
+
+@pytest.mark.parametrize("family", ["resnet", "fastgan"])
+def test_a_video_walks_between_classes_and_styles_mix(run, trained, family):
+    trained(*FAMILIES[family])
+    code, _, err = run("--version", "a", "--mode", "interpolate", "--num_frames", 6, "--classes", "cat,eel", tiny=False)
+    assert code == 0, err
+    if family == "fastgan":
+        assert run("--version", "a", "--mode", "style_mix", tiny=False)[0] == 0
+
+
+def test_truncated_samples_are_others_are_named_and_never_the_best(run, trained, tmp_path):
+    trained("--arch", "resnet")
+    assert run("--version", "a", "--train", "false", "--num_samples", 2, "--truncation", "0.5", tiny=False)[0] == 0
+    assert run("--version", "a", "--train", "false", "--num_samples", 2, tiny=False)[0] == 0
+    paths = [tmp_path / f"samples/a/0000001_generated_seed0{suffix}/000001.png" for suffix in ("", "_truncation0.5")]
+    whole, truncated = (np.asarray(Image.open(path)) for path in paths)
+    assert (whole != truncated).any()
+    latents, generator = Latents(64, truncation=0.5), torch.Generator().manual_seed(0)
+    z = latents.sampling(100, generator).z
+    assert z.abs().max() <= 0.5 and 0.25 < z.std() < 0.3, "uniform would be 0.29"
+    assert latents.source(0) == "G_ema, seed 0, truncation 0.5"
+    code, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "swd", "--num_eval", 8, "--truncation",
+                       "0.5", tiny=False)
+    assert code == 0 and "truncation 0.5" in out and not (tmp_path / "models/a/best.pth").exists()
+    code, _, err = run("--truncation", "1", "--total_step", 1)
+    assert code == 2 and "--truncation" in err and "--mode train" in err
+
+
+def test_G_ema_is_G_until_ema_start(trained):
+    trained("--ema_start", 2, "--keep_checkpoints", 0, "--model_save_step", 1, steps=3)
+    for step, same in ((2, True), (3, False)):
+        at = state("a", step)
+        assert at["G"]["to_rgb.weight"].equal(at["G_ema"]["to_rgb.weight"]) == same
