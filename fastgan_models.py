@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import CLASS_VECTOR, ClassTable, FromVector, Projection, ToVector, capture
+from layers import CLASS_VECTOR, ClassTable, FromVector, Projection, ToVector, Upsample2x, capture
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -64,7 +64,7 @@ class _Layers:
 
     def up(self, channels, out, noise=False):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block; with `noise`, the first half of the deep block."""
-        return Block(Upsample2x(scale_factor=2), *self.gated(channels, out, noise))
+        return Block(Upsample2x(), *self.gated(channels, out, noise))
 
     def deep_up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the deep block, two convolutions with noise after each."""
@@ -78,18 +78,6 @@ class _Layers:
             yield Noise(self.noises)
         yield nn.BatchNorm2d(2 * out)
         yield GLU(dim=1)
-
-
-class Upsample2x(nn.Upsample):
-    """Nearest-neighbour upsampling by 2, in x's dtype: autocast would use fp32, no more exact for copied values."""
-
-    def forward(self, x):
-        if torch.compiler.is_compiling():       # else the gradient takes four atomic additions per value
-            B, C, H, W = x.size()
-            x = x.permute(0, 2, 3, 1)[:, :, None, :, None]              # (B, H, 1, W, 1, C)
-            return x.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
-        with exact(x.device):
-            return super().forward(x)
 
 
 class GLU(nn.GLU):

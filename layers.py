@@ -1,5 +1,5 @@
-"""Layers that several networks use: self-attention, class-conditional batch norm, matmul convolutions; and `capture`,
-which computes something from the inputs and outputs of layers.
+"""Layers that several networks use: self-attention, class-conditional batch norm, upsampling, matmul convolutions; and
+`capture`, which computes something from the inputs and outputs of layers.
 
 `FromVector` and `ToVector` are convolutions whose kernel covers the whole input (1x1 -> 4x4, 4x4 -> 1x1), computed as
 one matmul: convolution kernels are slow at it, and `torch.compile` assumes another memory format of their outputs than
@@ -9,6 +9,8 @@ they return. Names and shapes of the weights are those of torch's layers.
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from device.precision import exact
 
 # Below this many positions the explicit softmax is faster on CPUs; on GPUs too where the values have more channels than
 # this: the fused backward pass through two layers of 512 channels took 10% of a step.
@@ -119,6 +121,21 @@ def attend(q, k, v):
     # CRUCIAL: inputs that are not contiguous silently fall back to materializing the N x M matrix
     q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N or M, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
+
+
+class Upsample2x(nn.Upsample):
+    """Nearest-neighbour upsampling by 2, in x's dtype: autocast would use fp32, no more exact for copied values."""
+
+    def __init__(self):
+        super().__init__(scale_factor=2)
+
+    def forward(self, x):
+        if torch.compiler.is_compiling():       # else the gradient takes four atomic additions per value
+            B, C, H, W = x.size()
+            x = x.permute(0, 2, 3, 1)[:, :, None, :, None]              # (B, H, 1, W, 1, C)
+            return x.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        with exact(x.device):
+            return super().forward(x)
 
 
 class ClassTable(nn.Embedding):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention
+from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x
 from spectral import maybe_spectral_norm
 
 # Channels of G's first map and of its blocks' outputs, in units of conv_dim.
@@ -55,14 +55,14 @@ class UpBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = ConditionalBatchNorm(channels, classes), ConditionalBatchNorm(out, classes)
         self.conv1, self.conv2 = _conv(wrap, channels, out, 3), _conv(wrap, out, out, 3)
-        self.skip = _conv(wrap, channels, out, 1)
+        self.skip, self.upsample = _conv(wrap, channels, out, 1), Upsample2x()
 
     def forward(self, x, labels=None):
         # CRUCIAL: no ReLU in place here, the skip needs x itself
-        h = F.interpolate(F.relu(self.norm1(x, labels)), scale_factor=2)                # (B, channels, 2H, 2W)
+        h = self.upsample(F.relu(self.norm1(x, labels)))                  # (B, channels, 2H, 2W)
         h = self.conv2(F.relu(self.norm2(self.conv1(h), labels)))                       # (B, out, 2H, 2W)
         # a 1x1 convolution commutes with repeating pixels; before it, it has a quarter of the work
-        return h + F.interpolate(self.skip(x), scale_factor=2)
+        return h + self.upsample(self.skip(x))
 
 
 class DownBlock(nn.Module):

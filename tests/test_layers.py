@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A top-level file or a whole folder is one unit; it imports only units of earlier lines.
 LAYERS = """
-errors utils layers diffaug
+errors utils diffaug
 flags device
-parameter pretrained storage spectral
+parameter pretrained storage spectral layers
 dataset
 *_models
 data_loader

@@ -17,6 +17,7 @@ from device.precision import Precision
 from device.replicas import SyncBatchNorm2d
 from families import FAMILIES
 from fastgan_models import Noise
+from generate.classes import find_classes
 from generate.metadata import Bank
 from parameter import parse, resolve
 from pretrained import vgg
@@ -27,7 +28,9 @@ HINGE = (*SMALL, "--num_workers", "0", "--hflip", "true", "--augment", "color,tr
          "0.2")
 PENALTY = (*SMALL, "--num_workers", "0", "--adv_loss", "wgan-gp", "--d_iters", "2")
 FASTGAN = (*SMALL_FASTGAN, "--num_workers", "0", "--metadata", "true", "--hflip", "true")
-RUNS = {"hinge": HINGE, "wgan-gp": PENALTY, "fastgan": FASTGAN}
+CLASSES = (*SMALL, "--num_workers", "0", "--arch", "resnet", "--g_conv_dim", "2", "--d_conv_dim", "2", "--balance",
+           "true")
+RUNS = {"hinge": HINGE, "wgan-gp": PENALTY, "fastgan": FASTGAN, "classes": CLASSES}
 
 
 @contextmanager
@@ -50,7 +53,8 @@ def trained(flags, steps, start=None):
     dataset = build_dataset(config)
     rows = torch.randn(50, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     bank = Bank(rows.half(), "relu5_3", vgg.FILE.sha256, "") if config.metadata else None
-    trainer = Trainer(config, place, Precision("fp32", place.device), len(dataset), bank)
+    classes = find_classes(config, dataset)
+    trainer = Trainer(config, place, Precision("fp32", place.device), len(dataset), bank, classes)
     with torch.no_grad():                               # both start at 0, where what they scale has no effect
         for gamma in FAMILIES[config.model].gammas(trainer.G, trainer.D).values():
             gamma.fill_(0.5)
@@ -59,7 +63,8 @@ def trained(flags, steps, start=None):
                 layer.weight.fill_(0.3)
     if start is not None:
         trainer.restore(start)
-    batches = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world_size)
+    batches = real_batches(config, dataset, trainer.samples_seen, place.device, place.rank, place.world_size,
+                           classes is not None)
     losses = []
     for _ in range(steps):
         stats = trainer.train_step(batches)
