@@ -5,6 +5,7 @@
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
     ... --evaluate lpips,share                          columns of --mode evaluate, at the last step
     ... --variant "narrow=--z_dim 64"                   one more arm: SLAE-FastGAN with these flags
+    ... --model sagan --variant "plain=--g_attn none --d_attn none"     arms of another model
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
 
 Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws at --points
@@ -105,6 +106,7 @@ class Ablation:
 
     def __init__(self, options, extra, argv):
         self.options, self.extra, self.argv = options, extra, argv
+        self.model = ("--model", options.model) if options.model else MODEL
         self.out = Path(options.out)
         config = parameter.Config.of({"dataset": "folder", "image_path": options.image_path,
                                       "imsize": options.imsize})
@@ -114,7 +116,7 @@ class Ablation:
         self.points = [*range(every, options.steps, every), options.steps]      # steps that are scored
         self.runs = []
         self.record = Record(self.out / "ablation.json", {
-            "imsize": options.imsize, "flags after --": shlex.join(extra),
+            "imsize": options.imsize, "flags after --": shlex.join([*(self.model if options.model else ()), *extra]),
             "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}"})
         self.children = Children(options.jobs)
         self._report_lock = threading.Lock()
@@ -174,7 +176,7 @@ class Ablation:
     def _main(self, variant, *flags):
         """A command line of main.py. What the user passes on comes last and wins over what is only a default."""
         options = self.options
-        return [sys.executable, MAIN, *MODEL, "--dataset", "folder", "--image_path", options.image_path,
+        return [sys.executable, MAIN, *self.model, "--dataset", "folder", "--image_path", options.image_path,
                 "--imsize", options.imsize, "--log_path", self.out / "logs", "--model_save_path", self.out / "models",
                 *flags, *self.extra, *variant.flags]
 
@@ -336,7 +338,8 @@ class Ablation:
             results = by_step.get(self.options.steps)
             if not results:
                 return []
-            numbers = report.summary(results, self.record.data["floor"]) + report.convergence(by_step)
+            numbers = report.summary(results, self.record.data["floor"], not self.options.model)
+            numbers += report.convergence(by_step)
             shown = self._write_picture(results)
             if report.curves(by_step, self.out / "curves.png"):
                 shown += ["", "![scores by step](curves.png)", "",
@@ -351,7 +354,7 @@ class Ablation:
         scored = sum(map(len, results.values()))
         total = sum(len(self._draws(run.variant)) for run in self.runs)
         lines = [
-            "# Ablation of SLAE-FastGAN", "",
+            f"# Ablation of {options.model or 'SLAE-FastGAN'}", "",
             f"    {shlex.join(['python', 'benchmarks/ablation.py', *self.argv])}", "",
             f"- imsize {options.imsize}, {options.steps} steps, seeds "
             f"{', '.join(map(str, sorted({run.seed for run in self.runs})))}",

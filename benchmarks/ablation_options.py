@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import parameter
 import report
 from errors import UsageError
 from flags.common import boolean, metrics, one_of
@@ -63,6 +64,9 @@ def at_least(low):
     return convert
 
 
+OTHERS = (Variant(report.BASELINE, ()),)        # of another model: as it is
+
+
 def some_variants(text):
     """'baseline,+SLAE' -> those Variants, in the table's order."""
     name = one_of(*(variant.name for variant in VARIANTS))
@@ -71,7 +75,7 @@ def some_variants(text):
 
 
 def own_variant(text):
-    """'half=--metadata_weight 0.5' -> a Variant: SLAE-FastGAN as it is by default, with these flags."""
+    """'half=--metadata_weight 0.5' -> a Variant: the model as it is by default, with these flags."""
     name, equals, flags = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FLAGS, such as small=--z_dim 64")
@@ -119,10 +123,12 @@ def parse(argv):
     parser = Parser(
         prog="python benchmarks/ablation.py", allow_abbrev=False,
         usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
-        description="Train FastGAN, +SLAE, +metadata and both at equal steps and seeds, and compare them. "
-                    "The same command again goes on.")
+        description="Train FastGAN, +SLAE, +metadata and both, or variants of your own, at equal steps and seeds, and "
+                    "compare them. The same command again goes on.")
     add = parser.add_argument
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
+    add("--model", type=one_of(*sorted(parameter.FAMILIES.keys() - {"fastgan"})), metavar="NAME",
+        help="another model, whose baseline is it as it is, with the flags after --; compare it with --variant")
     add("--imsize", type=at_least(swd.SMALLEST), default=64, metavar="N",
         help="side of the pictures (default: 64 px)")
     add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
@@ -132,10 +138,10 @@ def parse(argv):
     add("--until", metavar="COLUMN", help="more seeds, until the 95 %% interval of each variant's difference from the "
         "baseline in this column excludes 0, or --most seeds were trained")
     add("--most", type=at_least(1), default=16, metavar="N", help="seeds of each variant with --until (default: 16)")
-    add("--variants", type=some_variants, default=VARIANTS, metavar="NAMES",
+    add("--variants", type=some_variants, metavar="NAMES",
         help="some of baseline,+SLAE,+metadata,both (default: all)")
     add("--variant", type=own_variant, action="append", default=[], metavar="NAME=FLAGS",
-        help="one more variant: SLAE-FastGAN with these flags of main.py; may be given several times")
+        help="one more variant: the model with these flags of main.py; may be given several times")
     add("--samples", type=at_least(2), default=1000, metavar="N",
         help="pictures drawn from each run for the scores (default: 1000)")
     add("--all_draws", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
@@ -150,7 +156,10 @@ def parse(argv):
     options = parser.parse_args(argv[:split])
     if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
         raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
-    if options.until and VARIANTS[0] not in options.variants:
+    if options.model and options.variants:
+        raise UsageError(f"--variants: are those of fastgan; with --model {options.model} name others with --variant")
+    options.variants = options.variants or (OTHERS if options.model else VARIANTS)
+    if options.until and report.BASELINE not in {variant.name for variant in options.variants}:
         raise UsageError(f"--until {options.until}: compares with the baseline; name it in --variants, too")
     extra = argv[split + 1:]
     options.variants += tuple(options.variant)

@@ -239,8 +239,10 @@ def curves(by_step, path):
     return True
 
 
-def summary(results, floor=None):
-    """Lines of Markdown: both tables, what all runs share, the verdicts. `floor`: see `mean_table`."""
+def summary(results, floor=None, of_paper=True):
+    """Lines of Markdown: both tables, what all runs share, the verdicts. `floor`: see `mean_table`. `of_paper`: whether
+    they are on the claims of SLAE-FastGAN's paper.
+    """
     lines = mean_table(results, floor)
     constant = columns_of(results)[1]
     if constant:
@@ -250,9 +252,9 @@ def summary(results, floor=None):
     against = verdicts(results)
     if not against:
         return [*lines, f"There is no {BASELINE} to compare with.", ""]
-    lines += ["The paper claims that the additions to FastGAN better the pictures on small sets, and cost "
-              "hardly any more time, memory or parameters. These runs say:", "",
-              *(f"- {line}" for line in against), ""]
+    claims = ("The paper claims that the additions to FastGAN better the pictures on small sets, and cost hardly any "
+              "more time, memory or parameters. ") if of_paper else ""
+    lines += [f"{claims}These runs say:", "", *(f"- {line}" for line in against), ""]
     if len(results[BASELINE]) < 2:
         lines += ["One seed has no spread: take its differences for hints.", ""]
     return lines

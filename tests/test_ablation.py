@@ -71,7 +71,7 @@ else:
         folder.mkdir(parents=True, exist_ok=True)
     (models / "config.json").write_text(json.dumps({
         "version": name, "seed": flag("seed"), "slae": flag("slae"), "metadata": flag("metadata") == "true",
-        "vgg_weights": "random", "batch_size": 8, "recon": os.environ.get("RECON" + flag("slae"), "l1")}))
+        "vgg_weights": "random", "batch_size": 8, "recon": os.environ.get("RECON" + flag("slae", ""), "l1")}))
     (logs / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i, "sec_per_step": s}) + "\\n" for i, s in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2))))
     Image.new("RGB", (66, 66), (ord(name[0]), 90, 90)).save(samples / f"{step:07d}_fake.png")
@@ -486,3 +486,15 @@ def test_two_variants_of_the_real_model(tmp_path, pictures):
     for name in ("baseline_seed0", "both_seed0"):
         assert (tmp_path / "ablation/models" / name / "0000002.pth").exists()
     assert Image.open(tmp_path / "ablation/ablation.png").width > 1000
+
+
+def test_another_model_has_arms_of_its_own(stand_in, capsys):
+    assert run("--model", "sagan", "--variant", "plain=--g_attn none --d_attn none", "--", "--preset", "cpu") == 0
+    trained = [call["argv"] for call in calls("train")]
+    assert [value(argv, "--version") for argv in trained] == ["baseline_seed0", "plain_seed0"]
+    assert [value(argv, "--model") for argv in trained] == ["sagan", "sagan"]
+    assert "--slae" not in trained[0] and value(trained[1], "--g_attn") == "none"
+    text = Path("ablation/ablation.md").read_text()
+    assert text.startswith("# Ablation of sagan") and "paper claims" not in text
+    assert run("--model", "sagan", "--variants", "both") == 2
+    assert "--variants: are those of fastgan" in capsys.readouterr().err
