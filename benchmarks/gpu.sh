@@ -11,13 +11,13 @@
 # Trainings, one command a call, each ending within 9 minutes, and the same command again goes on; what they need is
 # packed before, where the data is. More in benchmarks/gpu_runs.py, or with --help.
 #
-#   bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --vgg_weights PATH
-#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100
+#   bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --classes ZIP --vgg_weights PATH
+#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100|classes
 set -uo pipefail
 if [ $# -gt 1 ] || [[ ${1-} == pack || ${1-} == -* ]]; then
     exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_runs.py" "$@"
 fi
-[ $# = 1 ] || { echo "usage: bash benchmarks/gpu.sh OUT_DIR [celeb|few|few100], or --help" >&2; exit 2; }
+[ $# = 1 ] || { echo "usage: bash benchmarks/gpu.sh OUT_DIR [celeb|few|few100|classes], or --help" >&2; exit 2; }
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 5
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3} failed=0

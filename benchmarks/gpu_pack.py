@@ -28,8 +28,9 @@ HALF_SIZE = (89, 109)   # of CelebA's aligned pictures, which have 178 x 218
 
 def pack(options):
     """Write what must travel into the folder; print the sizes. Return the exit code."""
-    if not (options.celeba or options.paintings or options.vgg_weights):
-        raise UsageError("pack: name what is to be packed: --celeba ZIP, --paintings DIR, --vgg_weights PATH")
+    if not (options.celeba or options.paintings or options.classes or options.vgg_weights):
+        raise UsageError("pack: name what is to be packed: --celeba ZIP, --paintings DIR, --classes ZIP, --vgg_weights "
+                         "PATH")
     folder = options.folder
     _refuse_tracked(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,8 @@ def pack(options):
             _archive(folder / "paintings.zip", _squares(find_pictures(Path(options.paintings)).paths))
         except DataError as error:
             raise DataError(f"--paintings: {error}; name a folder of pictures") from None
+    if options.classes:
+        _archive(folder / "classes.zip", _as_they_are(options.classes))
     for path in sorted(folder.iterdir()):
         print(f"{path.stat().st_size / 2**20:6.1f} MiB  {shown(path)}")
     return 0
@@ -83,6 +86,18 @@ def _small_faces(path, count=10_000):
     except (*DAMAGE, zipfile.BadZipFile) as error:
         raise DataError(f"--celeba {path}: {getattr(error, 'strerror', None) or error}; name the zip of CelebA's "
                         "aligned pictures") from None
+
+
+def _as_they_are(path):
+    """Yield (name, bytes) of the pictures in a zip with a folder for each class."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = _pictures_in(archive)
+            if not names or not all("/" in name for name in names):
+                raise DataError(f"--classes {path}: there must be pictures in it, in a folder for each class")
+            yield from ((name, archive.read(name)) for name in names)
+    except (*DAMAGE, zipfile.BadZipFile) as error:
+        raise DataError(f"--classes {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _squares(paths, side=256, limit=32 * 2**20):
@@ -134,11 +149,12 @@ def unpack(path, folder, experiment):
             raise DataError(f"{shown(path)} holds no picture; pack it again with {experiment.pack_flag}")
         os.replace(partial, folder)
         origin.write_text(now)
-    return sum(1 for name in os.listdir(folder) if Path(name).suffix in SUFFIXES)
+    return sum(1 for file in folder.rglob("*") if file.suffix in SUFFIXES)
 
 
 def _unpack(data, path, crop):
     """Write a picture as it is, or losslessly its center: the published crop of CelebA, which is not the largest."""
+    path.parent.mkdir(parents=True, exist_ok=True)      # of a class
     if not crop:
         path.write_bytes(data)
         return

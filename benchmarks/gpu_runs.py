@@ -1,9 +1,11 @@
 """Trainings on a GPU that is there for minutes at a time: one command a call, results after every call.
 
-    bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --vgg_weights PATH      once, where the data is
+    bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --classes ZIP --vgg_weights PATH
+                                            once, where the data is
     bash benchmarks/gpu.sh OUT celeb        SAGAN on 10,000 pictures of CelebA, the published settings
     bash benchmarks/gpu.sh OUT few          SLAE-FastGAN at 256 px on paintings, against plain FastGAN at equal steps
     bash benchmarks/gpu.sh OUT few100       the same on 100 of the paintings
+    bash benchmarks/gpu.sh OUT classes      the SAGAN paper's own networks on CIFAR-10, the published recipe
     ... --rehearsal                         the same commands at a tiny size, for a CPU
 
 `pack` writes what must travel to the machine: archives of pictures, VGG-16 in fp16. The other commands train with it,
@@ -15,6 +17,7 @@ How the 515 s of a call are meant to be spent, at 2.3 to 3.1 ms (celeb) and 28 m
 
     celeb    35 s to start, unpack, decode; 420 s for 100,000 steps and more, with a score of some 5 s every 10,000;
              60 s for the last score, with swd, which is computed on the CPU
+    classes  as celeb; a step has 5 updates of D
     few      35 s to start; 4 slices of 3,000 steps, each some 110 s with its start and 2 scores; swd if time is left
 """
 
@@ -56,7 +59,7 @@ from storage.folders import RunFolders, step_name  # noqa: E402
 from utils import spread_indices, write_atomically  # noqa: E402
 
 SCORES = "--feature_net vgg16 --metrics fid,kid,pr"     # while training
-LAST_METRIC = "swd"     # only in the last score: it takes the CPU longer than the GPU takes for all others
+LAST = "swd"            # only in the last score: it takes the CPU longer than the GPU takes for all others
 LEAST = 10              # seconds that are worth to begin a run in
 GRACE = 30              # seconds to save in, after SIGINT
 REFRESH = 20            # seconds between updates of OUT
@@ -71,7 +74,7 @@ class Experiment:
 
     The pictures are `pictures` of those in `archive`, spread evenly, 0 for all, or their center of `crop` px. A score,
     a grid and a checkpoint are written every `every` steps. `again`: a call that finds all done trains `steps` more.
-    Training ends `reserve` seconds before the call does.
+    Training ends `reserve` seconds before the call does. `last`: metrics of the last score alone.
     """
 
     title: str
@@ -86,6 +89,7 @@ class Experiment:
     again: bool = False
     pictures: int = 0
     crop: int = 0
+    last: str = LAST
 
 
 _FEW = Experiment(
@@ -100,6 +104,11 @@ EXPERIMENTS = {
                         steps=300_000, every=10_000, reserve=60, crop=round(CELEBA_CROP / 2)),
     "few": _FEW,
     "few100": replace(_FEW, title=f"{_FEW.title}, on 100 pictures", pictures=100),
+    # every 2,000 steps, as the public log to compare with has its FID at 2,000, 4,000, 6,000, 10,000, 20,000
+    "classes": Experiment("The SAGAN paper's own networks on CIFAR-10, the published recipe", "classes.zip",
+                          "--classes", {"sagan_classes": ""},
+                          "--arch resnet --imsize 32 --conditional true --compile false --num_eval 5000 "
+                          "--keep_checkpoints 2", steps=100_000, every=2000, reserve=80, last=f"{LAST},ifid"),
 }
 
 
@@ -226,9 +235,9 @@ class Call:
     def score(self):
         """Score the newest checkpoint, of several runs the newest of equal steps, with `swd` too."""
         steps = set.intersection(*({*checkpoint.steps_in(self.folders(name).models)} for name in self.experiment.runs))
-        scores = self.scores or f"--metrics {LAST_METRIC}"
-        if LAST_METRIC not in scores:
-            scores = re.sub(r"(--metrics \S+)", rf"\1,{LAST_METRIC}", scores)
+        scores, last = self.scores or f"--metrics {LAST}", self.experiment.last
+        if LAST not in scores:
+            scores = re.sub(r"(--metrics \S+)", rf"\1,{last}", scores)
         for name in self.experiment.runs if steps else ():
             self.run(name, f"--mode evaluate --pretrained_model {max(steps)} {scores}", self.end - 10)
 
@@ -473,30 +482,32 @@ def _folder(text):
 def parse(argv):
     """The options of a call. Raise UsageError."""
     if argv[:1] == ["pack"]:
-        parser = _Parser(usage="bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --vgg_weights PATH",
+        parser = _Parser(usage="bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --classes ZIP "
+                               "--vgg_weights PATH",
                          allow_abbrev=False, description="Write what must travel to a machine without network.")
         parser.add_argument("folder", type=_folder, help="what will travel; gpu_pack is ignored by git")
         parser.add_argument("--celeba", metavar="ZIP", help="CelebA's aligned pictures: 10,000 of them, at half size")
         parser.add_argument("--paintings", metavar="DIR", help="pictures for few and few100, at 256 px")
+        parser.add_argument("--classes", metavar="ZIP", help="CIFAR-10's pictures, a folder for each class")
         parser.add_argument("--vgg_weights", metavar="PATH", help="VGG-16, written in fp16")
         return parser.parse_args(argv[1:])
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100 [--flag VALUE ...] [-- FLAGS OF main.py]",
+    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100|classes [--flag VALUE ...] "
+                           "[-- FLAGS OF main.py]",
                      allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=_folder, help="folder of the results, at most 7 files")
-    parser.add_argument("experiment", choices=[*EXPERIMENTS, "classes"], help="what is trained")
+    parser.add_argument("experiment", choices=[*EXPERIMENTS], help="what is trained")
     parser.add_argument("--pack", type=_folder, default=ROOT / "gpu_pack", metavar="DIR", help="what pack has written")
     parser.add_argument("--runs", type=_folder, default=ROOT / "gpu_runs", metavar="DIR",
                         help="the runs, from call to call (default: gpu_runs, which git ignores)")
     parser.add_argument("--seconds", type=at_least(1), default=515, metavar="N",
                         help="length of the call (default: 515)")
     parser.add_argument("--steps", type=at_least(1), metavar="N",
-                        help="train to this step (default: celeb 300000, few and few100 6000 more than there are)")
+                        help="train to this step (default: celeb 300000, classes 100000, few and few100 6000 more than "
+                             "there are)")
     parser.add_argument("--scores", default=SCORES, metavar="FLAGS", help=f"flags of the scores (default: '{SCORES}')")
     parser.add_argument("--rehearsal", action="store_true", help="the same at a tiny size")
     options = parser.parse_args(argv[:split])
-    if options.experiment == "classes":
-        raise UsageError("classes: comes with --arch resnet, the class-conditional networks; this version has none")
     try:
         shlex.split(options.scores)
     except ValueError as error:

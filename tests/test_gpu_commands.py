@@ -96,8 +96,8 @@ def test_the_weights_travel_in_half_the_size_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(("argv", "code", "words"), [
-    (["OUT", "classes"], 2, "--arch resnet"),
-    (["OUT", "faces"], 2, "'celeb', 'few', 'few100'"),
+    (["pack", "P", "--classes", "none.zip"], 3, "--classes none.zip"),
+    (["OUT", "faces"], 2, "'celeb', 'few', 'few100', 'classes'"),
     (["OUT", "celeb", "--seconds", "soon"], 2, "--seconds: 'soon' is no whole number"),
     (["OUT", "celeb", "--pack", "nowhere"], 3, "gpu.sh pack"),
     (["OUT", "celeb", "--scores", "--metrics 'swd"], 2, "--scores"),
@@ -157,7 +157,7 @@ if "--metric_step" in flags or "evaluate" in flags.values():
 def call(tmp_path, monkeypatch):
     """call(experiment, what main.py does then, *flags) -> (exit code, the report), with nothing in the packed files."""
     (tmp_path / "pack").mkdir()
-    for name in ("celeba.zip", "paintings.zip", gpu_pack.WEIGHTS):
+    for name in ("celeba.zip", "paintings.zip", "classes.zip", gpu_pack.WEIGHTS):
         with zipfile.ZipFile(tmp_path / "pack" / name, "w") as archive:
             archive.writestr("a.jpg", picture((89, 109)))
     for module in (gpu_pack, gpu_runs):
@@ -290,7 +290,7 @@ def test_the_zip_of_pages_keeps_to_its_size_with_the_newest_record_in_it(call, t
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["celeb", "few100"])
+@pytest.mark.parametrize("name", ["celeb", "few100", "classes"])
 def test_rehearsal(tmp_path, name):
     """The real commands at a tiny size: everything comes back, within the limits, and a second call goes on."""
     drawn = tmp_path / "drawn"
@@ -300,10 +300,11 @@ def test_rehearsal(tmp_path, name):
             face = Image.fromarray(draw_face(number, 128))
             face.save(drawn / f"{number}.png")
             face.resize((89, 109)).save(drawn / "face.jpg")
-            archive.write(drawn / "face.jpg", f"{number}.jpg")
+            archive.write(drawn / "face.jpg", f"{number % 2}/{number}.jpg")
     (drawn / "face.jpg").unlink()
-    folder = pack(tmp_path, "--celeba", tmp_path / "faces.zip", "--paintings", drawn, "--vgg_weights", "random")
-    for steps, begun in ((12, "nothing is left"), (24, "from an earlier call"))[:1 + (name == "celeb")]:
+    folder = pack(tmp_path, "--celeba", tmp_path / "faces.zip", "--paintings", drawn, "--classes",
+                  tmp_path / "faces.zip", "--vgg_weights", "random")
+    for steps, begun in ((12, "nothing is left"), (24, "from an earlier call"))[:1 + (name != "few100")]:
         done = subprocess.run(["bash", SCRIPT, tmp_path / "out", name, "--rehearsal", "--steps", str(steps), "--pack",
                                folder, "--runs", tmp_path / "runs"], capture_output=True, text=True,
                               env={**gpu_runs.os.environ, "PYTHON": sys.executable})
