@@ -19,7 +19,7 @@ import torch
 
 from dataset import decode, workers
 from dataset.decode import Levels, Traits, measure_levels
-from dataset.images import EncodedDataset, ImageDataset, Subset
+from dataset.images import EncodedDataset, ImageDataset, Lmdb, Lmdbs, Subset
 from dataset.scan import NAMED
 from device.distributed import is_first, on_first, say
 from errors import DataError
@@ -92,7 +92,7 @@ def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findin
     if len(bad) > SHARE * len(dataset):
         damaged = len(findings.bad) - len(findings.intact)
         write_lists(dataset, config)
-        delete = "Delete or replace them (--mode clean_data deletes the damaged ones)" if damaged else "Mend that"
+        delete = dataset.advice if damaged else "Mend that"
         raise DataError(f"{len(bad)} of the {dataset.summary} cannot be used{where}:\n  {shown}\n"
                         f"{delete}; only up to {SHARE:.0%} of the pictures would be skipped.")
     later = f"{where} once training starts" if where else ""
@@ -166,7 +166,7 @@ def _say_copies(dataset: EncodedDataset, findings: Findings, config):
 def sample_levels(dataset: EncodedDataset) -> Levels | None:
     """Return the Levels of a data set from some of its pictures: SAMPLE of those that may have more than 8 bits."""
     deep = [index for index in range(len(dataset)) if dataset.name(index).lower().endswith(_DEEP)
-            or len(dataset.sources) != len(dataset)]
+            or isinstance(dataset, (Lmdb, Lmdbs))]
     looks = _look_at(dataset, [deep[index] for index in spread_indices(SAMPLE, len(deep))])
     return measure_levels([look.traits for look in looks])
 

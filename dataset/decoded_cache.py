@@ -87,6 +87,10 @@ class DecodedCache(ImageDataset):
     def identities(self):
         return self.dataset.identities
 
+    @property
+    def labels(self):
+        return self.dataset.labels
+
     def is_decoded(self, indices=None):
         return bool((self.sums if indices is None else self.sums[indices]).all())
 
@@ -194,7 +198,8 @@ def _folders(dataset: EncodedDataset, config) -> list[Path]:
     name = f"{os.path.basename(home)}-{hashlib.sha256(os.fsencode(home)).hexdigest()[:8]}"
     if config.cache_dir:
         return [Path(config.cache_dir, name)]
-    return [Path(dataset.home, FOLDER), Path(config.cache_path, "decoded", name)]
+    folder = os.path.dirname(dataset.home) if os.path.isfile(dataset.home) else dataset.home
+    return [Path(folder, FOLDER, dataset.cache_name), Path(config.cache_path, "decoded", name)]
 
 
 def _map_existing(files: list[_File], dataset: EncodedDataset) -> DecodedCache | None:

@@ -1,7 +1,7 @@
 """Data set classes: `dataset[index]` is one uint8 picture (3, imsize, imsize).
 
-`Files` and `Lmdb` decode pictures from disk; `Subset` is a part of another data set; `ThreadedReader` decodes a slice
-of a data set with several threads. `dataset/table.py` builds them.
+`Files`, `Archive`, `Lmdb` and `Lmdbs` decode pictures from disk; `Subset` is a part of another data set;
+`ThreadedReader` decodes a slice of a data set with several threads. `dataset/table.py` builds them.
 """
 
 import hashlib
@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.decode import MAX_PIXELS, NO_LEVELS, Levels, decode, printable, read_picture
-from dataset.scan import Found, find_pictures
+from dataset import labels
+from dataset.decode import MAX_PIXELS, NO_LEVELS, Levels, UnusablePicture, decode, printable, read_picture
+from dataset.labels import Labels
+from dataset.scan import Found, Member, find_in_archive, find_pictures, unpack
 from errors import DataError
 
 
@@ -26,13 +28,16 @@ class ImageDataset(Dataset):
     """`length` pictures; `read(index)` returns one as uint8 (3, imsize, imsize).
 
     `sources` are the paths of the files that hold the pictures, in a fixed order. `summary` describes the data set in
-    messages. `options` {name: value} are settings of the decoder that differ from the usual ones.
+    messages. `options` {name: value} are settings of the decoder that differ from the usual ones. `find_labels()`
+    returns the Labels; None if there are none.
     """
 
     options: dict = {}
 
-    def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str, sources: Sequence[str]):
+    def __init__(self, read: Callable[[int], torch.Tensor], length: int, summary: str, sources: Sequence[str],
+                 find_labels: Callable[[], Labels | None] | None = None):
         self.read, self.length, self.summary, self.sources = read, length, summary, sources
+        self.find_labels = find_labels
 
     def __len__(self) -> int:
         return self.length
@@ -49,6 +54,15 @@ class ImageDataset(Dataset):
         return False
 
     @cached_property
+    def labels(self) -> Labels | None:
+        """The class of each picture, None if the data set has no classes. Raises DataError."""
+        return self.find_labels() if self.find_labels else None
+
+    def __getstate__(self):
+        """Pickle without the labels: loader workers do not need them."""
+        return {name: value for name, value in vars(self).items() if name != "labels"}
+
+    @cached_property
     def identities(self) -> np.ndarray:
         """int64 (length,): what tells picture i from others, to compare the set with a later one (dataset/table.py).
 
@@ -59,13 +73,17 @@ class ImageDataset(Dataset):
 
 
 class EncodedDataset(ImageDataset):
-    """Pictures decoded from files in the folder `home`. They may be damaged, and caching them saves time.
+    """Pictures decoded from files in the folder `home`, or from the file `home`. They may be damaged, and caching them
+    saves time.
 
-    `max_pixels` is the limit of --max_pixels, `found` what else is in the folder, in lines for the user, `findings`
-    what the check of the pictures found, or None (dataset/check.py).
+    `cache_name` tells their decoded cache from that of other data sets in the same folder. `max_pixels` is the limit of
+    --max_pixels, `found` what else is in the folder, in lines for the user, `findings` what the check of the pictures
+    found, or None (dataset/check.py).
     """
 
     home: Path
+    cache_name: str = ""
+    advice: str = "Delete or replace them"  # what to do with damaged pictures
     crop: int | None = None
     max_pixels: int = MAX_PIXELS
     found: Found | None = None
@@ -124,18 +142,33 @@ class Files(EncodedDataset):
     Subfolders in `own`, as of `scan.own_folders`, are left out; None searches all.
     """
 
+    advice = f"{EncodedDataset.advice} (--mode clean_data deletes the damaged ones)"
+
     def __init__(self, folder: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
                  own: dict | None = None):
         self.found = find_pictures(folder, own)
         paths = self.found.paths
         super().__init__(partial(self._read, paths, imsize=imsize, crop=crop, max_pixels=max_pixels), len(paths),
-                         f"{len(paths)} pictures in {printable(folder)}", paths)
+                         f"{len(paths)} pictures in {printable(folder)}", paths,
+                         partial(self._find_labels, folder, paths))
         self.home, self.crop, self.max_pixels, self.options = folder, crop, max_pixels, _options(max_pixels)
 
     @staticmethod
     def _read(paths: list[str], index: int, imsize: int, crop: int | None, max_pixels: int,
               levels: Levels = NO_LEVELS) -> torch.Tensor:
         return read_picture(paths[index], imsize, crop, max_pixels, levels)
+
+    @staticmethod
+    def _find_labels(folder: Path, paths: list[str]) -> Labels | None:
+        file, below = os.path.join(folder, labels.FILE), [os.path.relpath(path, folder) for path in paths]
+        below = [path.replace(os.sep, "/") for path in below]
+        try:
+            data = Path(file).read_bytes()
+        except FileNotFoundError:
+            return labels.from_folders(below)
+        except OSError as error:
+            raise DataError(f"cannot read {printable(file)}: {error.strerror}") from error
+        return labels.from_json(data, below, lambda path: os.path.isfile(os.path.join(folder, path)), file)
 
     def open(self, index):
         path = self.sources[index]
@@ -172,6 +205,106 @@ class Files(EncodedDataset):
     @property
     def identities(self):
         return self._hashes[1]
+
+
+_archives = {}  # {(path, _version_of it): open file}
+
+
+def _version_of(file: os.stat_result) -> tuple:
+    return file.st_dev, file.st_ino, file.st_size, file.st_mtime_ns
+
+
+class Archive(EncodedDataset):
+    """The pictures in a zip archive, sorted by name as those of the unpacked folder are. Raises DataError.
+
+    The archive is opened once per process, its directory is read once for all.
+    """
+
+    advice = f"Unpack the archive and clean the folder: {Files.advice[0].lower()}{Files.advice[1:]}"
+
+    def __init__(self, path: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS):
+        self._version = _version_of(stat_file(path))
+        self.found, members = find_in_archive(path)
+        self.names = self.found.paths
+        self.members = np.array([members.pop(name) for name in self.names], np.int64)  # (N, 5), see Member
+        read = partial(self._read, imsize=imsize, crop=crop, max_pixels=max_pixels)
+        super().__init__(read, len(self.names), f"{len(self.names)} pictures in {printable(path)}", [str(path)],
+                         partial(self._find_labels, members))
+        self.home, self.crop, self.max_pixels, self.options = path, crop, max_pixels, _options(max_pixels)
+        self.cache_name, self._path = path.name, os.path.realpath(path)
+
+    def _descriptor(self) -> int:
+        """Return the descriptor of the open archive. A fork shares it: reads by `pread` do not move its position."""
+        file = _archives.get((self._path, self._version))
+        if file is None:
+            opened = open(self._path, "rb", buffering=0)  # noqa: SIM115  it stays open
+            if _version_of(os.fstat(opened.fileno())) != self._version:
+                raise DataError(f"{printable(self.home)} has changed since it was opened: start again")
+            file = _archives.setdefault((self._path, self._version), opened)  # of several threads the first one's
+        return file.fileno()
+
+    def _unpack(self, member: Member) -> bytes:
+        """Raises ValueError if the file is damaged, DataError if the archive cannot be read."""
+        try:
+            return unpack(member, partial(os.pread, self._descriptor()))
+        except OSError as error:
+            raise DataError(f"cannot read {printable(self.home)}: {error.strerror}") from error
+
+    def _picture(self, index: int) -> bytes:
+        try:
+            return self._unpack(Member(*self.members[index].tolist()))
+        except ValueError as error:
+            # Not remembered as damaged: it has the same stamp once the archive has been mended.
+            raise UnusablePicture(self.name(index), str(error), damaged=False) from None
+
+    def _read(self, index: int, imsize: int, crop: int | None, max_pixels: int,
+              levels: Levels = NO_LEVELS) -> torch.Tensor:
+        return decode(self._picture(index), self.name(index), imsize, crop, max_pixels, levels)
+
+    def _find_labels(self, others: dict) -> Labels | None:
+        if labels.FILE not in others:
+            return labels.from_folders(self.names)
+        file = f"{self.home}/{labels.FILE}"
+        try:
+            data = self._unpack(others[labels.FILE])
+        except ValueError as error:
+            raise DataError(f"{printable(file)}: {error}; pack it anew, or train without classes: --conditional false"
+                            ) from None
+        return labels.from_json(data, self.names, others.__contains__, file)
+
+    def open(self, index):
+        data = self._picture(index)
+        return io.BytesIO(data), len(data)
+
+    def name(self, index):
+        return printable(f"{self.home}/{self.names[index]}")
+
+    def entry(self, index):
+        return {"archive": os.path.abspath(self.home), "name": self.names[index]}
+
+    @cached_property
+    def stamps(self):
+        return np.fromiter((_hash((name, size, crc)) for name, size, crc in
+                            zip(self.names, *self._columns("size", "crc"), strict=True)), np.int64, len(self))
+
+    @cached_property
+    def identities(self):
+        """Those of the unpacked folder."""
+        return np.fromiter((_identity(f"/{name}", size) for name, size in
+                            zip(self.names, *self._columns("size"), strict=True)), np.int64, len(self))
+
+    def _columns(self, *names: str) -> list[list[int]]:
+        return [self.members[:, Member._fields.index(name)].tolist() for name in names]
+
+
+def open_pictures(path: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+                  own: dict | None = None) -> EncodedDataset:
+    """Return the pictures below a folder or in a zip archive. Raises DataError if there are none.
+
+    `own` are subfolders to leave out, as of `scan.own_folders`.
+    """
+    return Archive(path, imsize, crop, max_pixels) if os.path.isfile(path) else \
+        Files(path, imsize, crop, max_pixels, own)
 
 
 _environments = {}  # folder: (process id, open LMDB)
@@ -233,6 +366,60 @@ class Lmdb(EncodedDataset):
         return _hash((file.st_size, file.st_mtime_ns)) ^ np.arange(len(self))  # one file: all stamps change together
 
 
+class Lmdbs(EncodedDataset):
+    """Several LMDBs as one data set, {name: Lmdb}: each is a class of this name. `home` is the folder that has them."""
+
+    cache_name = "lmdb"
+
+    def __init__(self, parts: dict[str, Lmdb], home: Path):
+        self.names, self.parts = tuple(parts), list(parts.values())
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        length = int(self.ends[-1])
+        super().__init__(self._of_part, length, f"{length} pictures of {len(parts)} categories in {printable(home)}",
+                         [source for part in self.parts for source in part.sources], self._find_labels)
+        first = self.parts[0]
+        self.home, self.max_pixels, self.options = home, first.max_pixels, first.options
+
+    def _find(self, index: int) -> tuple[Lmdb, int]:
+        """Return (the LMDB that has picture `index`, its index there)."""
+        number = int(np.searchsorted(self.ends, index, "right"))
+        return self.parts[number], index - int(self.ends[number]) + len(self.parts[number])
+
+    def _of_part(self, index: int) -> torch.Tensor:
+        part, index = self._find(index)
+        return part[index]
+
+    def _find_labels(self) -> Labels:
+        return Labels(self.names, np.repeat(np.arange(len(self.parts)), [len(part) for part in self.parts]))
+
+    def use_levels(self, levels):
+        for part in self.parts:
+            part.use_levels(levels)
+        self.options = self.parts[0].options
+
+    def open(self, index):
+        part, index = self._find(index)
+        return part.open(index)
+
+    def name(self, index):
+        part, index = self._find(index)
+        return part.name(index)
+
+    def entry(self, index):
+        part, index = self._find(index)
+        return part.entry(index)
+
+    @cached_property
+    def stamps(self):
+        return np.concatenate([_hash(name) ^ part.stamps for name, part in zip(self.names, self.parts, strict=True)])
+
+    @cached_property
+    def identities(self):
+        """Of category and key: two categories may have the same key."""
+        pairs = ((name, key) for name, part in zip(self.names, self.parts, strict=True) for key in part.keys)
+        return np.fromiter(map(_identity, pairs), np.int64, len(self))
+
+
 class Subset(ImageDataset):
     """The pictures of a data set at `indices`, in this order; `word` describes them in the summary."""
 
@@ -240,11 +427,15 @@ class Subset(ImageDataset):
         sources = whole.sources  # one file per picture, or files of many pictures each, which are all kept
         if len(sources) == len(whole):
             sources = [sources[index] for index in indices]
-        super().__init__(self._of_whole, len(indices), f"{len(indices)} {word} of {whole.summary}", sources)
+        super().__init__(self._of_whole, len(indices), f"{len(indices)} {word} of {whole.summary}", sources,
+                         self._find_labels)
         self.whole, self.indices, self.options = whole, np.asarray(indices, np.int64), whole.options
 
     def _of_whole(self, index: int) -> torch.Tensor:
         return self.whole[int(self.indices[index])]
+
+    def _find_labels(self) -> Labels | None:
+        return self.whole.labels and self.whole.labels.subset(self.indices)
 
     def load_batch(self, indices):
         return self.whole.load_batch(self.indices[indices])

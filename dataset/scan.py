@@ -1,11 +1,19 @@
-"""Find the picture files below a folder, and what else is there: ignored files, odd files, folders of runs."""
+"""Find the pictures below a folder or in an archive, and what else is there: ignored and odd files, folders of runs."""
 
 import errno
 import os
+import stat
+import struct
+import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+from zipfile import ZIP_DEFLATED, ZIP_STORED
 
+from dataset import labels
 from dataset.decode import SUFFIXES, printable
 from errors import DataError
 
@@ -15,8 +23,9 @@ _PAGE = b'<script type="application/json" id="summary">'  # near the beginning o
 
 @dataclass
 class Found:
-    """What is below `folder`: the sorted `paths` of the pictures; the number of `ignored` files of each ending;
-    {path: reason} of what was `left_out`, such as links to nothing; folders that runs write to, in `own`.
+    """What is below `folder`, or in the archive of this name: the sorted `paths` of the pictures; the number of
+    `ignored` files of each ending; {path: reason} of what was `left_out`, such as links to nothing; folders that runs
+    write to, in `own`.
     """
 
     folder: str
@@ -66,10 +75,15 @@ def find_pictures(folder: Path, own: dict | None = None) -> Found:
         # no folder twice, and so no loops of links
         folders += reversed([path for real, path in inside.items() if real not in seen and real not in own])
         seen.update(inside)
+    return _sorted(found)
+
+
+def _sorted(found: Found) -> Found:
+    """Sort the paths. Raise DataError if there are none."""
     if not found.paths:
         problem = (f"holds {found.ignored.total()} files, but no picture ({found.kinds()})" if found.ignored else
                    "holds no picture" if found.left_out or found.own else "is empty")
-        raise DataError("\n".join([f"{printable(folder)} {problem}", *found.lines()[bool(found.ignored):]]))
+        raise DataError("\n".join([f"{printable(found.folder)} {problem}", *found.lines()[bool(found.ignored):]]))
     found.paths.sort()
     return found
 
@@ -100,7 +114,7 @@ def _list(folder: str, found: Found, training: bool) -> dict:
             found.left_out[path] = kind
         elif ending in SUFFIXES:
             found.paths.append(path)
-        else:
+        elif folder != found.folder or entry.name != labels.FILE:
             found.ignored[ending] += 1
     return inside
 
@@ -148,3 +162,110 @@ def own_folders(config) -> dict:
             real = os.path.realpath(path)
             own[os.path.join(real, config.version) if real == top else real] = flag
     return own
+
+
+# ---- zip archives ----
+
+_DAMAGED = "its checksum is wrong: the archive is damaged there"
+_HEADER = 30  # bytes before a file's name; its name and further fields follow, then its data
+_ENCRYPTED, _UTF_8, _UNIX = 0x1, 0x800, 3  # flags of a file, and the system that packed it
+
+
+class Member(NamedTuple):
+    """A file in an archive: where its header begins, its packed and unpacked `size` in bytes, checksum, compression."""
+
+    offset: int
+    packed: int
+    size: int
+    crc: int
+    method: int
+
+
+def find_in_archive(path: Path) -> tuple[Found, dict[str, Member]]:
+    """Return what is in a zip archive, as `find_pictures` does of a folder, and {name: Member} of its files.
+
+    Names are as in the unpacked folder. If all files are in one folder at the top, names are relative to it. Only the
+    directory at the end of the archive is read. Raise DataError if there are no pictures, or not all can be read.
+    """
+    found, files = Found(str(path)), {}
+    for entry in _directory(path):
+        name = _name(entry)
+        parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+        if parts and name[-1] != "/" and parts[0] != "__MACOSX" and not any(part[0] == "." for part in parts):
+            files[tuple(parts)] = entry
+    skip = int(len({parts[0] for parts in files}) == 1 and min(map(len, files)) > 1)  # a single folder at the top
+    files = {"/".join(parts[skip:]): entry for parts, entry in files.items()}
+    for name, entry in files.items():
+        ending = os.path.splitext(name)[1].lower()
+        if stat.S_ISLNK(entry.external_attr >> 16):
+            found.left_out[os.path.join(path, name)] = "a link, which is not followed in an archive"
+        elif ending in SUFFIXES:
+            found.paths.append(name)
+        elif name != labels.FILE:
+            found.ignored[ending] += 1
+    _sorted(found)
+    _refuse_unreadable(path, [files[name] for name in found.paths])
+    return found, {name: Member(entry.header_offset, entry.compress_size, entry.file_size, entry.CRC,
+                                entry.compress_type) for name, entry in files.items()}
+
+
+def _directory(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(4) == b"PK\x03\x04"
+            try:
+                with zipfile.ZipFile(file) as archive:
+                    return archive.infolist()
+            except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, OverflowError) as error:
+                name = printable(path)
+                raise DataError(f"{name} is truncated or damaged: its end, the directory of a zip archive, is missing "
+                                f"or wrong ({printable(error)})" if begins else
+                                f"{name} is a file, but no zip archive") from None
+    except OSError as error:
+        raise DataError(f"cannot read {printable(path)} ({error.strerror})") from None
+
+
+def _name(entry: zipfile.ZipInfo) -> str:
+    """Return the name that a file has once it is unpacked. Without a note of its encoding it is of any bytes."""
+    name = entry.filename
+    if entry.create_system != _UNIX:
+        return name.replace("\\", "/")
+    if entry.flag_bits & _UTF_8 or name != entry.orig_filename:  # which has a second name, in Unicode
+        return name
+    return os.fsdecode(name.encode("cp437"))
+
+
+def _refuse_unreadable(path: Path, pictures: list[zipfile.ZipInfo]):
+    """Raise DataError if pictures are encrypted, compressed in a way that is unknown here, or beyond the file's end."""
+    end = os.path.getsize(path)
+    reasons = {
+        "encrypted; pack it without a password": lambda entry: entry.flag_bits & _ENCRYPTED,
+        "compressed in an unusual way; pack it anew, with `zip -0` or `zip`":
+            lambda entry: entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED),
+        "missing: the archive is truncated or damaged; get it again":
+            lambda entry: not 0 <= entry.header_offset <= end - _HEADER - entry.compress_size,
+    }
+    for reason, applies in reasons.items():
+        wrong = [entry.filename for entry in pictures if applies(entry)]
+        if wrong:
+            count = f"{len(wrong)} of the {len(pictures)} pictures in it {'is' if len(wrong) == 1 else 'are'}"
+            raise DataError(f"{printable(path)}: {count} {reason}\nthe first is {printable(wrong[0])}")
+
+
+def unpack(member: Member, read: Callable[[int, int], bytes]) -> bytes:
+    """Return the content of a file in an archive; `read(count, offset)` reads from the archive.
+
+    Raises ValueError if it is damaged, OSError if it cannot be read.
+    """
+    header = read(_HEADER, member.offset)
+    if header[:4] != b"PK\x03\x04" or len(header) < _HEADER:
+        raise ValueError(_DAMAGED)
+    data = read(member.packed, member.offset + _HEADER + sum(struct.unpack("<HH", header[26:])))
+    if member.method == ZIP_DEFLATED:
+        try:  # one byte more than there should be, and no more, whatever the damage
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+        except zlib.error:
+            raise ValueError(_DAMAGED) from None
+    if len(data) != member.size or zlib.crc32(data) != member.crc:
+        raise ValueError(_DAMAGED)
+    return data

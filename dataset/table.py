@@ -7,7 +7,8 @@ Opening a data set reads file names and sizes but decodes no picture; `data_load
 import base64
 import hashlib
 import os
-from functools import partial
+import re
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from PIL import Image
 
 from dataset import toy
 from dataset.decode import MAX_PIXELS, printable, to_chw, to_tensor
-from dataset.images import Files, ImageDataset, Lmdb, Subset, environment, stat_file
+from dataset.images import Files, ImageDataset, Lmdb, Lmdbs, Subset, environment, open_pictures, stat_file
+from dataset.labels import Labels
 from dataset.scan import own_folders
 from errors import DataError
 
@@ -29,11 +31,12 @@ def _limit(config) -> int:
 
 
 def open_folder(config) -> ImageDataset:
-    """All pictures below the folder `--image_path`. Raises DataError."""
+    """All pictures below the folder, or in the zip archive, `--image_path`. Raises DataError."""
     try:
-        return Files(Path(config.image_path), config.imsize, None, _limit(config), own_folders(config))
+        return open_pictures(Path(config.image_path), config.imsize, None, _limit(config), own_folders(config))
     except DataError as error:
-        raise DataError(f"--dataset folder: {error}; set --image_path to a folder of pictures") from None
+        raise DataError(f"--dataset folder: {error}; set --image_path to a folder of pictures, or to a zip archive of "
+                        "them") from None
 
 
 def _missing(config, problem: object, name: str) -> DataError:
@@ -46,39 +49,71 @@ def _missing(config, problem: object, name: str) -> DataError:
 def open_celeb(config) -> ImageDataset:
     """CelebA's aligned pictures below `{image_path}/CelebA`, center-cropped to 160 px. Raises DataError."""
     try:
-        return Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP, _limit(config),
-                     own_folders(config))
+        dataset = Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP, _limit(config),
+                        own_folders(config))
     except DataError as error:
         raise _missing(config, error, "CelebA") from None
+    dataset.find_labels = None  # however its pictures are spread over folders
+    return dataset
 
 
-def _lsun_folder(config) -> Path:
-    """Return the folder of the LMDB: `--image_path` itself, a *_lmdb folder in it, or one in its folder LSUN.
+def _lsun_folders(config) -> dict[str, Path]:
+    """Return {category: folder} of the LMDBs: `--image_path` itself, or *_lmdb folders in it or in its folder LSUN.
 
-    Validation sets (*_val_lmdb) are used only if there is no other. Raises DataError.
+    There is one without classes, else one of each category. Validation sets (*_val_lmdb) are used only if there is no
+    other, or none of the category. Raises DataError.
     """
     root = Path(config.image_path)
     if (root / "data.mdb").is_file():
-        return root
+        return {root.name: root}
     folders = [file.parent for parent in (root, root / "LSUN") for file in sorted(parent.glob("*_lmdb/data.mdb"))]
-    training = [folder for folder in folders if not folder.name.endswith("_val_lmdb")] or folders
-    if not training:
+    if not folders:
         expected = " or ".join(str(parent / "church_outdoor_train_lmdb") for parent in (root, root / "LSUN"))
         raise _missing(config, f"no data.mdb in {expected}", "LSUN")
+    training = [folder for folder in folders if not folder.name.endswith("_val_lmdb")]
+    if getattr(config, "conditional", False) is not False:
+        return _by_category(config, training, [folder for folder in folders if folder not in training])
+    training = training or folders
     if len(training) > 1:
         names = ", ".join(folder.name for folder in training)
         raise DataError(f"--image_path {root} holds several data sets ({names}): choose one of them, such as "
-                        f"--image_path {training[0]}")
-    return training[0]
+                        f"--image_path {training[0]}, or use all, each as a class, with --conditional true")
+    return {training[0].name: training[0]}
+
+
+def _by_category(config, training: list[Path], validation: list[Path]) -> dict[str, Path]:
+    """Return {category: folder}, sorted. Raise DataError if a category has two folders for training."""
+    folders = {}
+    for folder in training:
+        name = re.sub("(_train)?_lmdb$", "", folder.name)
+        if name in folders:
+            raise DataError(f"--image_path {config.image_path} holds two data sets of the category {name} "
+                            f"({folders[name]}, {folder}); remove one of them")
+        folders[name] = folder
+    for folder in validation:
+        folders.setdefault(folder.name.removesuffix("_val_lmdb"), folder)
+    return dict(sorted(folders.items()))
 
 
 def open_lsun(config) -> ImageDataset:
-    """An LMDB in LSUN's layout: every value of `data.mdb` is an encoded picture. Raises DataError."""
-    lmdb_folder = _lsun_folder(config)
+    """LMDBs in LSUN's layout: every value of `data.mdb` is an encoded picture. Several are a class each.
+
+    Raises DataError.
+    """
+    folders = _lsun_folders(config)
     try:
-        import lmdb
+        import lmdb  # noqa: F401
     except ImportError:
         raise DataError("--dataset lsun needs the lmdb package: pip install lmdb") from None
+    parts = {name: _open_lmdb(config, folder) for name, folder in folders.items()}
+    if len(parts) > 1:
+        return Lmdbs(parts, Path(config.image_path))
+    return next(iter(parts.values()))
+
+
+def _open_lmdb(config, lmdb_folder: Path) -> Lmdb:
+    import lmdb
+
     file, folder = lmdb_folder / "data.mdb", os.path.realpath(lmdb_folder)
     try:
         opened = environment(folder)
@@ -104,12 +139,14 @@ def open_cifar10(config) -> ImageDataset:
     from torchvision.datasets import CIFAR10  # here, because the import takes a second
 
     try:
-        pictures = CIFAR10(root, train=True, download=False).data  # (N, 32, 32, 3) uint8
+        cifar10 = CIFAR10(root, train=True, download=False)
     except RuntimeError:  # torchvision raises it on a wrong checksum
         raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
+    pictures = cifar10.data  # (N, 32, 32, 3) uint8
+    labels = partial(Labels, tuple(cifar10.classes), np.array(cifar10.targets, np.int64))
     read = partial(_read_array, pictures, imsize=config.imsize)
     sources = [str(root / name / file) for file, _ in CIFAR10.train_list]
-    return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {printable(root)}", sources)
+    return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {printable(root)}", sources, labels)
 
 
 def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
@@ -119,7 +156,14 @@ def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
 def open_toy(config) -> ImageDataset:
     """Faces drawn by code (dataset/toy.py): nothing to download."""
     read = partial(_draw, imsize=config.imsize)
-    return ImageDataset(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px", [toy.__file__])
+    return ImageDataset(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px", [toy.__file__],
+                        _toy_labels)
+
+
+@cache
+def _toy_labels() -> Labels:
+    faces = map(toy.face_traits, range(TOY_LENGTH))
+    return Labels(tuple(toy.CLASSES), np.fromiter(map(toy.face_class, faces), np.int64, TOY_LENGTH))
 
 
 def _draw(index: int, imsize: int) -> torch.Tensor:

@@ -50,13 +50,16 @@ class _Doomed:
 def clean_data(config) -> int:
     """List and delete the files. Return exit code 0.
 
-    Raise UsageError without confirmation or for a data set of other files, DataError without a check's list,
-    LockedError while the run trains, CheckpointError if a file cannot be deleted.
+    Raise UsageError without confirmation, or for a data set of other files or in an archive, DataError without a
+    check's list, LockedError while the run trains, CheckpointError if a file cannot be deleted.
     """
     if config.dataset not in FOLDERS:
         raise UsageError(f"--mode clean_data --dataset {config.dataset}: only picture files of "
                          f"--dataset {' or '.join(FOLDERS)} can be deleted")
     folder = os.path.realpath(os.path.join(config.image_path, FOLDERS[config.dataset]))
+    if os.path.isfile(folder):
+        raise UsageError(f"--mode clean_data: no picture is deleted from an archive; unpack {printable(folder)}, train "
+                         "once with --image_path on its folder, and clean that")
     with closing(FolderLock([place for place in RunFolders.of(config).each() if place.is_dir()],
                             f"--version {config.version}")):    # a run that trains now would miss its pictures
         logs = Path(config.log_path, config.version)

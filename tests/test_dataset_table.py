@@ -195,6 +195,59 @@ def test_an_empty_or_ambiguous_lsun_is_refused(tmp_path):
     assert len(build_dataset(data_config(tmp_path / "dogs_lmdb", dataset="lsun"))) == 4
 
 
+def many(path, **changes):
+    """All LMDBs of a folder as one data set."""
+    return build_dataset(data_config(path, dataset="lsun", conditional=True, **changes))
+
+
+@pytest.mark.parametrize("place", [".", "LSUN"])
+def test_several_lmdbs_are_a_class_each_where_classes_are_asked_for(tmp_path, place):
+    for name, count in (("dog_train_lmdb", 3), ("dog_val_lmdb", 4), ("cat_lmdb", 5), ("church_outdoor_val_lmdb", 2)):
+        fill_lmdb(tmp_path / place / name, count)
+    (line,) = refused(data_config(tmp_path, dataset="lsun", conditional=False))
+    assert "cat_lmdb, dog_train_lmdb" in line and "--conditional true" in line and "--image_path" in line
+    for conditional in (True, "auto"):
+        config = data_config(tmp_path, dataset="lsun", conditional=conditional)
+        dataset = build_dataset(config)
+        assert describe(dataset, config) == f"lsun: 10 pictures of 3 categories in {tmp_path}"
+        assert dataset.labels.names == ("cat", "church_outdoor", "dog") and dataset.labels.counts.tolist() == [5, 2, 3]
+        assert dataset.labels.numbers.tolist() == [0] * 5 + [1] * 2 + [2] * 3
+    for index, seed in ((0, 0), (4, 4), (5, 0), (6, 1), (7, 0), (9, 2)):        # the ends of each part
+        assert torch.equal(dataset[index], decode(encode(gradient(seed=seed), "PNG"), "x", 16)), index
+
+
+def test_one_lmdb_has_no_classes(tmp_path):
+    fill_lmdb(tmp_path / "cat_train_lmdb", 5), fill_lmdb(tmp_path / "cat_val_lmdb", 4)
+    assert len(many(tmp_path)) == 5 and many(tmp_path).labels is None
+    assert len(many(tmp_path / "cat_val_lmdb")) == 4
+
+
+def test_two_lmdbs_of_one_category_are_refused(tmp_path):
+    fill_lmdb(tmp_path / "cat_lmdb", 4), fill_lmdb(tmp_path / "LSUN/cat_train_lmdb", 4)
+    (line,) = refused(data_config(tmp_path, dataset="lsun", conditional=True))
+    assert "two data sets of the category cat" in line and "LSUN/cat_train_lmdb" in line
+
+
+def test_several_lmdbs_are_checked_cached_and_loaded_as_one_set(tmp_path):
+    fill_lmdb(tmp_path / "cat_lmdb", 101), fill_lmdb(tmp_path / "dog_lmdb", 99)
+    import lmdb
+
+    with lmdb.open(str(tmp_path / "dog_lmdb"), map_size=2**22) as opened, opened.begin(write=True) as transaction:
+        transaction.put(b"00000003", b"<html>")
+        transaction.put(b"00000004", encode(Image.fromarray(np.full((9, 9), 4000, np.uint16)), "PNG"))
+    changes = dict(check_data="full", cache="on", log_path=str(tmp_path / "logs"), cache_path=str(tmp_path / "cache"))
+    dataset, again = many(tmp_path, **changes), many(tmp_path, num_workers=2)
+    assert len(dataset) == 199 and dataset.labels.counts.tolist() == [101, 98]
+    assert_colour(dataset[104], (250, 250, 250), 6)                 # 4000 of 12 bits
+    assert len(set(dataset.identities.tolist())) == 199 and len(set(dataset.whole.dataset.stamps.tolist())) == 200
+    assert dataset.is_decoded() and [path.parent.name for path in tmp_path.rglob("*.u8")] == ["lmdb"]
+    assert dataset.sources == [str(tmp_path / f"{name}_lmdb/data.mdb") for name in ("cat", "dog")]
+    config = data_config(tmp_path, dataset="lsun", conditional=True, num_workers=2)
+    with pytest.raises(DataError, match="00000003 in .*dog_lmdb"):
+        take(real_batches(config, again, 0, "cpu"), 50)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[150], again[151])
+
+
 def test_lsun_without_the_lmdb_package(tmp_path, monkeypatch):
     fill_lmdb(tmp_path / "cats_lmdb", 4)
     monkeypatch.setitem(sys.modules, "lmdb", None)
@@ -232,6 +285,7 @@ def test_cifar10_is_read(tmp_path, cifar10, place):
     cifar10(tmp_path / place)
     dataset = build_dataset(data_config(tmp_path, dataset="cifar10", imsize=64))
     assert len(dataset) == 10
+    assert dataset.labels.names == ("red", "blue") and dataset.labels.numbers.tolist() == [0, 1] * 5
     assert dataset[0].shape == (3, 64, 64)
     assert_colour(dataset[0], RED)
     assert_colour(dataset[9], BLUE)
@@ -249,6 +303,7 @@ def test_toy_needs_nothing(tmp_path):
     assert describe(dataset, config) == "toy: 4096 drawn faces at 32 px"
     assert dataset[4095].shape == (3, 32, 32) and dataset[4095].dtype == torch.uint8
     assert not torch.equal(dataset[0], dataset[1])
+    assert len(dataset.labels.numbers) == 4096 and len(pickle.dumps(dataset)) < 10_000
 
 
 def test_opening_writes_nothing(tmp_path, cifar10, monkeypatch):

@@ -5,10 +5,12 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dataset.table import open_toy
 from dataset.toy import BACKDROPS, HAIRS, IRISES, SKINS, draw_face, face_traits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -145,6 +147,20 @@ def test_the_crowd_is_varied():
     assert len({face.style for face in crowd}) == 10
     assert {face.mouth for face in crowd} == {"smile", "open", "grin", "lips", "neutral"}
     assert len({draw_face(i, 32).tobytes() for i in range(200)}) == 200
+
+
+def test_classes_are_what_a_face_wears_and_all_are_frequent():
+    labels = open_toy(SimpleNamespace(imsize=32)).labels
+    assert labels.names == ("glasses", "beard", "curls", "hair up", "long hair", "bob", "short hair")
+    assert labels.counts.min() >= 0.08 * 4096 and labels.counts.sum() == 4096
+    worn = {"glasses": lambda face: face.glasses != "none", "beard": lambda face: face.beard}
+    hair = {"curls": {"afro", "curly"}, "hair up": {"bun", "buns"}, "long hair": {"long"}, "bob": {"bob"},
+            "short hair": {"short", "quiff", "buzz", "bald"}}
+    for index, number in enumerate(labels.numbers):
+        face, name = face_traits(index), labels.names[number]
+        assert all(applies(face) == (name == thing) for thing, applies in worn.items()
+                   if thing != "beard" or name != "glasses"), f"face {index} is no {name}"
+        assert name in worn or face.style in hair[name], f"face {index} is no {name}"
 
 
 def test_a_face_stands_out_from_its_surroundings():

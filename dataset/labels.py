@@ -1,0 +1,130 @@
+"""The classes of a data set's pictures: from subfolders, or from a dataset.json."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dataset.decode import printable
+from errors import DataError
+
+FILE = "dataset.json"  # in the top folder of the pictures
+MOST_CLASSES = 100_000  # a larger number is no class, but an identity or a mistake
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """`names` of the classes in the order of their numbers, and `numbers`, int64 (N,): the class of each picture."""
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The pictures of each class, int64 (len(names),)."""
+        return np.bincount(self.numbers, minlength=len(self.names))
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Labels":
+        """Return the labels of the pictures at `indices`, with the names of all classes."""
+        return Labels(self.names, self.numbers[indices])
+
+
+def from_folders(paths: Sequence[str]) -> Labels | None:
+    """Return one class per subfolder of the top folder; None if a picture is in none, or all are in one.
+
+    `paths` are the pictures below the top folder, with forward slashes. What is nested deeper belongs to its subfolder.
+    The classes are sorted by name, by value if all names are numbers.
+    """
+    tops = [path.partition("/")[0] if "/" in path else None for path in paths]
+    names = set(tops)
+    if None in names or len(names) < 2:
+        return None
+    ordered = sorted(names)
+    if all(name.isdecimal() for name in ordered):
+        ordered.sort(key=int)  # 2 before 10
+    number = {name: place for place, name in enumerate(ordered)}
+    return Labels(tuple(ordered), np.fromiter((number[top] for top in tops), np.int64, len(tops)))
+
+
+def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool], name: str) -> Labels | None:
+    """Return what a dataset.json says of the pictures at `paths`, in their order; None if its labels are null.
+
+    `{"labels": [["folder/1.jpg", 0], ...]}`, the convention of StyleGAN2-ADA: paths below the top folder, whole
+    numbers. The classes are 0 to the largest number, and those numbers are their names, unless the file also has their
+    names in order: `"classes": ["cat", "dog"]`. An entry may name a file that is not read as a picture, if
+    `is_file(path)`. Raises DataError, which calls the file `name`.
+    """
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise _wrong(name, f"is not JSON ({printable(error)})") from None
+    if not isinstance(content, dict) or "labels" not in content:
+        raise _wrong(name, 'has no "labels"; it must be {"labels": [["a/1.jpg", 0], ...]}')
+    if content["labels"] is None:
+        return None
+    number = _numbers(content["labels"], name)  # {path: class}
+    pictures = set(paths)
+    _refuse([path for path in number if path not in pictures and not is_file(path)], len(number),
+            "names {} that {} not there: {}", name)
+    _refuse([path for path in paths if path not in number], len(paths), "leaves out {} that {} there: {}", name)
+    numbers = np.fromiter((number[path] for path in paths), np.int64, len(paths))
+    return Labels(_names(content.get("classes"), int(max(number.values())) + 1, name), numbers)
+
+
+def _numbers(entries: object, name: str) -> dict[str, int]:
+    if not isinstance(entries, list):
+        raise _wrong(name, 'has "labels" that are not a list; it must be {"labels": [["a/1.jpg", 0], ...]}')
+    wrong = [(entry, problem) for entry in entries if (problem := _problem(entry))]
+    if wrong:
+        entry, problem = wrong[0]
+        raise _wrong(name, f"has {len(wrong)} of {len(entries)} entries that cannot be used, the first: "
+                           f"{printable(json.dumps(entry)[:100])} {problem}")
+    number, twice = {}, {}
+    for path, label in entries:
+        if number.setdefault(path, label) != label:
+            twice.setdefault(path, label)
+    if twice:
+        path, label = next(iter(twice.items()))
+        raise _wrong(name, f"gives {len(twice)} of {len(number)} files more than one class, such as {printable(path)}: "
+                           f"{number[path]} and {label}")
+    return number
+
+
+def _problem(entry: object) -> str | None:
+    """Return what is wrong with an entry of "labels", or None."""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
+        return 'is not ["path", class]'
+    label = entry[1]
+    if isinstance(label, list):
+        return "has several labels; a picture has one, a whole number"
+    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+        return "has a label that is no whole number from 0 on"
+    return f"has a label of {MOST_CLASSES:,} or more; classes are numbered 0, 1, 2, ..." if label >= MOST_CLASSES else \
+        None
+
+
+def _names(names: object, least: int, name: str) -> tuple[str, ...]:
+    """Return the names of all classes. `least`: one more than the largest number."""
+    if names is None:
+        return tuple(map(str, range(least)))
+    if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
+        raise _wrong(name, 'has "classes" that are not a list of names')
+    if len(names) < least:
+        raise _wrong(name, f'has {len(names)} "classes", but labels up to {least - 1}, which need {least}')
+    if len(set(names)) < len(names):
+        twice = next(one for place, one in enumerate(names) if one in names[:place])
+        raise _wrong(name, f'has the name {printable(twice)} twice in "classes"')
+    return tuple(names)
+
+
+def _refuse(wrong: list[str], count: int, problem: str, name: str):
+    """Raise DataError if there are `wrong` paths among `count`."""
+    if wrong:
+        words = f"{len(wrong)} of {count} pictures", "is" if len(wrong) == 1 else "are"
+        first = printable(wrong[0]) + ", ..." * (len(wrong) > 1)
+        raise _wrong(name, problem.format(*words, first))
+
+
+def _wrong(name: str, problem: str) -> DataError:
+    return DataError(f"{printable(name)} {problem}\ncorrect it, or train without classes: --conditional false")
