@@ -273,7 +273,7 @@ class Run:
     def write_page(self):
         """Rewrite the run's page and the overview of all runs."""
         if distributed.is_first():
-            page.write_pages(self.folders, self.config)
+            page.write_pages(self.folders, self.config, self.classes and len(self.classes))
 
     def try_to(self, what, action):
         """Call an action that training can do without. A failure is announced once, until it succeeds again."""

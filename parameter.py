@@ -77,7 +77,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"invalid (int|float) value: (.+)$", lambda wrong: f"{wrong[2]} is no {_KINDS[wrong[1]]}",
                          message)
-        raise UsageError(re.sub(r"^argument (--\w+): ", r"\1: ", message))
+        raise UsageError(_escaped(re.sub(r"^argument (--\w+): ", r"\1: ", message)))
+
+
+def _escaped(text):
+    """The text on one line: line breaks and other control characters that a user typed as escapes such as \\n."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def parse(argv):
@@ -103,7 +108,7 @@ def parse(argv):
         name = unknown[0].split("=")[0]
         nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FLAGS, n=1, cutoff=0.7)
         hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
-        raise UsageError(f"unknown flag {name}: {hint}")
+        raise UsageError(_escaped(f"unknown flag {name}: {hint}"))
     return vars(namespace)
 
 

@@ -98,10 +98,10 @@ class Traits:
     high: float = 0.0
 
 
-def picture_size(path: str) -> tuple[int, int] | None:
+def picture_size(file: BinaryIO) -> tuple[int, int] | None:
     """Return (width, height) in pixels, read from the file's header only; None if the header cannot be read."""
     try:
-        with open(path, "rb") as file, _open(file) as image:
+        with _open(file) as image:
             return image.size
     except _UNUSABLE:
         return None

@@ -24,14 +24,15 @@ LOSSES = {
 @dataclass(frozen=True)
 class Metric:
     """One metric: its `file` in metrics/; its description `words` for --help; `of_sets`: it compares two sets of
-    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir. A set needs
-    at least `least` pictures.
+    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir;
+    `of_classes`: only for a run with classes, against its real pictures. A set needs at least `least` pictures.
     """
 
     file: str
     words: str = ""
     of_sets: bool = False
     of_folders: bool = False
+    of_classes: bool = False
     least: int = 1
 
 
@@ -43,6 +44,7 @@ METRICS = {     # --metrics, in the order in which --mode evaluate computes them
     "is":      Metric("features", "Inception Score: only with --feature_net inception", of_sets=True, of_folders=True,
                       least=2),
     "swd":     Metric("swd", "sliced Wasserstein distance: needs no weights", of_sets=True, of_folders=True),
+    "ifid":    Metric("ifid", "fid within each class, of a run with classes", of_classes=True, least=2),
     "nearest": Metric("nearest", "are samples copies?", of_folders=True, least=2),
     "lpips":   Metric("backtrack", "back-tracking of held-out pictures"),
     "share":   Metric("variation", "of the images' variance, from each input of G"),
@@ -215,7 +217,7 @@ def only_with_loss(name):
 def _without_features(values):
     """For `Flag.unused`: none of the metrics is computed from the features of a network."""
     chosen = values["metrics"]
-    return not any(METRICS[name].file == "features" for name in chosen) and f"--metrics {written(chosen)}"
+    return not any(METRICS[name].file in ("features", "ifid") for name in chosen) and f"--metrics {written(chosen)}"
 
 
 def no_classes(values):
@@ -271,7 +273,8 @@ FLAGS = {
     "data": (
         Flag("dataset", one_of("celeb", "lsun", "cifar10", "folder", "toy"), "celeb",
              "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
-        Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures"),
+        Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures, or a "
+             "zip archive of them"),
         Flag("imsize", int, 64, "side of the pictures in pixels, a power of two: {families}",
              fixed=lambda values: not values["fake_dir"]),
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
@@ -348,8 +351,8 @@ FLAGS = {
         Flag("metric_step", int, 0, "steps between computations of the metrics in training; the checkpoint of the best "
              f"fid, or with fewer than {FEW:,} real pictures of the best kid, is kept as best.pth; 0: never", 0),
         Flag("num_eval", int, 5000, "samples that metrics are computed on", 2),
-        Flag("feature_net", one_of(*FEATURE_NETS), "inception", "network whose features fid, kid and pr compare; the "
-             "scores of others than inception are named after it, such as fd_dinov2: inception | vgg16 (of "
+        Flag("feature_net", one_of(*FEATURE_NETS), "inception", "network whose features fid, kid, pr and ifid compare; "
+             "the scores of others than inception are named after it, such as fd_dinov2: inception | vgg16 (of "
              "--vgg_weights) | dinov2 (ViT-L/14, 1.2 GB) | clip (ViT-B/32, 354 MB)", unused=_without_features),
         Flag("inception_weights", str, "standard", "weights of --feature_net inception: standard (TensorFlow's of "
              "2015-12-05) | random (for tests) | PATH", unused=lambda values: values["feature_net"] != "inception"

@@ -39,16 +39,17 @@ _SUMMARY_WITHIN = 1 << 16   # bytes: the summary ends within the first 64 KiB of
 _PROTOCOLS_WITHIN = 1 << 15 # bytes of the summary; one character may take twelve
 
 
-def write_pages(folders, config):
-    """Write the run's page, and the overview of all runs in the parent folder."""
-    write_run_page(folders, config)
+def write_pages(folders, config, classes=None):
+    """Write the run's page, and the overview of all runs in the parent folder: see `write_run_page`."""
+    write_run_page(folders, config, classes)
     write_overview(folders.samples.parent)
 
 
-def write_run_page(folders, config):
+def write_run_page(folders, config, classes=None):
     """Write samples/<version>/index.html from the pictures and metrics.jsonl in `folders` (a RunFolders).
 
-    `config` is the run's resolved Config. Missing files are left out.
+    `config` is the run's resolved Config, `classes` the number of its classes; None: what the page says so far. Missing
+    files are left out.
     """
     steps, pictures, attention, extras = _find_pictures(folders)
     metrics = _metrics_of(os.path.abspath(folders.logs / "metrics.jsonl"))
@@ -56,12 +57,13 @@ def write_run_page(folders, config):
     settings = json.loads(as_json(config), parse_constant=str)     # JSON has no infinity (--lambda_gp inf)
     newest = {kind: _name(steps[-1] if indices is None else steps[indices[-1]], kind)
               for kind, indices in pictures.items()}
+    classes = classes or (_read_summary(folders.samples / NAME) or {}).get("classes")
     summary = {
         "version": settings["version"], "model": settings["model"],
         "dataset": dataset_name(config).removeprefix("folder ") or "folder", "imsize": settings["imsize"],
         "step": max([*steps[-1:], metrics.last_step]), "total_step": settings["total_step"],
         "written": int(time.time()), "thumb": newest.get("fake"), "figures": metrics.latest,
-        "measured": metrics.protocols(),
+        "measured": metrics.protocols(), "classes": classes,
     }
     real = "real.png" if (folders.samples / "real.png").is_file() else None
     data = {
@@ -70,6 +72,7 @@ def write_run_page(folders, config):
                                   / name) for kind, name in {**newest, **({"real": real} if real else {})}.items()},
         "keys": metrics.keys, "rows": metrics.rows(steps),
         "curves": [curve.columns() for curve in metrics.curves], "measured": metrics.scores(),
+        "by_class": metrics.by_class(),
         "others": [name for name in _runs_in(folders.samples.parent) if name != folders.samples.name],
         "config": settings,
     }
@@ -227,6 +230,7 @@ class _Metrics:
         self.last_step = 0                  # the highest step of any line
         self.latest = {}                    # {key: latest value}
         self._protocols = {}                # {key: (protocol, source, step)} of those latest values that are scores
+        self._by_class = {}                 # {key: [protocol, source, step, {class: value}]} of the latest scores
         self._scores = {}                   # {(key, protocol, source): {step: [value, each of WITH_SCORE or None]}}
         self._index = {}                    # {key: index in keys}
         self._rows = {}                     # {step of a picture: row}
@@ -299,6 +303,18 @@ class _Metrics:
                 self.latest.pop(key + suffix, None)
                 if key + suffix in values:
                     self.latest[key + suffix] = values[key + suffix]
+        by_class = entry.get("by_class")
+        for key, of_classes in by_class.items() if isinstance(by_class, dict) else ():
+            if isinstance(of_classes, dict):
+                self._by_class[key] = [*group, step, _finite(of_classes)]
+
+    def by_class(self):
+        """Return [[key, protocol, source, step, classes, values], ...] of the latest scores: highest values first."""
+        found = []
+        for key, (*origin, values) in self._by_class.items():
+            ordered = sorted(values.items(), key=lambda pair: (-pair[1], pair[0]))
+            found.append([key, *origin, [name for name, _ in ordered], [value for _, value in ordered]])
+        return found
 
     def scores(self):
         """Return {"groups": [(protocol, source), ...], "series": [[key, group index, steps, values, deviations, lows,
@@ -368,8 +384,12 @@ def _parse_line(line):
 
 def _finite_values(entry):
     """Return {key: float, rounded} of a line's finite numbers, without its step."""
-    return {key: _rounded(value) for key, value in entry.items()
-            if key != "step" and type(value) in (int, float) and math.isfinite(value)}
+    return _finite({key: value for key, value in entry.items() if key != "step"})
+
+
+def _finite(values):
+    return {key: _rounded(value) for key, value in values.items()
+            if type(value) in (int, float) and math.isfinite(value)}
 
 
 def _rounded(value):

@@ -54,6 +54,10 @@ class TrainedGenerator:
             raise UsageError("--classes: this run has no classes; leave it out")
         return self.latents.classes
 
+    def create_folder(self):
+        """Create the folder of the outputs: nothing can be refused any more. Raises OSError."""
+        self.folders.samples.mkdir(parents=True, exist_ok=True)
+
     def path(self, name, config):
         """Path of an output of this step and seed, without suffix."""
         truncation = "" if config.truncation is None else f"_truncation{config.truncation:g}"
@@ -61,7 +65,8 @@ class TrainedGenerator:
 
     def finish(self, config, message):
         """Update the run's page and print `message`."""
-        page.write_pages(self.folders, config)
+        classes = self.latents.classes
+        page.write_pages(self.folders, config, classes and len(classes))
         say(message)
 
 
@@ -98,7 +103,8 @@ def sample(config, place, precision):
     side, folder = grid.grid_side(config.imsize), trained.path("generated", config)
     if config.classes is not None:
         return _sample_classes(config, trained, folder, side)
-    folder.mkdir(parents=True, exist_ok=True)
+    trained.create_folder()
+    folder.mkdir(exist_ok=True)
     with progress(config.num_samples, "picture") as done:
         grid.save_grid(_write_samples(trained, config, folder, side**2, done), f"{folder}.png")
     trained.finish(config, f"{config.num_samples} pictures of step {trained.step} in {folder}{os.sep}, "
@@ -110,6 +116,7 @@ def _sample_classes(config, trained, folder, side):
     """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
     classes = trained.classes()
     chosen, rows = classes.choose(config.classes), {}
+    trained.create_folder()
     shown = [chosen[index] for index in spread_indices(side, len(chosen))]
     with progress(config.num_samples * len(chosen), "picture") as done:
         for label, name in zip(chosen, classes.folder_names(chosen), strict=True):
@@ -180,7 +187,7 @@ def interpolate(config, place, precision):
         classes = trained.classes()
         chosen = torch.tensor(classes.choose(config.classes, None if config.classes else count))
         inputs = replace(inputs, labels=walk_classes(chosen, len(classes), config.num_frames))
-    trained.folders.samples.mkdir(parents=True, exist_ok=True)          # nothing can be refused any more
+    trained.create_folder()
     frames = []
     for part in tqdm(inputs.split(1), unit="frame", dynamic_ncols=True):
         part = part.to(place.device)
@@ -224,7 +231,7 @@ def style_mix(config, place, precision):
     exit code 0. Raises CheckpointError.
     """
     trained = load_generator(config, place, precision)
-    trained.folders.samples.mkdir(parents=True, exist_ok=True)
+    trained.create_folder()
     generator = torch.Generator().manual_seed(config.seed)
     contents, styles = trained.latents.sampling(2 * STYLES, generator).to(place.device).split(STYLES)
     first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, 3, imsize, imsize)

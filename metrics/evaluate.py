@@ -18,11 +18,10 @@ from pathlib import Path
 
 import data_loader
 from dataset.decode import picture_size
-from dataset.images import ThreadedReader
-from dataset.scan import find_pictures
+from dataset.images import ThreadedReader, open_pictures
 from device import distributed
 from device.distributed import Place, say
-from errors import DataError, first_line
+from errors import DataError, UsageError, first_line
 from flags.common import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
@@ -92,10 +91,12 @@ def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lamb
 def _evaluate_run(config, place, precision):
     trained = load_generator(config, place, precision)
     trained.G.requires_grad_(False)
-    needs_pictures = any(METRICS[name].of_folders for name in config.metrics)
+    _refuse_without_classes(config, trained)
+    needs_pictures = any(METRICS[name].of_folders or METRICS[name].of_classes for name in config.metrics)
     read_reference = _find_reference(config, config.imsize) if needs_pictures else lambda: None
     meter, others = load(config, place)
     reference = read_reference()
+    _refuse_without_classes(config, trained, reference)
     say(f"evaluating '{config.version}' at step {trained.step}")
 
     def samples_of(generator):
@@ -119,6 +120,17 @@ def _evaluate_run(config, place, precision):
     report = _Report(config, config.version, trained)
     return _evaluate(evaluation, meter, others, samples_of(trained), trained.latents.source(config.seed), report,
                      keep_best)
+
+
+def _refuse_without_classes(config, trained, reference=None):
+    """Raise UsageError if a metric needs classes and the run has none, DataError if the Reference has none."""
+    needy = ",".join(name for name in config.metrics if METRICS[name].of_classes)
+    if needy and trained.latents.classes is None:
+        raise UsageError(f"--metrics {needy}: this run has no classes; leave {needy} out, or evaluate a run that was "
+                         "trained with --conditional true")
+    if needy and reference and reference.dataset.labels is None:
+        raise DataError(f"--metrics {needy}: {reference.words} have no classes; put those of each class into a "
+                        f"subfolder of its name, or leave {needy} out")
 
 
 def _keep_best(config, trained, scores, names):
@@ -154,10 +166,11 @@ class _Report:
             log = MetricsLog(self.trained.folders.logs, self.config.use_tensorboard)
             for score in scores:
                 log.write(self.step, score.line())
-                log.write_events(self.step, score.line())
+                log.write_events(self.step, score.values)
             log.close()
             self.trained.folders.samples.mkdir(parents=True, exist_ok=True)
-            page.write_pages(self.trained.folders, self.config)
+            classes = self.trained.latents.classes
+            page.write_pages(self.trained.folders, self.config, classes and len(classes))
         say("\n" + "\n".join(lines))
 
     def end(self):
@@ -209,9 +222,18 @@ def _find_reference(config, imsize):
 
 
 def _sizes(folder):
-    """Count the readable pictures of a folder by size: {(width, height): number}, the most frequent size first."""
+    """Count the readable pictures of a folder, or archive, by size: {(width, height): number}, the commonest first."""
+    dataset = open_pictures(Path(folder), 1)            # at whatever size: only headers are read
+
+    def size_of(index):
+        try:
+            with dataset.open(index)[0] as file:
+                return picture_size(file)
+        except DataError:
+            return None
+
     with ThreadPoolExecutor() as pool:
-        sizes = Counter(pool.map(picture_size, find_pictures(Path(folder)).paths))
+        sizes = Counter(pool.map(size_of, range(len(dataset))))
     sizes.pop(None, None)
     return dict(sizes.most_common())
 

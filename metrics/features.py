@@ -51,17 +51,13 @@ class SetMeter:
             say(f"note: the Inception Score is left out, as --feature_net is {self.net_name}")
         self.warned = False
 
-        def load():
-            return self.kind.load(config)
-
-        # rank 0 first, since it may have to download the weights
-        self.net = distributed.after_first(load, load).to(place.device)
+        self.net = load_net(config, place)
 
     def prepare(self, reference):
         """Set the Reference; compute its features, or read them from the cache."""
         refuse_few(self.chosen, len(reference), "real")
         self.reference = reference
-        self.real = self._reference_features()
+        self.real = reference_features(self.config, self.place, self.net, reference)
 
     def measure(self, pictures, source, stopped=lambda: False):
         """Return the Score of a set of uint8 pictures, the same on every rank; None if `stopped()` becomes true.
@@ -73,7 +69,7 @@ class SetMeter:
         if fake is None:
             return None
         self._warn_of_few(min(len(self.reference), len(pictures)))
-        _refuse_not_finite(fake, self.kind.flag, "generated")
+        refuse_not_finite(fake, self.kind.flag, "generated")
         return distributed.on_first(lambda: Score(
             distances(self.real, fake.divided_by(self.real.scale), self.chosen, self.place.device, self.net_name),
             self._protocol(pictures, fake), source))
@@ -86,24 +82,6 @@ class SetMeter:
             say(f"warning: {count:,} pictures are fewer than the {width:,} features, so {fid} mostly measures how many "
                 f"they are; go by {kid}" + ("" if "kid" in self.chosen else " (add kid to --metrics)"))
         self.warned = True
-
-    def _reference_features(self):
-        config, reference = self.config, self.reference
-        library = version("torch-fidelity") if self.kind.of_torch_fidelity else ""
-        cache = Cache(config.cache_path, "reference", {
-            "pictures": reference.fingerprint, "net": self.net_name, "weights": self.kind.identity(config),
-            "procedure": CACHE_VERSION, "rows": MAX_ROWS, "torch-fidelity": library})
-        entry = distributed.gather(cache.read(RealFeatures.is_valid) if distributed.is_first() else None)[0]
-        if entry is not None:
-            say(f"reference: {reference.words}, features read from {cache.path}")
-            return RealFeatures(len(reference), **{name: entry[name] for name in RealFeatures.CACHED})
-        say(f"reference: {reference.words}, computing features once")
-        features = compute_features(self.net, ThreadedReader(reference.dataset), self.place, "reference")
-        _refuse_not_finite(features, self.kind.flag, "real")
-        real = distributed.on_first(lambda: prepare_real(features, self.kind.standardize, self.place.device))
-        if distributed.is_first():
-            cache.write({name: getattr(real, name) for name in RealFeatures.CACHED})
-        return real
 
     def _protocol(self, pictures, fake):
         """Return the protocol, the same for any choice of these metrics, so that FIDs of different choices compare."""
@@ -127,12 +105,22 @@ class SetMeter:
 # ----------------------------------------------------------------------------------------------- passes over a set
 
 
+def load_net(config, place):
+    """Return the network of `--feature_net` on the device. All ranks must call this. Raises DataError, UsageError."""
+    def load():
+        return FEATURE_NETS[config.feature_net].load(config)
+
+    # rank 0 first, since it may have to download the weights
+    return distributed.after_first(load, load).to(place.device)
+
+
 @dataclass
 class Features:
     """A network's features of a set of `count` pictures, on the CPU.
 
     `mean` (D,) and `covariance` (D, D), float64, are over all pictures. `rows`, float32 (at most MAX_ROWS, D), are the
-    features of pictures spread evenly over the set. `logits` (count, 1008); None if not requested.
+    features of pictures spread evenly over the set, of all if there are no more. `logits` (count, 1008); None if not
+    requested.
     """
 
     count: int
@@ -140,6 +128,12 @@ class Features:
     covariance: torch.Tensor
     rows: torch.Tensor
     logits: torch.Tensor | None = None
+
+    @classmethod
+    def of_rows(cls, rows):
+        """The Features, on the device of `rows` (N, D), of the pictures whose features these are."""
+        exact = rows.double()
+        return cls(len(rows), exact.mean(0), torch.cov(exact.T), rows)
 
     def divided_by(self, scale):
         """Return these with each feature divided by its entry of `scale` (D,)."""
@@ -179,7 +173,8 @@ def compute_features(net, pictures, place, what, logits=False, stopped=lambda: F
     return Features(count, mean, covariance, torch.cat(rows), torch.cat(all_logits) if logits else None)
 
 
-def _refuse_not_finite(features, flag, who):
+def refuse_not_finite(features, flag, who):
+    """Raise DataError if features of the `who` pictures, "real" or "generated", are not finite: the weights are bad."""
     if not features.covariance.isfinite().all():
         raise DataError(f"{flag}: the features of the {who} pictures are not finite")
 
@@ -216,6 +211,29 @@ class RealFeatures(Features):
         shapes = [(D,), (D,), (D, D), (D, D), (R, D), (R,), (R,)]
         return [tuple(tensor.shape) for tensor in tensors] == shapes and isinstance(entry.get("kernel"), float) and (
             isinstance(entry.get("floors"), dict))
+
+
+def reference_features(config, place, net, reference):
+    """Return the RealFeatures of a Reference by the network of `--feature_net`, computed once, then read from a cache.
+
+    All ranks must call this. Raises DataError.
+    """
+    kind = FEATURE_NETS[config.feature_net]
+    library = version("torch-fidelity") if kind.of_torch_fidelity else ""
+    cache = Cache(config.cache_path, "reference", {
+        "pictures": reference.fingerprint, "net": config.feature_net, "weights": kind.identity(config),
+        "procedure": CACHE_VERSION, "rows": MAX_ROWS, "torch-fidelity": library})
+    entry = distributed.gather(cache.read(RealFeatures.is_valid) if distributed.is_first() else None)[0]
+    if entry is not None:
+        say(f"reference: {reference.words}, features read from {cache.path}")
+        return RealFeatures(len(reference), **{name: entry[name] for name in RealFeatures.CACHED})
+    say(f"reference: {reference.words}, computing features once")
+    features = compute_features(net, ThreadedReader(reference.dataset), place, "reference")
+    refuse_not_finite(features, kind.flag, "real")
+    real = distributed.on_first(lambda: prepare_real(features, kind.standardize, place.device))
+    if distributed.is_first():
+        cache.write({name: getattr(real, name) for name in RealFeatures.CACHED})
+    return real
 
 
 def prepare_real(features, standardize=False, device="cpu"):
@@ -328,6 +346,23 @@ def _frechet(mean, root, other_mean, other_covariance):
     distance = ((mean - other_mean).square().sum() + root.square().sum() + other_covariance.trace()
                 - 2 * values.clamp(min=0).sqrt().sum())
     return max(0.0, float(distance)), (values, vectors)         # below 0 by rounding
+
+
+def frechet_distance(real, fake, device="cpu"):
+    """Return the Fréchet distance of two `Features`.
+
+    Of a set of fewer pictures than features it takes the pictures' (N, N) matrix, which has the same eigenvalues, but
+    for zeros, as the (D, D) one and is far smaller.
+    """
+    small, large = sorted((real, fake), key=lambda features: features.count)
+    (mean, covariance), (other_mean, other_covariance) = (
+        (features.mean.to(device), features.covariance.to(device)) for features in (small, large))
+    if small.count >= len(mean) or len(small.rows) < small.count:
+        return _frechet(mean, _square_root(covariance), other_mean, other_covariance)[0]
+    x = small.rows.to(device).double() - mean                                           # (N, D)
+    values = torch.linalg.eigvalsh(x @ other_covariance @ x.T / (small.count - 1))
+    return max(0.0, float((mean - other_mean).square().sum() + covariance.trace() + other_covariance.trace()
+                          - 2 * values.clamp(min=0).sqrt().sum()))
 
 
 # KID

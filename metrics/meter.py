@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from dataset.check import sample_levels
-from dataset.images import Files, ImageDataset
+from dataset.images import ImageDataset, open_pictures
 from dataset.table import fingerprint
 from errors import DataError
 from flags.common import METRICS, scores_by_rank
@@ -30,6 +32,16 @@ class Reference:
     def __len__(self):
         return len(self.dataset)
 
+    def labels(self, names):
+        """Return the class of each picture, int64 (N,): the place of its name in `names`, -1 if it is not there; None
+        if the pictures have no classes. Raises DataError.
+        """
+        found = self.dataset.labels
+        if found is None:
+            return None
+        place = {name: number for number, name in enumerate(names)}
+        return torch.tensor([place.get(name, -1) for name in found.names])[torch.from_numpy(found.numbers)]
+
     def against(self, pictures):
         """Describe for a protocol what is compared."""
         S = pictures[0:1].shape[-1]
@@ -44,10 +56,10 @@ def of_run(config, dataset):
 
 
 def of_folder(path, imsize, flag):
-    """The pictures of the folder given by `flag`, cropped and resized as in training. Raises DataError."""
+    """The pictures of the folder, or archive, given by `flag`, cropped and resized as in training. Raises DataError."""
     config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
     try:
-        dataset = Files(Path(path), imsize)
+        dataset = open_pictures(Path(path), imsize)
         dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from data_loader import to_images
 from dataset.images import ThreadedReader
 from device import distributed
+from device.distributed import say
 from gallery.sheets import save_reconstructions
 from pretrained import lpips, vgg
 from storage.score_table import Score
@@ -39,15 +40,18 @@ def evaluate(evaluation):
     real, real_distances = ThreadedReader(reference.dataset), None
     net = lpips.load_on_every_rank(config.vgg_weights, place.device, FALLBACK_HINT)
     for suffix, samples, source in evaluation.sample_sets():
-        neighbours = find_neighbours(net, real, samples, place, real_distances)
+        labels = labels_of(evaluation, samples)
+        neighbours = find_neighbours(net, real, samples, place, real_distances, labels)
         real_distances = neighbours.real
         if distributed.is_first():
             _save_pairs(real, samples, neighbours, evaluation.picture_path(f"nearest{suffix}"), evaluation.step)
         side = min(reference.imsize, SIDE)
+        nearest, other = ("the nearest of its class among", "the nearest other of their class") if labels else (
+            "the nearest of", "the nearest other")
         yield [Score(neighbours.scores(), (
             f"{weights_in_words(config.vgg_weights)} at {side} px from each of {len(neighbours.distance):,} samples to "
-            f"the nearest of {reference.words}, over that of {len(real_distances):,} training pictures to the nearest "
-            "other; nearest: ratio of the medians, far under 1 is copying; nearest_copies: share of samples nearer "
+            f"{nearest} {reference.words}, over that of {len(real_distances):,} training pictures to {other}; "
+            "nearest: ratio of the medians, far under 1 is copying; nearest_copies: share of samples nearer "
             "than 99 % of the training pictures are, or than a hundredth of what is usual"), source)]
 
 
@@ -55,6 +59,25 @@ def weights_in_words(weights):
     """Describe LPIPS on these `--vgg_weights` for a protocol."""
     return vgg.FILE.in_words(weights, "LPIPS on VGG-16", "LPIPS on VGG-16 with RANDOM weights (for tests)",
                              "LPIPS on a VGG-16 of other weights (sha256 {})")
+
+
+def labels_of(evaluation, samples):
+    """Return the classes (of the real pictures, of the samples), both int64 (N,), so that each sample is compared with
+    its class; None in a run without classes, or if the real pictures lack one of them.
+    """
+    classes = evaluation.trained and evaluation.trained.latents.classes
+    if not classes:
+        return None
+    real = evaluation.reference.labels(classes.names)
+    if real is None or not torch.isin(classes.present, real).all() or not len(_with_others(real)):
+        say("note: --metrics nearest compares samples with real pictures of all classes: not each class has some")
+        return None
+    return real, samples.inputs.labels[:SAMPLES]
+
+
+def _with_others(labels):
+    """Return the indices of the real pictures that have another one of their class."""
+    return ((labels >= 0) & (torch.bincount(labels + 1)[labels + 1] > 1)).nonzero().flatten()
 
 
 @dataclass
@@ -83,19 +106,23 @@ class Neighbours:
 
 
 @torch.no_grad()
-def find_neighbours(net, real, fake, place, real_distances=None):
+def find_neighbours(net, real, fake, place, real_distances=None, labels=None):
     """Return the `Neighbours` of two sets of uint8 pictures (N, 3, S, S); `net` is an Lpips.
 
     Searches the first SAMPLES of `fake` among all of `real`, and REAL of `real` among the others. `real_distances`:
-    `Neighbours.real` of an earlier call with the same `real`, to skip the second search. The work is split among the
-    ranks; all ranks must call this.
+    `Neighbours.real` of an earlier call with the same `real`, to skip the second search. `labels`, of `real` and of
+    `fake`: neighbours are of the same class. The work is split among the ranks; all ranks must call this.
     """
-    chosen = spread_indices(REAL, len(real)) if real_distances is None else []
+    chosen = []
+    if real_distances is None:
+        numbers = list(range(len(real))) if labels is None else _with_others(labels[0]).tolist()
+        chosen = [numbers[i] for i in spread_indices(REAL, len(numbers))]
     mine = [list(place.share(count)) for count in (min(len(fake), SAMPLES), len(chosen))]
     chosen = [chosen[i] for i in mine[1]]
     queries = _embed(net, ((fake, mine[0]), (real, chosen)), place)                     # (N, D)
     excluded = torch.tensor([-1] * len(mine[0]) + chosen, device=place.device)          # (N,)
-    distance, index = _search(net, queries, excluded, real, place)
+    asked = labels and torch.cat([labels[1][mine[0]], labels[0][chosen]])               # (N,), or None
+    distance, index = _search(net, queries, excluded, real, place, labels and (labels[0], asked))
     results = list(zip(distance.tolist(), index.tolist(), strict=True))
     of_fake, of_real = (distributed.gather_in_order(dict(zip(numbers, part, strict=True))) for numbers, part in (
         (mine[0], results[:len(mine[0])]), (mine[1], results[len(mine[0]):])))
@@ -105,11 +132,13 @@ def find_neighbours(net, real, fake, place, real_distances=None):
     return Neighbours(distance, index, real_distances)
 
 
-def _search(net, queries, excluded, real, place):
+def _search(net, queries, excluded, real, place, labels=None):
     """Return LPIPS to and index of the nearest picture of `real` for each embedding in `queries` (N, D), both (N,).
 
-    `excluded` (N,): index of the query itself in `real`, which does not count as its neighbour, or -1.
+    `excluded` (N,): index of the query itself in `real`, which does not count as its neighbour, or -1. `labels`, of
+    `real` and of `queries`: pictures of other classes do not count either.
     """
+    real_labels, labels = (each.to(place.device) for each in labels) if labels else (None, None)
     distance = torch.full((len(queries),), torch.inf, device=place.device)
     index = torch.zeros(len(queries), dtype=torch.long, device=place.device)
     norms = torch.cat([part.float().square().sum(1) for part in queries.split(CHUNK)])
@@ -121,6 +150,8 @@ def _search(net, queries, excluded, real, place):
             for part in torch.arange(len(queries), device=place.device).split(CHUNK):
                 distances = norms[part, None] + square - 2 * queries[part].float() @ keys.T     # (64, 64)
                 distances = distances.masked_fill(excluded[part, None] == numbers, torch.inf)
+                if labels is not None:
+                    distances = distances.masked_fill(labels[part, None] != real_labels[numbers], torch.inf)
                 best, best_key = distances.min(1)
                 closer = best < distance[part]
                 distance[part] = torch.where(closer, best, distance[part])

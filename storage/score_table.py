@@ -7,7 +7,7 @@ protocols are the same text.
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from storage.journal import open_to_add
@@ -23,15 +23,34 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Score:
-    """`values`, {name: float}, measured under `protocol`; `source` describes the scored pictures, such as G_ema's."""
+    """`values`, {name: float}, measured under `protocol`; `source` describes the scored pictures, such as G_ema's.
+
+    `by_class`, {name: {class: float}}: of a value that is a mean over classes, those that it is the mean of. Lower ones
+    are better.
+    """
 
     values: dict
     protocol: str
     source: str
+    by_class: dict = field(default_factory=dict)
 
     def line(self):
         """Return the entries of its line in metrics.jsonl, without the step."""
-        return {**self.values, "protocol": self.protocol, "source": self.source}
+        return {**self.summary(), **({"by_class": self.by_class} if self.by_class else {})}
+
+    def summary(self):
+        """Return the entries of its line in scores.jsonl: of values by class only which are the best and the worst.
+
+        Nothing that a table of all scores shows is left out, and a thousand classes would be a thousand numbers.
+        """
+        ends = {f"{name}_{end}": where for name in self.by_class
+                for end, where in zip(("best", "worst"), self.ends(name), strict=True)}
+        return {**self.values, **ends, "protocol": self.protocol, "source": self.source}
+
+    def ends(self, name):
+        """Return the classes of the lowest and of the highest value."""
+        values = self.by_class[name]
+        return min(values, key=values.get), max(values, key=values.get)
 
 
 def better_score(scores, best, names):
@@ -59,7 +78,7 @@ def record(log_path, name, step, scores):
 
     Return these scores as lines of Markdown. Raises OSError.
     """
-    entries = [{"name": name, "step": step, "taken": time.strftime("%Y-%m-%d %H:%M"), **score.line()}
+    entries = [{"name": name, "step": step, "taken": time.strftime("%Y-%m-%d %H:%M"), **score.summary()}
                for score in scores]
     folder = Path(log_path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import two_processes
+from conftest import fill, lines, two_processes
 from stand_ins import CPU, SmallLpips, pair_distances, random_lpips, smooth, to_others
 
 from data_loader import to_images
 from metrics import nearest
 from metrics.nearest import Neighbours, find_neighbours
+from pretrained import lpips
 
 
 def touched(pictures, seed=0):
@@ -153,6 +154,64 @@ def test_with_vgg_distances_are_those_of_lpips():
     assert torch.allclose(found.real, to_others(apart).min(1).values, rtol=1e-2)
 
 
+# ---- classes ----
+
+
+def test_neighbours_are_of_the_same_class():
+    real, fake = smooth(67), smooth(9, seed=1)
+    fake[0] = real[3]                                                   # a copy, but of a picture of another class
+    of_real, of_fake = torch.arange(67) % 3, torch.arange(9) % 3 + (torch.arange(9) == 0)
+    of_real[66] = 3                                                     # it has no other of its class
+    found = find_neighbours(SmallLpips(), real, fake, CPU, labels=(of_real, of_fake))
+    distances = pair_distances(SmallLpips(), fake, real).masked_fill(of_fake[:, None] != of_real, torch.inf)
+    assert torch.equal(found.index, distances.argmin(1)) and found.index[0] != 3
+    assert torch.allclose(found.distance.double(), distances.min(1).values, rtol=2e-3)
+    apart = to_others(pair_distances(SmallLpips(), real, real)).masked_fill(of_real[:, None] != of_real, torch.inf)
+    assert torch.allclose(found.real.double(), apart.min(1).values[:66], rtol=2e-3)
+
+
+@pytest.fixture
+def protocol_of(run, tmp_path, monkeypatch):
+    """protocol_of(flags, *more) -> what `--metrics nearest` says of a run of 3 + 3 pictures with these flags."""
+    monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
+    monkeypatch.setattr(lpips, "require", lambda weights, hint: None)
+    for name in ("cat", "dog"):
+        fill(tmp_path / "classed" / name, 3)
+
+    def evaluate(flags, *more):
+        run("--version", "a", "--dataset", "folder", "--image_path", "classed", "--total_step", 1, *flags)
+        code, out, err = run("--version", "a", "--mode", "evaluate", "--metrics", "nearest", "--num_eval", 8,
+                             "--vgg_weights", "random", *more, tiny=False)
+        assert code == 0, err
+        return lines("a")[-1]["protocol"], out
+
+    return evaluate
+
+
+TEXT = ("LPIPS on VGG-16 with RANDOM weights (for tests) at 32 px from each of 8 samples to {} all 6 pictures of "
+        "folder {}, over that of 6 training pictures to {}; nearest: ratio of the medians, far under 1 is copying; "
+        "nearest_copies: share of samples nearer than 99 % of the training pictures are, or than a hundredth of what "
+        "is usual")
+
+
+def test_a_run_with_classes_is_compared_within_them_and_says_so(protocol_of, monkeypatch):
+    asked = []
+    monkeypatch.setattr(nearest, "find_neighbours", lambda *given: asked.append(given[-1]) or find_neighbours(*given))
+    found, _ = protocol_of(("--arch", "resnet"))
+    assert found == TEXT.format("the nearest of its class among", "classed", "the nearest other of their class")
+    real, fake = asked.pop()
+    assert real.tolist() == [0, 0, 0, 1, 1, 1] and len(fake) == 8 and set(fake.tolist()) == {0, 1}
+    fill(Path("plain"), 6)
+    found, out = protocol_of(("--arch", "resnet"), "--real_dir", "plain")
+    assert found == TEXT.format("the nearest of", "plain", "the nearest other") and asked == [None]
+    assert "note: --metrics nearest compares samples with real pictures of all classes" in out
+
+
+def test_without_classes_the_protocol_is_what_it_was(protocol_of):
+    found, out = protocol_of(())
+    assert found == TEXT.format("the nearest of", "classed", "the nearest other") and "note:" not in out
+
+
 # ---- several processes ----
 
 
@@ -174,7 +233,8 @@ seen = []
 for M, N in ((67, 70), (3, 1), (1, 3)):
     found = find_neighbours(SmallLpips(), real[:M], fake[:N], place)
     seen += [found.distance, found.index, found.real]
-torch.save(seen, {str(tmp_path)!r} + f"/{{place.rank}}.pth")
+found = find_neighbours(SmallLpips(), real, fake, place, labels=(torch.arange(67) % 3, torch.arange(70) % 3))
+torch.save([*seen, found.distance, found.index, found.real], {str(tmp_path)!r} + f"/{{place.rank}}.pth")
 distributed.barrier()
 distributed.stop()
 """)
@@ -183,6 +243,7 @@ distributed.stop()
     assert (tmp_path / "0.pth").exists() and (tmp_path / "1.pth").exists(), result.stderr
     real, fake = smooth(67), smooth(70, seed=1)
     alone = [find_neighbours(SmallLpips(), real[:M], fake[:N], CPU) for M, N in ((67, 70), (3, 1), (1, 3))]
+    alone.append(find_neighbours(SmallLpips(), real, fake, CPU, labels=(torch.arange(67) % 3, torch.arange(70) % 3)))
     expected = [tensor for found in alone for tensor in (found.distance, found.index, found.real)]
     for rank in range(2):
         for found, known in zip(torch.load(tmp_path / f"{rank}.pth"), expected, strict=True):

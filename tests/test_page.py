@@ -258,7 +258,7 @@ def test_deviations_are_bands_and_no_curves(run):
 def test_measurements_are_read_once_and_anew_where_the_file_was_replaced(run, monkeypatch):
     run.log(measure(100, fid=90), {"step": 100, "d_loss": 1}, measure(200, fid=50))
     run.data()
-    read = []                                                           # lines of metrics.jsonl are bytes
+    read = []                                           # lines of metrics.jsonl, and what pages hold: bytes
     monkeypatch.setattr(json, "loads", lambda text, loads=json.loads, **options: read.append(text) or loads(
         text, **options))
     run.log('{"step": 150, "fid": 60, "proto', end="")
@@ -267,7 +267,7 @@ def test_measurements_are_read_once_and_anew_where_the_file_was_replaced(run, mo
     run.log('col": "P", "source": "G_ema, seed 0"}')
     data = run.data()
     assert points(data, "fid") == {("P", "G_ema, seed 0"): [[100, 90, None], [150, 60, None], [200, 50, None]]}
-    assert len([line for line in read if isinstance(line, bytes)]) == 1
+    assert len([line for line in read if isinstance(line, bytes) and line.startswith(b'{"step"')]) == 1
     assert run.data_of_a_copy() == data                                 # the same as reading the file in one go
     (run.folders.logs / "metrics.jsonl").write_text("")
     run.log(measure(100, "another protocol, of more words than before: " + "w" * 500, fid=7))
@@ -293,6 +293,29 @@ def test_intervals_and_floors_belong_to_their_score(run):
     assert embedded(run.path, "summary")["figures"] == {
         "fid": 50, "fid_low": 45, "fid_high": 55, "kid": 0.5, "kid_std": 0.1, "kid_low": 0.4, "kid_high": 0.6,
         "odd_low": 3, "odd_floor": 4}
+
+
+def test_scores_by_class_are_those_of_the_newest_evaluation_the_worst_first(run):
+    run.log(measure(200, ifid=9, by_class={"ifid": {"cat": 7, "dog": 11}}),
+            measure(100, "Q", ifid=5, ifid_worst="step", by_class={
+                "ifid": {"b": 1.23456, "step": 8, "a_low": 1.23456, "a": 6, "none": math.nan}, "odd": 3}),
+            measure(300, fid=1, by_class="?"), measure(300, ifid_vgg16=2, by_class={"ifid_vgg16": {"cat": 2}}))
+    data = run.data()
+    source = "G_ema, seed 0"
+    assert data["by_class"] == [["ifid", "Q", source, 100, ["step", "a", "a_low", "b"], [8, 6, 1.235, 1.235]],
+                                ["ifid_vgg16", "P", source, 300, ["cat"], [2]]]
+    assert {name for name, *_ in data["measured"]["series"]} == {"ifid", "fid", "ifid_vgg16"}
+    assert data == run.data_of_a_copy()
+
+
+def test_the_number_of_classes_is_known_from_then_on(run):
+    run.write()
+    assert embedded(run.path, "summary")["classes"] is None
+    page.write_pages(run.folders, run.config, 12)
+    run.write()
+    assert embedded(run.path, "summary")["classes"] == 12
+    page.write_overview(run.root / "samples")
+    assert embedded(run.root / "samples" / "index.html", "data")["runs"][0]["classes"] == 12
 
 
 def test_the_overview_knows_how_the_newest_figures_were_measured(run):
@@ -760,6 +783,59 @@ def test_intervals_are_bands_and_brackets_and_floors_dashed_lines(chromium, tmp_
     card = re.sub(r"\s+", " ", chromium.js("document.querySelector('.runs li').innerText"))
     assert "fd_vgg16 70 (65 to 75) kid 1 ± 0.5 precision_vgg16 0.5 (0.4 to 0.6) recall_vgg16 0.25" in card
     assert chromium.errors() == []
+
+
+BARS = "[...document.querySelectorAll('.bars')].map(list => [...list.querySelectorAll('li')].map(li => li.innerText))"
+ENDS = "document.querySelector('.by-class .ends').textContent"
+
+
+@pytest.mark.browser
+def test_each_class_has_its_bar(chromium, tmp_path):
+    run = Run(tmp_path)
+    values = {"dog": 25, "<img src=x>": 100, "eel " * 30: 50}
+    run.log(measure(300, ifid=58, ifid_floor=20, by_class={"ifid": values}))
+    page.write_pages(run.folders, run.config, 3)
+    chromium.open(run.path)
+    assert chromium.js(ENDS) == "worst <img src=x> (100), best dog (25), of 3 classes"
+    (bars,) = chromium.js(BARS)
+    assert [bar.split("\n")[-1] for bar in bars] == ["100", "50", "25"] and bars[2] == "dog\n25"
+    widths = chromium.js("[...document.querySelectorAll('.bars rect')].map(r => r.getBoundingClientRect().width)")
+    assert widths[0] > 40 and widths == pytest.approx([widths[0], widths[0] / 2, widths[0] / 4], rel=0.05)
+    assert chromium.js("document.querySelector('.by-class .protocol').textContent") == (
+        "G_ema, seed 0, at step 300, protocol 1")
+    assert " · 3 classes · " in chromium.js("document.querySelector('#about').textContent")
+    assert chromium.js("document.querySelector('#sizes').checkVisibility()") and not chromium.js(
+        "document.querySelectorAll('.all-classes').length")
+    chromium.open(run.path, width=400)
+    assert chromium.js("document.documentElement.scrollWidth") == 400 and chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_of_a_thousand_classes_both_ends_are_listed_and_the_pointer_names_the_others(chromium, tmp_path):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    run = Run(tmp_path)
+    run.log(measure(300, ifid=1, by_class={"ifid": {f"class {number}": 1000 - number for number in range(1000)}}))
+    chromium.open(run.write())
+    worst, best = chromium.js(BARS)
+    assert (len(worst), len(best)) == (20, 20) and worst[:2] == ["class 0\n1,000", "class 1\n999"]
+    assert best[:2] == ["class 999\n1", "class 998\n2"]
+    chart = chromium.driver.find_element("css selector", ".all-classes svg")
+    chromium.js("arguments[0].scrollIntoView({block: 'center'})", chart)
+    ActionChains(chromium.driver, duration=0).move_to_element(chart).perform()
+    told = chromium.js("document.querySelector('.all-classes .number').textContent")
+    number, value = map(int, re.fullmatch(r"class (\d+) (\d+)", told).groups())
+    assert 350 < number < 550 and value == 1000 - number
+    assert chromium.errors() == []
+    chromium.open(run.path, width=400)
+    assert chromium.js("document.documentElement.scrollWidth") == 400
+
+
+@pytest.mark.browser
+def test_without_scores_by_class_nothing_is_said_of_classes(chromium, measured):
+    chromium.open(measured.path)
+    assert not chromium.js("document.querySelector('#sizes').checkVisibility()")
+    assert "classes" not in chromium.js("document.querySelector('#run').innerText")
 
 
 @pytest.mark.browser

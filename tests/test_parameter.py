@@ -82,7 +82,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--config nowhere.json", "--config nowhere.json"),
     ("--parallel true --device cpu", "--parallel true: needs two or more CUDA devices"),
     ("--metrics fdi",
-     "--metrics: 'fdi' is not one of fid, kid, pr, is, swd, nearest, lpips, share, cost; did you mean fid?"),
+     "--metrics: 'fdi' is not one of fid, kid, pr, is, swd, ifid, nearest, lpips, share, cost; did you mean fid?"),
     ("--metrics fid,lpip", "did you mean lpips?"),
     ("--metrics fid,", "--metrics: '' is not one of"),
     ("--pretrained_model bset", "--pretrained_model: 'bset' is neither a step nor best"),

@@ -128,7 +128,7 @@ def test_steps_of_two_ranks_are_those_of_one_process(kind, parts, steps, by_two)
     assert (one["losses"][0] - one["losses"][-1]).abs().min() > 1e-3, "the losses change"
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", ["hinge", "wgan-gp", "fastgan"])
 def test_in_float32_the_first_losses_are_those_of_one_process(kind, by_two):
     """D hardly learns here: G's first loss follows D's first update, which Adam makes of the signs of gradients."""
     flags = (*RUNS[kind], "--d_lr", "1e-12")

@@ -461,7 +461,7 @@ def fids(monkeypatch, small_inception):
 def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_inception, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def write_pages(folders, config):
+    def write_pages(folders, config, classes):
         pages.append(max(scored(config.version)))
 
     pages = []
