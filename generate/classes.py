@@ -38,7 +38,7 @@ class Classes:
         """Return what a user should know of the classes, one line each."""
         ordered = sorted(zip(self.counts, self.names, strict=True), key=lambda pair: pair[0])
         (least, small), (most, large) = ordered[0], ordered[-1]
-        lines = [f"classes: {len(self)}, of {least} ({small}) to {most} ({large}) pictures"]
+        lines = [f"classes: {len(self)}, of {least} ({printable(small)}) to {most} ({printable(large)}) pictures"]
         few = [name for count, name in ordered if count == 1]
         if few:
             lines.append(f"warning: {_listed(few)} {'has' if len(few) == 1 else 'have'} one picture, which G will "
@@ -71,9 +71,9 @@ class Classes:
             return self.names.index(name)
         if name.isdecimal() and int(name) < len(self):
             return int(name)
-        shown = ", ".join(self.names[:20]) + (f" and {len(self) - 20} more" if len(self) > 20 else "")
-        raise UsageError(f"--classes {name}: there is no such class; this run has {shown}, or numbers from 0 to "
-                         f"{len(self) - 1}")
+        more = f" and {len(self) - 20} more" if len(self) > 20 else ""
+        raise UsageError(f"--classes {printable(name)}: there is no such class; this run has "
+                         f"{_joined(self.names[:20])}{more}, or numbers from 0 to {len(self) - 1}")
 
     def folder_names(self, numbers):
         """Return a name for the folder of each of these classes: its own, where a file system allows it."""
@@ -108,12 +108,16 @@ def describe_changes(before, now):
         return None
     if not old or not new:
         return f"{len(new) or 'no'} classes, were {len(old) or 'none'}"
-    parts = [f"{word} {', '.join(names[:5])}{' ...' * (len(names) > 5)}" for word, names in (
+    parts = [f"{word} {_joined(names[:5])}{' ...' * (len(names) > 5)}" for word, names in (
         ("new:", [name for name in new if name not in old]), ("gone:", [name for name in old if name not in new]))
         if names]
     return f"{len(new)} classes, were {len(old)}; " + ("; ".join(parts) if parts else "in another order")
 
 
 def _listed(names):
-    shown = ", ".join(names[:5])
-    return f"{'class' if len(names) == 1 else 'classes'} {shown}" + f" and {len(names) - 5} more" * (len(names) > 5)
+    more = f" and {len(names) - 5} more" * (len(names) > 5)
+    return f"{'class' if len(names) == 1 else 'classes'} {_joined(names[:5])}{more}"
+
+
+def _joined(names):
+    return ", ".join(map(printable, names))             # folders may have line breaks in their names
