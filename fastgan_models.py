@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import CLASS_VECTOR, ClassTable, FromVector, Projection, ToVector, Upsample2x, capture
+from layers import ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -53,11 +53,15 @@ def _width(table, size, conv_dim):
 
 
 class _Layers:
-    """Build the layers of one network, with or without spectral norm."""
+    """Build the layers of one network, with or without spectral norm; batch norm for so many classes, 0 for none."""
 
-    def __init__(self, sn):
-        self.wrap = maybe_spectral_norm(sn)
+    def __init__(self, sn, classes=0):
+        self.wrap, self.classes = maybe_spectral_norm(sn), classes
         self.noises = 0     # layers that add noise so far
+
+    def norm(self, channels):
+        """Batch norm, in a G with classes the class-conditional one."""
+        return ConditionalBatchNorm(channels, self.classes) if self.classes else nn.BatchNorm2d(channels)
 
     def conv(self, channels, out, kernel, stride=1, padding=0):
         return self.wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=False))
@@ -76,7 +80,7 @@ class _Layers:
         if noise:
             self.noises += 1
             yield Noise(self.noises)
-        yield nn.BatchNorm2d(2 * out)
+        yield self.norm(2 * out)
         yield GLU(dim=1)
 
 
@@ -135,11 +139,14 @@ def _fixed_normal(seed, rows, columns, device):
 
 
 class Block(nn.Sequential):
-    """Layers in a row; `coefficients` are for those that add noise."""
+    """Layers in a row; `coefficients` are for those that add noise, `labels` for class-conditional batch norm."""
 
-    def forward(self, x, coefficients=None):
+    def forward(self, x, coefficients=None, labels=None):
         for layer in self:
-            x = layer(x, coefficients) if isinstance(layer, Noise) else layer(x)
+            if isinstance(layer, Noise):
+                x = layer(x, coefficients)
+            else:
+                x = layer(x, labels) if isinstance(layer, ConditionalBatchNorm) else layer(x)
         return x
 
 
@@ -209,7 +216,7 @@ def _skips(layers, sources, width, slae):
 class Generator(nn.Module):
     """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at `small_size`].
 
-    Both in [-1, 1]. With `classes` it takes labels (B,), too; class vectors stand beside the latent. `slae` is the
+    Both in [-1, 1]. With `classes` it takes labels (B,), too, for class-conditional batch norm. `slae` is the
     kernel size of the spatial attention, None for no attention; `metadata_weight`, in [0, 1), the share of the latent's
     variance that metadata get.
     """
@@ -217,7 +224,7 @@ class Generator(nn.Module):
     def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True, metadata_weight=0.5,
                  classes=0):
         super().__init__()
-        layers = _Layers(sn)
+        layers = _Layers(sn, classes)
         self.imsize, self.z_dim = imsize, z_dim
         width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
         self.mix, self.metadata_weight = None, metadata_weight
@@ -225,13 +232,8 @@ class Generator(nn.Module):
             with initialized_apart():
                 self.mix = nn.Linear(METADATA, z_dim, bias=False)
                 nn.init.normal_(self.mix.weight, std=METADATA**-0.5)    # maps metadata of variance 1 to variance 1
-        self.class_vectors = None
-        if classes:
-            with initialized_apart():
-                self.class_vectors = ClassTable(classes, CLASS_VECTOR)
-        self.start = nn.Sequential(
-            layers.wrap(FromVector(z_dim + (CLASS_VECTOR if classes else 0), 2 * width[4], 4, bias=False)),
-            nn.BatchNorm2d(2 * width[4]), GLU(dim=1),
+        self.start = Block(
+            layers.wrap(FromVector(z_dim, 2 * width[4], 4, bias=False)), layers.norm(2 * width[4]), GLU(dim=1),
         )
         self.blocks = nn.ModuleDict()
         for size in (size for size in width if size > 4):
@@ -262,13 +264,10 @@ class Generator(nn.Module):
         """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
         source = z if noise is None else noise
         coefficients = None if self.training else noise_coefficients(source[:, :self.z_dim])        # (B, RANK)
-        latent = self.latent(z)                                         # (B, z_dim)
-        if self.class_vectors is not None:
-            latent = torch.cat([latent, self.class_vectors(labels)], dim=1)             # (B, z_dim + CLASS_VECTOR)
-        x = self.start(latent[:, :, None, None])                        # (B, width, 4, 4)
+        x = self.start(self.latent(z)[:, :, None, None], None, labels)                  # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
-            x = block(x, coefficients)                                  # (B, width, size, size)
+            x = block(x, coefficients, labels)                          # (B, width, size, size)
             size = int(name)
             if size in self.sources:
                 x = self.skips[name]((sources or maps)[self.sources[size]], x)

@@ -17,8 +17,6 @@ from device.precision import exact
 FUSED_FROM_POSITIONS = 512
 FUSED_TO_WIDTH = 256
 
-CLASS_VECTOR = 64       # length of the learned vector of a class, where G takes one beside z
-
 
 class FromVector(nn.ConvTranspose2d):
     """(B, in_channels, 1, 1) -> (B, out_channels, k, k), channels-last: `ConvTranspose2d` on a 1x1 input."""

@@ -2,15 +2,15 @@
 
 The DCGAN-shaped model whose command line this program follows; imsize is 32, 64, 128 or 256. At imsize 64 and conv_dim
 64 it has 3,832,885 (G) and 3,175,299 (D) parameters. Widths double towards the 4x4 end and are capped at 16 x conv_dim;
-uncapped, 256 px would need 2,048 channels. With classes, which the original lacks, G takes a class vector beside z and
-D a projection. The paper's own networks are in resnet_models.py.
+uncapped, 256 px would need 2,048 channels. With classes, which the original lacks, G has class-conditional
+batch norm, D a projection. The paper's own networks are in resnet_models.py.
 """
 
 import torch
 from torch import nn
 
 from flags.sagan import d_feature_sizes, g_feature_sizes
-from layers import CLASS_VECTOR, Attentive, ClassTable, FromVector, Projection, SelfAttention, ToVector
+from layers import Attentive, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector
 from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16
@@ -33,12 +33,11 @@ class Generator(Attentive):
         wrap = maybe_spectral_norm(sn)
         self.blocks = nn.ModuleDict()
         self.attention = nn.ModuleDict()
-        self.class_vectors = ClassTable(classes, CLASS_VECTOR) if classes else None
-        channels = z_dim + (CLASS_VECTOR if classes else 0)
+        channels = z_dim
         for size, width in zip(sizes, widths, strict=True):
             self.blocks[f"{size}"] = nn.Sequential(
                 wrap(FromVector(channels, width, 4) if size == 4 else nn.ConvTranspose2d(channels, width, 4, 2, 1)),
-                nn.BatchNorm2d(width),
+                ConditionalBatchNorm(width, classes) if classes else nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),                                  # in place: one activation less in memory
             )
             if size in attention:
@@ -47,11 +46,10 @@ class Generator(Attentive):
         self.to_rgb = nn.ConvTranspose2d(channels, 3, 4, 2, 1)
 
     def forward(self, z, labels=None):
-        if self.class_vectors is not None:
-            z = torch.cat([z, self.class_vectors(labels)], dim=1)       # (B, z_dim + CLASS_VECTOR)
-        x = z[:, :, None, None]                                         # (B, ·, 1, 1)
+        x = z[:, :, None, None]                                         # (B, z_dim, 1, 1)
         for size, block in self.blocks.items():
-            x = block(x)                                                # (B, width, size, size)
+            for layer in block:                                         # (B, width, size, size)
+                x = layer(x, labels) if isinstance(layer, ConditionalBatchNorm) else layer(x)
             if f"g{size}" in self.attention:
                 x = self.attention[f"g{size}"](x)
         return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)
