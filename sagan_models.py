@@ -2,8 +2,8 @@
 
 The DCGAN-shaped model whose command line this program follows; imsize is 32, 64, 128 or 256. At imsize 64 and conv_dim
 64 it has 3,832,885 (G) and 3,175,299 (D) parameters. Widths double towards the 4x4 end and are capped at 16 x conv_dim;
-uncapped, 256 px would need 2,048 channels. With classes, which the original lacks, G has class-conditional
-batch norm, D a projection. The paper's own networks are in resnet_models.py.
+uncapped, 256 px would need 2,048 channels. With classes, which the original lacks, G has class-conditional batch norm,
+D a projection. The paper's own networks are in resnet_models.py.
 """
 
 import torch

@@ -268,7 +268,7 @@ class Archive(EncodedDataset):
         try:
             data = self._unpack(others[labels.FILE])
         except ValueError as error:
-            raise DataError(f"{printable(file)}: {error}; pack it anew, or train without classes: --conditional false"
+            raise DataError(f"{printable(file)}: {error}; zip it again, or train without classes: --conditional false"
                             ) from None
         return labels.from_json(data, self.names, others.__contains__, file)
 

@@ -240,7 +240,7 @@ def _refuse_unreadable(path: Path, pictures: list[zipfile.ZipInfo]):
     end = os.path.getsize(path)
     reasons = {
         "encrypted; pack it without a password": lambda entry: entry.flag_bits & _ENCRYPTED,
-        "compressed in an unusual way; pack it anew, with `zip -0` or `zip`":
+        "compressed in an unusual way; zip it again, with `zip -0` or `zip`":
             lambda entry: entry.compress_type not in (ZIP_STORED, ZIP_DEFLATED),
         "missing: the archive is truncated or damaged; get it again":
             lambda entry: not 0 <= entry.header_offset <= end - _HEADER - entry.compress_size,

@@ -372,8 +372,8 @@ FLAGS = {
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True),
-        Flag("truncation", float, None, "components of z beyond this are drawn anew: fewer kinds of pictures, of "
-             "better quality; 0.5 to 2 (default: none)", low=0.01, per_call=True,
+        Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
+             "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
              unused=lambda values: values["mode"] == "train" and "--mode train"),
         Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "

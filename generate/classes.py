@@ -42,7 +42,7 @@ class Classes:
         few = [name for count, name in ordered if count == 1]
         if few:
             lines.append(f"warning: {_listed(few)} {'has' if len(few) == 1 else 'have'} one picture, which G will "
-                         "learn by heart")
+                         "memorize")
         none = [name for count, name in ordered if count == 0]
         if none:
             lines.append(f"warning: {_listed(none)} {'has' if len(none) == 1 else 'have'} no picture and will not be "

@@ -54,7 +54,7 @@ class Latents:
 
     In training each z gets the metadata of one training picture, and labels are uniform. For samples,
     `metadata_sample`, a key of `metadata.SAMPLERS`, says how metadata are drawn, and labels are as frequent as in the
-    data; with a `truncation` the components of z beyond +-truncation are drawn anew.
+    data; with a `truncation` the components of z beyond +-truncation are resampled.
     """
 
     def __init__(self, z_dim, bank=None, metadata_sample="mix", device="cpu", classes=None, truncation=None):
