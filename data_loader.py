@@ -155,19 +155,19 @@ class Samples(Dataset):
         """Return the picture index of each of these sample numbers."""
         return [self.order[n] for n in numbers]
 
-    def fetch(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Return uint8 (len(numbers), 3, imsize, imsize). Raise DataError if a picture cannot be read."""
+    def fetch(self, indices: Sequence[int]) -> torch.Tensor:
+        """Return uint8 (len(indices), 3, imsize, imsize). Raise DataError if a picture cannot be read."""
         try:
-            return self.dataset.load_batch(self.indices(numbers))
+            return self.dataset.load_batch(indices)
         except UnusablePicture as error:
             raise DataError(f"{error}\n`--check_data full` finds all such pictures before training") from None
 
     def __getitems__(self, numbers: Sequence[int]) -> torch.Tensor | str:
-        """`fetch` for a worker, in shared memory. Return an error as text: torch would add the worker's traceback to an
-        exception.
+        """`fetch` by sample numbers for a worker, in shared memory. Return an error as text: torch would add the
+        worker's traceback to an exception.
         """
         try:
-            pictures = self.fetch(numbers)
+            pictures = self.fetch(self.indices(numbers))
         except DataError as error:
             return str(error)
         try:
@@ -241,15 +241,13 @@ class RealBatches:
 
     def __next__(self) -> Batch:
         before, length = self.samples_seen, len(self.samples.dataset)
-        numbers = self._numbers(before)
-        if self._loaded is not None or self.labels is not None:
-            indices = torch.tensor(self.samples.indices(numbers))
+        indices = self.samples.indices(self._numbers(before))
         if self._loaded is not None:
-            pictures = self._loaded[self._on_device(indices)]
+            pictures = self._loaded[self._on_device(torch.tensor(indices))]
         elif self._from_workers is not None:
             pictures = self._on_device(self._receive())
         else:
-            pictures = self._on_device(self.samples.fetch(numbers))
+            pictures = self._on_device(self.samples.fetch(indices))
         if self.hflip:
             coins = flip_coins(self.seed, before, self.batch_size)[self.rows]
             flipped = self._on_device(torch.from_numpy(coins))

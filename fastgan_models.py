@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture
+from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -103,6 +103,7 @@ class Noise(nn.Module):
     """
 
     RANK = 32
+    takes = "coefficients"
 
     def __init__(self, number):
         super().__init__()
@@ -136,18 +137,6 @@ def _fixed_normal(seed, rows, columns, device):
     with torch.inference_mode(False):           # also for a later search by gradients
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
-
-
-class Block(nn.Sequential):
-    """Layers in a row; `coefficients` are for those that add noise, `labels` for class-conditional batch norm."""
-
-    def forward(self, x, coefficients=None, labels=None):
-        for layer in self:
-            if isinstance(layer, Noise):
-                x = layer(x, coefficients)
-            else:
-                x = layer(x, labels) if isinstance(layer, ConditionalBatchNorm) else layer(x)
-        return x
 
 
 @contextmanager
@@ -264,10 +253,11 @@ class Generator(nn.Module):
         """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
         source = z if noise is None else noise
         coefficients = None if self.training else noise_coefficients(source[:, :self.z_dim])        # (B, RANK)
-        x = self.start(self.latent(z)[:, :, None, None], None, labels)                  # (B, width, 4, 4)
+        arguments = {"coefficients": coefficients, "labels": labels}
+        x = self.start(self.latent(z)[:, :, None, None], **arguments)                   # (B, width, 4, 4)
         maps = {4: x}
         for name, block in self.blocks.items():
-            x = block(x, coefficients, labels)                          # (B, width, size, size)
+            x = block(x, **arguments)                                   # (B, width, size, size)
             size = int(name)
             if size in self.sources:
                 x = self.skips[name]((sources or maps)[self.sources[size]], x)

@@ -153,6 +153,8 @@ class ConditionalBatchNorm(nn.Module):
     x (B, C, H, W), labels (B,) -> (B, C, H, W). CRUCIAL: no spectral norm on the tables, it cripples G.
     """
 
+    takes = "labels"
+
     def __init__(self, channels, classes=0):
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=not classes)
@@ -168,6 +170,16 @@ class ConditionalBatchNorm(nn.Module):
             return x
         scale, shift = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.scale, self.shift))
         return torch.addcmul(shift, x, scale)                           # (B, C, H, W)
+
+
+class Block(nn.Sequential):
+    """Layers in a row. Some take more than x: of the keyword arguments the one that is named in their `takes`."""
+
+    def forward(self, x, **arguments):
+        for layer in self:
+            name = getattr(layer, "takes", None)
+            x = layer(x) if name is None else layer(x, arguments[name])
+        return x
 
 
 class Projection(nn.Module):

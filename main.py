@@ -124,10 +124,16 @@ def describe(config, dataset, place):
     import data_loader
     from device.distributed import say
     from families import FAMILIES
-    from generate.classes import find_classes
+    from generate.classes import Classes, find_classes
+    from storage import checkpoint
+    from storage.folders import RunFolders
 
     say(parameter.as_json(config), end="")
-    classes = dataset and find_classes(config, dataset)
+    if dataset is not None:
+        classes = find_classes(config, dataset)
+    else:                                               # those of the run, if there is one
+        state = checkpoint.load_step(RunFolders.of(config).models, config.pretrained_model, say)
+        classes = Classes.from_state(state and state.get("classes"))
     if not config.fake_dir:                             # scoring a folder needs no networks
         for name, net in zip("GD", FAMILIES[config.model].build(config, len(classes or ())), strict=True):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")

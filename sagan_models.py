@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flags.sagan import d_feature_sizes, g_feature_sizes
-from layers import Attentive, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector
+from layers import Attentive, Block, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector
 from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16
@@ -35,7 +35,7 @@ class Generator(Attentive):
         self.attention = nn.ModuleDict()
         channels = z_dim
         for size, width in zip(sizes, widths, strict=True):
-            self.blocks[f"{size}"] = nn.Sequential(
+            self.blocks[f"{size}"] = Block(
                 wrap(FromVector(channels, width, 4) if size == 4 else nn.ConvTranspose2d(channels, width, 4, 2, 1)),
                 ConditionalBatchNorm(width, classes) if classes else nn.BatchNorm2d(width),
                 nn.ReLU(inplace=True),                                  # in place: one activation less in memory
@@ -48,8 +48,7 @@ class Generator(Attentive):
     def forward(self, z, labels=None):
         x = z[:, :, None, None]                                         # (B, z_dim, 1, 1)
         for size, block in self.blocks.items():
-            for layer in block:                                         # (B, width, size, size)
-                x = layer(x, labels) if isinstance(layer, ConditionalBatchNorm) else layer(x)
+            x = block(x, labels=labels)                                 # (B, width, size, size)
             if f"g{size}" in self.attention:
                 x = self.attention[f"g{size}"](x)
         return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)

@@ -51,9 +51,10 @@ def train(config, place, precision, interrupt):
 
     # what takes work, whose results are cached
     dataset = build_dataset(config, found)
-    data = _compare(config, state, dataset, say)
-    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state),
-                      _say_classes(find_classes(config, dataset)))
+    data, classes = _compare(config, state, dataset, say)
+    for line in classes.lines() if classes else ():
+        say(line)
+    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state), classes)
     if meter:
         meter.prepare(of_run(config, dataset))
 
@@ -135,21 +136,15 @@ def _find_bank(config, dataset, place, state):
     return bank
 
 
-def _say_classes(classes):
-    """Print what a user should know of the Classes; return them. None prints nothing."""
-    for line in classes.lines() if classes else ():
-        say(line)
-    return classes
-
-
 def _compare(config, state, dataset, tell=lambda line: None):
-    """Return the data set's record for checkpoints; tell how it differs from that of the checkpoint `state`.
+    """Return (the data set's record for checkpoints, its Classes or None); tell how it differs from that of the
+    checkpoint `state`.
 
     Raise UsageError if all pictures differ, or the classes; DataError if labels are wrong.
     """
     data, classes = table.summarize(dataset, config), find_classes(config, dataset)
     if state is None:
-        return data
+        return data, classes
     before = state.get("data")                          # older checkpoints have none
     changes = before and table.describe_changes(before, data)
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
@@ -160,7 +155,7 @@ def _compare(config, state, dataset, tell=lambda line: None):
                          "Use another --version; or --restart true, which moves this run aside and begins again.")
     if changes:
         tell(f"note: {changes}")
-    return data
+    return data, classes
 
 
 def _restore(trainer, state, folders):

@@ -29,6 +29,11 @@ class Labels:
         """Return the labels of the pictures at `indices`, with the names of all classes."""
         return Labels(self.names, self.numbers[indices])
 
+    def among(self, names: Sequence[str]) -> np.ndarray:
+        """Return the class of each picture, int64 (N,): the place of its name in `names`, -1 if it is not there."""
+        place = {name: number for number, name in enumerate(names)}
+        return np.array([place.get(name, -1) for name in self.names], np.int64)[self.numbers]
+
 
 def from_folders(paths: Sequence[str]) -> Labels | None:
     """Return one class per subfolder of the top folder; None if a picture is in none, or all are in one.

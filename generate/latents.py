@@ -75,9 +75,11 @@ class Latents:
         """Return the bank's state for a checkpoint; None without a bank."""
         return None if self.bank is None else self.bank.state()
 
-    def source(self, seed):
-        """Describe the samples of this seed: the `source` of their scores."""
+    def source(self, seed, labels="as in the data"):
+        """Describe the samples of this seed: the `source` of their scores. `labels`: how theirs were chosen."""
         parts = [f"G_ema, seed {seed}"]
+        if self.classes is not None:
+            parts.append(f"labels {labels}")
         if self.bank is not None:
             parts.append(f"metadata {self.metadata_sample}")
         if self.truncation is not None:

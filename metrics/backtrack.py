@@ -5,7 +5,7 @@ in the embedding space where LPIPS is a squared Euclidean distance, so each targ
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,6 +27,7 @@ from utils import spread_indices, write_atomically
 HELD_OUT = 0.1          # share of the pictures that is back-tracked if the run held none out
 BACKTRACKED = 100       # pictures that are back-tracked, at most
 STARTS = 256            # samples; each search starts at the one nearest to its target
+LEAST_STARTS = 16       # of each class, in a run with classes
 RATE, MSE_WEIGHT = 0.1, 0.2
 
 
@@ -45,10 +46,11 @@ def evaluate(evaluation):
             "error; train with --holdout 0.1 to hold some out")
     if len(held_out) > BACKTRACKED:
         held_out = Subset(held_out, spread_indices(BACKTRACKED, len(held_out)), "")
-    pictures = ThreadedReader(held_out)
+    pictures, labels = ThreadedReader(held_out), _labels(trained.latents.classes, held_out)
     net = lpips.load_on_every_rank(config.vgg_weights, place.device, FALLBACK_HINT)
     free = config.z_dim if not config.backtrack_metadata else trained.latents.width
-    result = backtrack(trained.G, trained.latents, pictures, net, config.backtrack_steps, free, config.seed, place)
+    result = backtrack(trained.G, trained.latents, pictures, net, config.backtrack_steps, free, config.seed, place,
+                       labels)
     if is_first():
         _write_json(trained, held_out, result)
         _save_sheet(evaluation, pictures, result)
@@ -58,8 +60,17 @@ def evaluate(evaluation):
         f"{dataset_name(config)} ({seen_in_training}) and what G draws "
         f"after {config.backtrack_steps} steps of Adam ({RATE}) on "
         f"{'z and metadata' if config.backtrack_metadata else 'z'}, on LPIPS + {MSE_WEIGHT} MSE, from the "
-        f"nearest of {STARTS} samples; mean ± standard deviation over the pictures"),
-        trained.latents.source(config.seed))]
+        f"nearest of {_starts(labels):,} samples{' of its class' * (labels is not None)}; mean ± standard deviation "
+        "over the pictures"),
+        trained.latents.source(config.seed, "as in the data" if labels is None else "of the pictures"))]
+
+
+def _labels(classes, held_out):
+    """Return the classes of the held-out pictures, int64 (N,); None if the run has none, or none of these names."""
+    if classes is None or held_out.labels is None:
+        return None
+    labels = torch.from_numpy(held_out.labels.among(classes.names))
+    return labels if (labels >= 0).all() else None
 
 
 def _write_json(trained, held_out, result):
@@ -104,15 +115,15 @@ class Backtracked:
                 "lpips_mse": self.mse.mean().item()}
 
 
-def backtrack(G, latents, pictures, net, steps, free, seed, place):
+def backtrack(G, latents, pictures, net, steps, free, seed, place, labels=None):
     """Optimize a latent for each of a set of uint8 pictures with Adam on LPIPS + 0.2 MSE (FastGAN section 4).
 
     Return a `Backtracked`. G is frozen, in eval mode; `net` is an Lpips. Adam changes the first `free` dimensions of
-    the latents (z_dim: not the metadata). Each search starts at the nearest of the first STARTS samples of `seed`; the
-    step of lowest LPIPS is returned. The pictures are split among the ranks; all ranks must call this.
+    the latents (z_dim: not the metadata). Each search starts at the nearest of the first STARTS samples of `seed`, or
+    with the `labels` (N,) of the pictures at the nearest of its class; the step of lowest LPIPS is returned. The
+    pictures are split among the ranks; all ranks must call this.
     """
-    batches = latents.seeded_batches(seed)
-    starts = Inputs.cat([next(batches) for _ in range(STARTS // 64)]).to(place.device)
+    starts = _find_starts(latents, seed, labels).to(place.device)
     mine = list(place.share(len(pictures)))
     S = pictures[0:1].shape[-1]
     batch = max(1, min(16, 16 * 64**2 // S**2))
@@ -122,27 +133,47 @@ def backtrack(G, latents, pictures, net, steps, free, seed, place):
     with distributed.progress(len(groups) * steps, "step", "back-tracking") as progress:
         for group in groups:
             target = to_images(pictures_at(pictures, group).to(place.device))
-            nearest = starts[_nearest_samples(net, embeddings, target)]
+            allowed = None if labels is None else labels[group, None] == starts.labels.cpu()    # (B, starts)
+            nearest = starts[_nearest_samples(net, embeddings, target, allowed)]
             best = _search(G, net, nearest, target, steps, free, progress)
             for number, *each in zip(group, *best, strict=True):
                 results[number] = [tensor.clone() for tensor in each]   # gathering a view would send its whole batch
     return Backtracked(*map(torch.stack, zip(*distributed.gather_in_order(results), strict=True)))
 
 
+def _starts(labels):
+    """Return among how many samples the start of each search is chosen."""
+    return STARTS if labels is None else max(LEAST_STARTS, STARTS // len(labels.unique()))
+
+
+def _find_starts(latents, seed, labels):
+    """Return the Inputs of the samples at which searches may start; with `labels` as many of each class."""
+    batches = latents.seeded_batches(seed)
+    starts = Inputs.cat([next(batches) for _ in range(STARTS // 64)])
+    if labels is None:
+        return starts
+    first = starts[:_starts(labels)]
+    return Inputs.cat([replace(first, labels=torch.full((len(first),), label)) for label in labels.unique().tolist()])
+
+
 @torch.no_grad()
 def _embed_samples(net, G, inputs, batch):
-    """Return embeddings float16 (STARTS, D) of G's images for `inputs`, on the CPU."""
+    """Return embeddings float16 (N, D) of G's images for `inputs`, on the CPU."""
     return torch.cat([(SCALE * net.embed(reduced(G(**part.as_arguments())[0]))).half().cpu()
                       for part in inputs.split(batch)])
 
 
 @torch.no_grad()
-def _nearest_samples(net, samples, target):
-    """Return the index of the nearest sample for each target image, (B,) on the CPU; `samples` are embeddings."""
+def _nearest_samples(net, samples, target, allowed=None):
+    """Return the index of the nearest sample for each target image, (B,) on the CPU; `samples` are embeddings.
+
+    `allowed` (B, samples), bool: those to choose from.
+    """
     queries = (SCALE * net.embed(reduced(target))).half().float().cpu()
     distances = [queries.square().sum(1)[:, None] + part.float().square().sum(1) - 2 * queries @ part.float().T
                  for part in samples.split(CHUNK)]
-    return torch.cat(distances, 1).argmin(1)
+    distances = torch.cat(distances, 1)                                 # (B, samples)
+    return (distances if allowed is None else distances.masked_fill(~allowed, torch.inf)).argmin(1)
 
 
 def _search(G, net, start, target, steps, free, progress):

@@ -63,7 +63,8 @@ def evaluate(evaluation):
     values = {name: sum(distance for distance, _ in found.values()) / len(found)}
     if len(floors) == len(found):                   # a mean over fewer classes would not compare
         values[f"{name}_floor"] = sum(floors) / len(floors)
-    score = Score(values, _protocol(evaluation, pictures, count, is_few and width), trained.latents.source(config.seed),
+    score = Score(values, _protocol(evaluation, pictures, count, is_few and width),
+                  trained.latents.source(config.seed, "of each class"),
                   {name: {names[label]: distance for label, (distance, _) in found.items()}})
     best, worst = (f"{printable(each)} ({score.by_class[name][each]:.4g})" for each in score.ends(name))
     say(f"{name} of {len(found):,} classes: worst {worst}, best {best}")

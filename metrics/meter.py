@@ -33,14 +33,9 @@ class Reference:
         return len(self.dataset)
 
     def labels(self, names):
-        """Return the class of each picture, int64 (N,): the place of its name in `names`, -1 if it is not there; None
-        if the pictures have no classes. Raises DataError.
-        """
+        """Return the class of each picture, see `Labels.among`; None if they have no classes. Raises DataError."""
         found = self.dataset.labels
-        if found is None:
-            return None
-        place = {name: number for number, name in enumerate(names)}
-        return torch.tensor([place.get(name, -1) for name in found.names])[torch.from_numpy(found.numbers)]
+        return None if found is None else torch.from_numpy(found.among(names))
 
     def against(self, pictures):
         """Describe for a protocol what is compared."""

@@ -12,6 +12,7 @@ from conftest import two_processes
 from stand_ins import CPU, SmallLpips, pair_distances, random_lpips, smooth, to_others
 
 from data_loader import to_images
+from generate.classes import Classes
 from generate.latents import Inputs, Latents
 from generate.metadata import Bank
 from metrics import backtrack
@@ -120,6 +121,23 @@ def test_a_search_begins_at_the_nearest_of_the_samples():
     distances = (SmallLpips().embed(to_images(pictures))[:, None] - SmallLpips().embed(G(z)[0])).square().sum(2)
     assert torch.equal(torch.cat(G.searched), z[distances.argmin(1)])
     assert distances.argmin(1).max() > 192, "of all 256"
+
+
+class OfClasses(Linear):
+    """A G whose classes draw the same pictures in other colours."""
+
+    def forward(self, z, labels):
+        return [image + (labels[:, None, None, None] - 1) / 2 for image in super().forward(z)]
+
+
+def test_a_search_keeps_to_the_class_of_its_picture():
+    G, latents = OfClasses(6), Latents(6, classes=Classes(("dark", "grey", "light"), (5, 5, 5)))
+    z, labels = torch.randn(4, 6, generator=torch.Generator().manual_seed(5)), torch.tensor([2, 0, 2, 1])
+    pictures = ((G(z, labels)[0] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    lpips = [backtrack.backtrack(G, latents, pictures, SmallLpips(), 150, 6, 0, CPU, wanted).lpips
+             for wanted in (labels, (labels + 1) % 3, None)]
+    assert (lpips[1] > 10 * lpips[0].max()).all(), "found in its own class, not in another"
+    assert len(lpips[2]) == 4, "and without classes from the nearest of all"
 
 
 @pytest.fixture

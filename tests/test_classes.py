@@ -161,6 +161,10 @@ def test_folders_of_classes_are_safe():
 
 def test_samples_of_classes_are_in_folders_and_depend_on_the_class(run, trained, classed, tmp_path):
     trained("--arch", "resnet", "--g_lr", "0.1", steps=3)                  # the tables of the classes differ then
+    dry = [run(*flags, "--version", "a", "--dry_run", tiny=tiny)[1].splitlines() for tiny, *flags in (
+        (True, "--dataset", "folder", "--image_path", classed, "--arch", "resnet"), (False, "--train", "false"))]
+    parameters = [[line for line in lines if " parameters: " in line] for lines in dry]
+    assert len(parameters[0]) == 2 and parameters[0] == parameters[1], "with those of the classes"
     for part in classed.rglob("*.png"):
         part.unlink()                                   # neither the data nor flags are needed
     code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 3, "--classes", "dog,0", tiny=False)
@@ -197,7 +201,8 @@ def test_truncated_samples_are_others_are_named_and_never_the_best(run, trained,
     assert latents.source(0) == "G_ema, seed 0, truncation 0.5"
     code, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "swd", "--num_eval", 8, "--truncation",
                        "0.5", tiny=False)
-    assert code == 0 and "truncation 0.5" in out and not (tmp_path / "models/a/best.pth").exists()
+    assert code == 0 and "labels as in the data, truncation 0.5" in out
+    assert not (tmp_path / "models/a/best.pth").exists()
     code, _, err = run("--truncation", "1", "--total_step", 1)
     assert code == 2 and "--truncation" in err and "--mode train" in err
 

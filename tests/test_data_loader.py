@@ -303,7 +303,7 @@ def test_batches_from_a_set_on_the_device_are_the_same(ten):
     samples = Samples(build_dataset(data_config(ten)), seed=7)
     held = load_to_device(samples.dataset, 16, torch.device("cpu"))
     for numbers in (range(0, 4), range(8, 12), range(34, 36)):
-        assert torch.equal(held[samples.indices(numbers)], samples.fetch(numbers))
+        assert torch.equal(held[samples.indices(numbers)], samples.__getitems__(numbers))
 
 
 @pytest.mark.gpu
