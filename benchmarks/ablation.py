@@ -10,11 +10,11 @@
 
 Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws at --points
 steps of each run, and writes to --out: ablation.md (tables of means and spreads and of every seed, paired differences
-with their 95 % intervals, and what they say of the paper's claims), curves.png, ablation.png (the variants' grids side
-by side), and the runs' samples/, logs/, models/. Runs of one seed are pairs: what they have in common starts with the
-same weights and sees the same batches of real pictures. It goes seed by seed, so that one that ends early has every
-variant of the first seeds. The same command again goes on: nothing is trained, drawn or scored twice. Exit codes are
-main.py's; a run that fails hands on its own.
+with their 95 % intervals, and what they say of the paper's claims), differences.png, curves.png, ablation.png (the
+variants' grids side by side), and the runs' samples/, logs/, models/. Runs of one seed are pairs: what they have in
+common starts with the same weights and sees the same batches of real pictures. It goes seed by seed, so that one that
+ends early has every variant of the first seeds. The same command again goes on: nothing is trained, drawn or scored
+twice. Exit codes are main.py's; a run that fails hands on its own.
 """
 
 import contextlib
@@ -341,6 +341,10 @@ class Ablation:
             numbers = report.summary(results, self.record.data["floor"], not self.options.model)
             numbers += report.convergence(by_step)
             shown = self._write_picture(results)
+            if report.differences(results, self.out / "differences.png"):
+                shown += ["", "![paired differences](differences.png)", "",
+                          "Paired differences from the baseline in percent of its mean, with their 95 % intervals; "
+                          "thick lines exclude 0."]
             if report.curves(by_step, self.out / "curves.png"):
                 shown += ["", "![scores by step](curves.png)", "",
                           "Means over the seeds, with their 95 % intervals."]

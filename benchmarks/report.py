@@ -49,7 +49,8 @@ def interval(values):
 
 def paired_interval(baseline, runs, name):
     """`interval` of a column's differences of {seed: numbers} from the baseline's, over the seeds that both have."""
-    return interval([runs[seed][name] - baseline[seed][name] for seed in sorted(runs) if seed in baseline])
+    return interval([runs[seed][name] - baseline[seed][name] for seed in sorted(runs)
+                     if name in runs[seed] and name in baseline.get(seed, ())])
 
 
 def interval_in_words(found, like):
@@ -239,6 +240,58 @@ def curves(by_step, path):
     return True
 
 
+def differences(results, path):
+    """Write a picture of each score's paired difference from the baseline, in percent of it, with its 95 % interval.
+    Return whether it did.
+
+    Raises OSError. With fewer than two seeds, or without matplotlib, it does nothing.
+    """
+    try:
+        from matplotlib.figure import Figure  # an ablation's own requirement
+    except ImportError:
+        return False
+    baseline = results.get(BASELINE, {})
+    found = {name: _relative_differences(results, baseline, name) for name in columns_of(results)[0]
+             if sign_of(name) and name not in COST}
+    found = {name: intervals for name, intervals in found.items() if intervals}
+    if not found:
+        return False
+    labels = [label for label in results if label != BASELINE][::-1]    # the first one on top
+    columns = min(4, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(3.2 * columns, (0.9 + 0.25 * len(labels)) * rows), dpi=110, layout="constrained")
+    for place, (name, intervals) in enumerate(found.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for height, label in enumerate(labels):
+            if label in intervals:
+                mean, low, high = intervals[label]
+                decided = not low <= 0 <= high
+                axes.plot([low, high], [height] * 2, color=f"C{len(labels) - height}", linewidth=3 if decided else 1.5)
+                axes.plot(mean, height, "o", color=f"C{len(labels) - height}", markersize=5)
+        axes.axvline(0, color="black", linewidth=0.8)
+        better = "lower" if sign_of(name) < 0 else "higher"
+        axes.set(title=f"{name} ({better} is better)", ylim=(-0.6, len(labels) - 0.4),
+                 yticks=range(len(labels)), yticklabels=labels if place % columns == 0 else [""] * len(labels))
+        axes.title.set_fontsize(9)
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter("{x:+.0f} %")
+        axes.tick_params(labelsize=8)
+        axes.grid(axis="x", alpha=0.3)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    return True
+
+
+def _relative_differences(results, baseline, name):
+    """Return {label: (mean, low, high)} in percent of the baseline's mean; {} if that is 0 or a label has one seed."""
+    values = [run[name] for run in baseline.values() if name in run]
+    if not values or not statistics.mean(values):
+        return {}
+    intervals = {label: paired_interval(baseline, runs, name)
+                 for label, runs in results.items() if label != BASELINE}
+    return {label: [100 * each / abs(statistics.mean(values)) for each in found]
+            for label, found in intervals.items() if found}
+
+
 def summary(results, floor=None, of_paper=True):
     """Lines of Markdown: both tables, what all runs share, the verdicts. `floor`: see `mean_table`. `of_paper`: whether
     they are on the claims of SLAE-FastGAN's paper.
@@ -273,8 +326,9 @@ def on_settings(configs, varied):
     if weights:
         lines.append(f"- VGG-16 weights of the metadata: {', '.join(weights)}"
                      + (" (untrained: for tests, says nothing of the paper)" if "random" in weights else ""))
-    differing = sorted({name for config in configs for name in config
-                        if name not in varied and config[name] != configs[0].get(name)})
+    # a flag that an older run lacks did not exist then
+    shared = set.intersection(*map(set, configs)) - set(varied) if configs else set()
+    differing = sorted(name for name in shared if any(config[name] != configs[0][name] for config in configs))
     if differing:
         return [*lines, f"- **the runs differ in more than they should: {', '.join(differing)}**"]
     named = ", ".join(f"`{name}`" for name in sorted(set(varied) - {"seed", "version"}))

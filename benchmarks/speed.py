@@ -5,7 +5,7 @@
 
 Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
 from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
-with the range of its middle half, peak memory) and puts it into docs/results.md, or what --results names, in place
+with the range of its middle half, peak memory) and puts it into docs/measurements.md, or what --results names, in place
 of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`;
 `--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be repeated.
 
@@ -42,7 +42,7 @@ from metrics.cost import TimedConfig, alternate, each_ratio, hardware, peak_memo
 from reference import PlainConfig  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results.md"
+RESULTS = Path(__file__).parent.parent / "docs" / "measurements.md"
 # what the variants add to the flags, by model
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # those that the device has, but that `auto` does not take

@@ -245,6 +245,7 @@ def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, caps
     assert table[0] == "| step | baseline | both |"
     assert table[2:4] == ["| 2 | 16.00 | **15.10 [-1.15, -0.65]** |", "| 4 | 14.00 | **13.10 [-1.15, -0.65]** |"]
     assert "![scores by step](curves.png)" in text and Image.open("ablation/curves.png").width > 500
+    assert "![paired differences](differences.png)" in text and Image.open("ablation/differences.png").width > 500
     shutil.rmtree("ablation/drawn")
     assert run(*PAIR, "--seeds", 3, "--points", 2, "--score", score + " again") == 3
     assert "to train baseline_seed0 again, delete ablation/models/baseline_seed0" in capsys.readouterr().err
@@ -304,6 +305,11 @@ def test_runs_that_differ_in_more_than_the_two_flags_are_told_of(stand_in, monke
     monkeypatch.setenv("RECONtrue", "lpips")
     assert run(*TWO) == 0
     assert "**the runs differ in more than they should: recon**" in Path("ablation/ablation.md").read_text()
+    config = next(Path("ablation/models").glob("*/config.json"))        # of a version without this flag
+    config.write_text(json.dumps({name: value for name, value in json.loads(config.read_text()).items()
+                                  if name != "recon"}))
+    assert run(*TWO) == 0
+    assert "than they should" not in Path("ablation/ablation.md").read_text()
 
 
 def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
