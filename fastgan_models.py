@@ -287,21 +287,24 @@ class Generator(nn.Module):
 
 
 class DiscriminatorOutput(NamedTuple):
-    """The logits of both paths, concatenated, and the feature maps that the decoders take."""
+    """The logits of both paths, concatenated, the feature maps that the decoders take and, with classes, the features
+    that the projection takes.
+    """
 
     logits: torch.Tensor        # (B, 50): 5 x 5 from each path
     middle: torch.Tensor        # (B, C / 2, 16, 16)
     last: torch.Tensor          # (B, C, 8, 8)
     small: torch.Tensor         # (B, C / 2, 8, 8)
+    features: torch.Tensor | None           # (B, 2C)
 
 
 class Discriminator(nn.Module):
     """Images in [-1, 1] -> DiscriminatorOutput.
 
     Takes [image (B, 3, imsize, imsize), the same at `small_size`] as G returns them, or the image alone for real ones.
-    With `classes` it takes labels (B,), too, and adds a projection of the deep path's last map to that path's logits;
-    labels of None leave it out. `slae` is the kernel size of the spatial attention in the skip excitations, None for no
-    attention.
+    With `classes` it takes labels (B,), too, and adds a projection of the deep path's features, those before its
+    logits, to these; labels of None leave it out. `slae` is the kernel size of the spatial attention in the skip
+    excitations, None for no attention.
     """
 
     def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0):
@@ -323,7 +326,7 @@ class Discriminator(nn.Module):
         self.projection = None
         if classes:
             with initialized_apart():
-                self.projection = Projection(last, classes, layers.wrap)
+                self.projection = Projection(2 * last, classes, layers.wrap)
         half = small_size(imsize)
         steps = [size for size in sizes if LAST <= size < half]         # half / 2, ..., 8
         small = [width[2 * size] for size in steps]                     # ends with half the deep path's width
@@ -348,11 +351,19 @@ class Discriminator(nn.Module):
                 x = self.skips[name](maps[self.sources[size]], x)
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
-        deep = self.to_logits(x).flatten(1).float()                     # (B, 5 * 5)
-        if self.projection is not None and labels is not None:
-            deep = deep + self.projection(x.float().mean((2, 3)), labels)[:, None]
+        hidden = self.to_logits[:-1](x)                                 # (B, 2C, 8, 8)
+        features = None if self.projection is None else hidden.float().mean((2, 3))     # (B, 2C)
+        deep = self.to_logits[-1](hidden).flatten(1).float()            # (B, 5 * 5)
+        if features is not None and labels is not None:
+            deep = deep + self.projection(features, labels)[:, None]
         logits = torch.cat([deep, self.small_to_logits(from_small).flatten(1).float()], dim=1)
-        return DiscriminatorOutput(logits, maps[2 * LAST], x, from_small)         # logits (B, 2 * 5 * 5)
+        return DiscriminatorOutput(logits, maps[2 * LAST], x, from_small, features)     # logits (B, 2 * 5 * 5)
+
+    def with_labels(self, output, labels, others):
+        """Return the deep path's logits (B, 25) for the labels `others`, from the `output` for `labels`."""
+        deep = output.logits.chunk(2, dim=1)[0]                         # (B, 25)
+        change = self.projection(output.features, others) - self.projection(output.features, labels)
+        return deep + change[:, None]
 
     def reconstruct(self, output, real, quadrant=None):
         """Return {name: (reconstruction, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].

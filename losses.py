@@ -107,9 +107,14 @@ class SelfSupervisedHinge:
     from their reconstructions by D's decoders (Liu et al. 2021, section 3.2, eqs. 1-3).
 
     `distance(a, b)` takes images (B, 3, H, W) and returns (B,).
+
+    With labels, real images with the labels of the fakes, where these are others, count as fakes, too (Reed et al.
+    2016, arXiv 1605.05396, algorithm 1). Without it G drew faces that anyone calls faces, and of no class: D tells the
+    fakes of this small G by their looks, and so learns classes late.
     """
 
     double_backward = False
+    MISMATCH_WEIGHT = 0.25      # with 1 the pictures became worse
 
     def __init__(self, distance, recon_weight, label_noise):
         self.distance, self.recon_weight, self.label_noise = distance, recon_weight, label_noise
@@ -119,12 +124,21 @@ class SelfSupervisedHinge:
         on_real = D(real, labels[0])
         on_fake = D(fake, labels[1])
         loss, stats = hinge(on_real.logits, on_fake.logits, self.label_noise)
+        if labels[0] is not None:
+            mismatch = self._mismatch(D, on_real, *labels)
+            loss, stats["mismatch"] = loss + self.MISMATCH_WEIGHT * mismatch, mismatch.detach()
         pairs = D.reconstruct(on_real, real)
         rebuilt, targets = (torch.cat(images) for images in zip(*pairs.values(), strict=True))
         # all decoders in one pass; the mean over the batch keeps recon_weight independent of the batch size
         distances = self.distance(rebuilt, targets).view(len(pairs), -1).mean(1)            # (pairs,)
         stats |= {f"recon/{name}": value for name, value in zip(pairs, distances.detach(), strict=True)}
         return loss + self.recon_weight * distances.sum(), stats
+
+    def _mismatch(self, D, on_real, labels, others):
+        """Return the hinge loss of real images whose labels are `others`; 0 for those of which they are the own."""
+        logits = D.with_labels(on_real, labels, others)                 # (B, 25)
+        losses = F.relu(_margins(logits, self.label_noise) + logits).mean(1)            # (B,)
+        return (losses * (labels != others)).mean()
 
     def g_loss(self, D, real, fake, labels=NO_LABELS):
         return -D(fake, labels[1]).logits.mean(), {}

@@ -277,6 +277,20 @@ def test_d_loss_is_the_hinge_of_both_paths_and_three_reconstructions():
         nn.functional.l1_loss(D.decode_last(D([real, downscale(real, 32)]).last), downscale(real, 32)).item(), rel=1e-4)
 
 
+def test_real_images_with_labels_of_others_count_as_fakes():
+    D = Discriminator(64, 4, classes=3)
+    nn.init.normal_(D.projection.table.parametrizations.weight.original)
+    real, fake = torch.rand(3, 3, 64, 64), [torch.rand(3, 3, 64, 64), torch.rand(3, 3, 32, 32)]
+    labels, others = torch.tensor([0, 1, 2]), torch.tensor([1, 1, 0])
+    objective = SelfSupervisedHinge(l1, 0.0, 0.0)
+    loss, stats = objective.d_loss(D, real, fake, (labels, others))
+    wrong = (1 + D(real, others).logits[:, :25]).relu()                 # the deep path's; the small path has no labels
+    assert stats["mismatch"].item() == pytest.approx((wrong[[0, 2]].sum() / (3 * 25)).item(), rel=1e-4)
+    hinges, _ = hinge(D(real, labels).logits, D(fake, others).logits, 0.0)
+    assert loss.item() == pytest.approx((hinges + objective.MISMATCH_WEIGHT * stats["mismatch"]).item(), rel=1e-4)
+    assert (D(real, labels).logits != D(real, others).logits).any()
+
+
 def test_the_weight_of_the_reconstruction_does_not_grow_with_the_batch():
     _, D = networks()
     D.eval()
