@@ -71,6 +71,14 @@ def find_undone(config, folders, state):
     return Due(log, show, save=False, measure=due.measure and "protocol" not in names), unlogged
 
 
+def is_done(config, step, step_of_best):
+    """Return whether the last `--patience` measurements up to `step` gave no better score than `step_of_best` has.
+
+    `step_of_best` is -1 if nothing was measured.
+    """
+    return step_of_best >= 0 and step - step_of_best >= config.patience * config.metric_step
+
+
 class Run:
     """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`.
 
@@ -89,6 +97,8 @@ class Run:
         self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
         self.undone, self.unlogged = undone, unlogged
+        self.step_of_best = checkpoint.step_of_best(folders.models)
+        self.said_done = False
 
     def loop(self):
         """Train until the last step or a signal. Return the exit code."""
@@ -98,7 +108,7 @@ class Run:
             if any(self.undone):
                 with self.window.paused():
                     self.report(self.undone, self.undone.log and self.window.means())
-            while trainer.step < self.config.total_step:
+            while trainer.step < self.config.total_step and not self.has_ended():
                 # one step; its statistics stay on the device
                 self.window.add(trainer.train_step(self.batches))
                 self.progress.update()
@@ -255,9 +265,7 @@ class Run:
             scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
         if scores is None:
             return
-        better = distributed.gather(score_table.better_score(
-            scores, checkpoint.best_score(self.folders.models), self.meter.scores_by_rank())
-            if distributed.is_first() else None)[0]
+        better, self.step_of_best = distributed.gather(self.rate(scores) if distributed.is_first() else None)[0]
         if better:
             state = {**self.state(), "best": better}
             if distributed.is_first():
@@ -269,6 +277,20 @@ class Run:
                 self.write_line(score.line())           # the last thing: `find_undone` looks for it
             text = ", ".join(score_table.in_words(score.values) for score in scores)
             self.progress.write(f"step {trainer.step}: {text}")
+            if is_done(config, trainer.step, self.step_of_best) and config.stop == "never" and not self.said_done:
+                self.progress.write(f"note: no score is better than that of step {self.step_of_best}, which best.pth "
+                                    f"has, for {config.patience} measurements; --stop auto ends such a run")
+                self.said_done = True
+
+    def rate(self, scores):
+        """Return (the entry of a new best.pth, None if the scores are no better; the step of the best)."""
+        models = self.folders.models
+        better = score_table.better_score(scores, checkpoint.best_score(models), self.meter.scores_by_rank())
+        return better, self.trainer.step if better else checkpoint.step_of_best(models)
+
+    def has_ended(self):
+        """Return whether `--stop auto` ends the run after this step."""
+        return self.config.stop == "auto" and is_done(self.config, self.trainer.step, self.step_of_best)
 
     def write_page(self):
         """Rewrite the run's page and the overview of all runs."""
@@ -319,9 +341,14 @@ class Run:
         return 128 + (self.interrupt.signal or signal.SIGTERM)
 
     def finish(self):
-        """Report the end of the run. Return the exit code."""
+        """Save where --stop auto ends the run, and report the end. Return the exit code."""
+        if self.saved_step < self.trainer.step:
+            self.save()
         self.progress.close()
-        say(f"done: {self.config.total_step} steps. Open {self.folders.samples / page.NAME} in a browser")
+        if self.has_ended():
+            say(f"no score is better than that of step {self.step_of_best}, which best.pth has, for "
+                f"{self.config.patience} measurements")
+        say(f"done: {self.trainer.step} steps. Open {self.folders.samples / page.NAME} in a browser")
         return 0
 
     # ------------------------------------------------------------------------------------------- resources of the loop

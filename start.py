@@ -17,7 +17,7 @@ from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes
-from loop import Run, find_undone
+from loop import Run, find_undone, is_done
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint
@@ -40,10 +40,10 @@ def train(config, place, precision, interrupt):
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
                                                       partial(find_mismatch, config))
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
-    if state and state["step"] >= config.total_step and not any(undone):
+    reason = state and not any(undone) and _find_end(config, folders, state["step"])
+    if reason:
         distributed.on_first(partial(_finish_page, config, folders))
-        say(f"nothing to do: '{config.version}' has reached step {state['step']} of --total_step "
-            f"{config.total_step}; raise it to train on. Open {folders.samples / page.NAME} in a browser")
+        say(f"nothing to do: '{config.version}' has {reason}. Open {folders.samples / page.NAME} in a browser")
         return 0
     found = find_dataset(config)
     _compare(config, state, found)
@@ -79,6 +79,16 @@ def _is_restart(config, folders):
         raise UsageError(f"--pretrained_model {config.pretrained_model}: '{config.version}' is being moved aside, as a "
                          f"--restart true was killed.\nLeave the flag out; or delete {folders.moving}.")
     return config.restart or folders.is_half_moved()
+
+
+def _find_end(config, folders, step):
+    """Return in words why a run that has reached `step` has ended, and how it goes on; None if it has not."""
+    if step >= config.total_step:
+        return f"reached step {step} of --total_step {config.total_step}; raise it to train on"
+    best = checkpoint.step_of_best(folders.models)
+    if config.stop == "auto" and is_done(config, step, best):
+        return f"ended at step {step}, as no score is better than that of step {best}; --stop never trains on"
+    return None
 
 
 def _finish_page(config, folders):

@@ -202,7 +202,7 @@ def supersede_after(folder, step):
     A file of the same name in there, from an earlier call, is replaced.
     """
     paths = [path_of(folder, later) for later in steps_in(folder) if later > step]
-    if _step_of_best(folder) > step:
+    if step_of_best(folder) > step:
         paths.append(best_path(folder))
     superseded = Path(folder) / "superseded"
     for path in paths:
@@ -211,7 +211,7 @@ def supersede_after(folder, step):
     return [path.name for path in paths]
 
 
-def _step_of_best(folder):
+def step_of_best(folder):
     """Return the step of best.pth; -1 if it is missing or damaged."""
     try:
         return load_state(best_path(folder))["step"] if best_path(folder).is_file() else -1

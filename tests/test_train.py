@@ -521,6 +521,23 @@ def test_best_pth_is_the_checkpoint_of_the_lowest_fid_and_is_not_pruned(run, pic
     assert_same_state(best, state("straight", 4))
 
 
+def test_a_run_says_when_it_is_done_and_with_stop_auto_it_ends(run, pictures, fids, tmp_path):
+    flags = measuring(pictures, "--total_step", 14, "--patience", 2, "--model_save_step", 100)
+    fids(5, 3, 4, 3, 4, 2, 9)
+    code, out, _ = run(*flags, "--version", "a")
+    assert code == 0 and out.count("note: no score is better than that of step 4, which best.pth has, for 2 mea") == 1
+    fids(5, 3, 4, 3)
+    code, out, _ = run(*flags, "--version", "b", "--stop", "auto")
+    assert code == 0 and "no score is better than that of step 4" in out and "done: 8 steps" in out
+    assert checkpoint.steps_in("models/b") == [8] and "note: no score" not in out
+    code, out, _ = run(*flags, "--version", "b", "--stop", "auto")
+    assert code == 0 and "'b' has ended at step 8, as no score is better" in out and "--stop never trains on" in out
+    fids(4, 2, 9)
+    code, out, _ = run(*flags, "--version", "b", "--stop", "never")
+    assert code == 0 and "resuming 'b' from step 8" in out
+    assert_same_state(state("a", 14), state("b", 14))
+
+
 def test_with_few_real_pictures_best_pth_goes_by_kid_and_an_older_entry_by_fid_gives_way(run, pictures, fids,
                                                                                          monkeypatch):
     coming = [{"fid": 5.0, "kid": 2.0}, {"fid": 4.0, "kid": 3.0}, {"fid": 9.0, "kid": 1.0}]
