@@ -26,13 +26,13 @@ class PlainAttention(SelfAttention):
     """`SelfAttention` as published: the whole matrix of weights."""
 
     def forward(self, x):
-        B, C, H, W = x.size()
+        B, _, H, W = x.size()
         q = self.query(x).view(B, -1, H * W)                            # (B, C/8, N)
-        k = self.key(x).view(B, -1, H * W)                              # (B, C/8, N)
-        v = self.value(x).view(B, C, H * W)                             # (B, C, N)
-        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k), dim=-1)                # (B, N, N)
-        out = torch.bmm(v, weights.transpose(1, 2)).view(B, C, H, W)
-        return self.gamma * out + x
+        k = self.pool(self.key(x)).flatten(2)                           # (B, C/8, M), M = N or N / 4
+        v = self.pool(self.value(x)).flatten(2)                         # (B, C or C/2, M)
+        weights = torch.softmax(torch.bmm(q.transpose(1, 2), k), dim=-1)                # (B, N, M)
+        out = torch.bmm(v, weights.transpose(1, 2)).view(B, -1, H, W)
+        return self.gamma * self.out(out) + x
 
 
 PUBLISHED = {SelfAttention: PlainAttention, GLU: nn.GLU, FromVector: nn.ConvTranspose2d, ToVector: nn.Conv2d}

@@ -224,8 +224,9 @@ def main(argv):
     device = distributed.start(config).device
     size = "growth" if options.growth else f"{config.imsize} px, batch {config.batch_size}"
     size += ", loading" * options.loading + "".join(f", {variant}" for variant in options.variant or ())
+    model = config.model if config.arch in (None, "dcgan") else f"{config.model} --arch {config.arch}"
     command = shlex.join(["python", "benchmarks/speed.py", *argv])
-    put(options.results, f"Speed of a step: {config.model}, {size}, {hardware(device)}", [
+    put(options.results, f"Speed of a step: {model}, {size}, {hardware(device)}", [
         f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])
     print(f"\n{hardware(device)}: written into {options.results}")
     return 0

@@ -1,15 +1,20 @@
 """benchmarks/speed.py: its tables, its counts of operations; and the script that runs it on a GPU."""
 
+import copy
 import os
 import re
 import subprocess
 from pathlib import Path
 
+import pytest
+import torch
 from conftest import SMALL
 
 import layers
+import reference
 import speed
 from device import distributed
+from families import build_networks
 from metrics import cost
 from parameter import parse, resolve
 
@@ -29,6 +34,19 @@ def test_the_table_says_how_many_times_the_reference(monkeypatch, capsys, tmp_pa
     assert float(rows[1][2]) > 1, "the plain way is slower"
     assert [row[3:] for row in rows] == [("12", "1.00"), ("3", "0.25")]
     assert "| reference |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [(), ("--attn_pool", "true"), ("--arch", "resnet")])
+def test_the_reference_computes_the_same_images_and_logits(flags):
+    torch.manual_seed(0)
+    nets = [net.eval() for net in build_networks(resolve(parse((*SMALL, "--sn", "none", *flags))), "cpu")]
+    for net, x in zip(nets, (torch.randn(2, 128), torch.randn(2, 3, 32, 32)), strict=True):
+        for layer in net.attention.values():
+            torch.nn.init.ones_(layer.gamma)
+        with torch.no_grad():
+            plain = reference.published(copy.deepcopy(net))
+            assert {type(layer) for layer in plain.attention.values()} == {reference.PlainAttention}
+            assert torch.allclose(torch.stack([*plain(x)]), torch.stack([*net(x)]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_table_takes_the_place_of_its_predecessor(tmp_path):
