@@ -40,7 +40,7 @@ def test_the_table_says_how_many_times_the_reference(monkeypatch, capsys, tmp_pa
 def test_the_reference_computes_the_same_images_and_logits(flags):
     torch.manual_seed(0)
     nets = [net.eval() for net in build_networks(resolve(parse((*SMALL, "--sn", "none", *flags))), "cpu")]
-    for net, x in zip(nets, (torch.randn(2, 128), torch.randn(2, 3, 32, 32)), strict=True):
+    for net, x in zip(nets, (torch.randn(2, 16), torch.randn(2, 3, 32, 32)), strict=True):
         for layer in net.attention.values():
             torch.nn.init.ones_(layer.gamma)
         with torch.no_grad():
