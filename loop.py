@@ -29,7 +29,7 @@ from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
 from parameter import as_json
 from storage import checkpoint, score_table
 from storage.folders import step_name
-from storage.journal import MetricsLog, Window, names_at
+from storage.journal import MetricsLog, Window, count_after, names_at
 
 LAST_PICTURE = "_fake.png"  # of a record: where it is, the others are
 HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
@@ -71,12 +71,23 @@ def find_undone(config, folders, state):
     return Due(log, show, save=False, measure=due.measure and "protocol" not in names), unlogged
 
 
-def is_done(config, step, step_of_best):
-    """Return whether the last `--patience` measurements up to `step` gave no better score than `step_of_best` has.
+class Standing(NamedTuple):
+    """The step of best.pth, -1 without one, and how many measurements since then gave no better score."""
 
-    `step_of_best` is -1 if nothing was measured.
-    """
-    return step_of_best >= 0 and step - step_of_best >= config.patience * config.metric_step
+    step: int
+    worse: int
+
+    def in_words(self):
+        return f"no score is better than that of step {self.step}, which best.pth has, for {self.worse} measurements"
+
+
+def find_standing(folders):
+    """Return the Standing of a run by what is on the disk."""
+    best = checkpoint.best_score(folders.models)
+    if best is None:
+        return Standing(-1, 0)
+    step = checkpoint.step_of_best(folders.models)
+    return Standing(step, count_after(folders.logs, step, best["metric"]))
 
 
 class Run:
@@ -97,7 +108,7 @@ class Run:
         self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
         self.undone, self.unlogged = undone, unlogged
-        self.step_of_best = checkpoint.step_of_best(folders.models)
+        self.standing = distributed.on_first(lambda: find_standing(folders))
         self.said_done = False
 
     def loop(self):
@@ -123,7 +134,7 @@ class Run:
                     if due.save or due.stop:
                         self.save()
                     self.report(due, means)
-                if due.stop and trainer.step < self.config.total_step:
+                if (due.stop or due.measure and self.stopped()) and trainer.step < self.config.total_step:
                     return self.stop()
             return self.finish()
 
@@ -265,7 +276,7 @@ class Run:
             scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
         if scores is None:
             return
-        better, self.step_of_best = distributed.gather(self.rate(scores) if distributed.is_first() else None)[0]
+        better, self.standing = distributed.gather(self.rate(scores) if distributed.is_first() else None)[0]
         if better:
             state = {**self.state(), "best": better}
             if distributed.is_first():
@@ -277,20 +288,22 @@ class Run:
                 self.write_line(score.line())           # the last thing: `find_undone` looks for it
             text = ", ".join(score_table.in_words(score.values) for score in scores)
             self.progress.write(f"step {trainer.step}: {text}")
-            if is_done(config, trainer.step, self.step_of_best) and config.stop == "never" and not self.said_done:
-                self.progress.write(f"note: no score is better than that of step {self.step_of_best}, which best.pth "
-                                    f"has, for {config.patience} measurements; --stop auto ends such a run")
+            if self.standing.worse >= config.patience and config.stop == "never" and not self.said_done:
+                self.progress.write(f"note: {self.standing.in_words()}; --stop auto ends such a run")
                 self.said_done = True
 
     def rate(self, scores):
-        """Return (the entry of a new best.pth, None if the scores are no better; the step of the best)."""
-        models = self.folders.models
-        better = score_table.better_score(scores, checkpoint.best_score(models), self.meter.scores_by_rank())
-        return better, self.trainer.step if better else checkpoint.step_of_best(models)
+        """Return (the entry of a new best.pth, None if the scores are no better; the Standing with these scores)."""
+        better = score_table.better_score(scores, checkpoint.best_score(self.folders.models),
+                                          self.meter.scores_by_rank())
+        if better:
+            return better, Standing(self.trainer.step, 0)
+        before = find_standing(self.folders)            # without these scores, whose line is not written yet
+        return None, before._replace(worse=before.worse + 1)
 
     def has_ended(self):
         """Return whether `--stop auto` ends the run after this step."""
-        return self.config.stop == "auto" and is_done(self.config, self.trainer.step, self.step_of_best)
+        return self.config.stop == "auto" and self.standing.worse >= self.config.patience
 
     def write_page(self):
         """Rewrite the run's page and the overview of all runs."""
@@ -334,7 +347,9 @@ class Run:
             raise
 
     def stop(self):
-        """Report the interruption. Return the exit code."""
+        """Save, where a measurement was broken off, and report the interruption. Return the exit code."""
+        if self.saved_step < self.trainer.step:
+            self.save()
         self.progress.close()
         say(f"interrupted: step {self.trainer.step} is saved in {self.folders.models}; run the same command "
             "again to resume")
@@ -346,8 +361,7 @@ class Run:
             self.save()
         self.progress.close()
         if self.has_ended():
-            say(f"no score is better than that of step {self.step_of_best}, which best.pth has, for "
-                f"{self.config.patience} measurements")
+            say(self.standing.in_words())
         say(f"done: {self.trainer.step} steps. Open {self.folders.samples / page.NAME} in a browser")
         return 0
 

@@ -17,7 +17,7 @@ from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes
-from loop import Run, find_undone, is_done
+from loop import Run, find_standing, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint
@@ -40,7 +40,7 @@ def train(config, place, precision, interrupt):
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
                                                       partial(find_mismatch, config))
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
-    reason = state and not any(undone) and _find_end(config, folders, state["step"])
+    reason = state and not any(undone) and distributed.on_first(partial(_find_end, config, folders, state["step"]))
     if reason:
         distributed.on_first(partial(_finish_page, config, folders))
         say(f"nothing to do: '{config.version}' has {reason}. Open {folders.samples / page.NAME} in a browser")
@@ -85,9 +85,9 @@ def _find_end(config, folders, step):
     """Return in words why a run that has reached `step` has ended, and how it goes on; None if it has not."""
     if step >= config.total_step:
         return f"reached step {step} of --total_step {config.total_step}; raise it to train on"
-    best = checkpoint.step_of_best(folders.models)
-    if config.stop == "auto" and is_done(config, step, best):
-        return f"ended at step {step}, as no score is better than that of step {best}; --stop never trains on"
+    standing = find_standing(folders)
+    if config.stop == "auto" and standing.worse >= config.patience:
+        return f"ended at step {step}, as {standing.in_words()}; --stop never trains on"
     return None
 
 

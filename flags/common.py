@@ -220,8 +220,11 @@ def _without_features(values):
     return not any(METRICS[name].file in ("features", "ifid") for name in chosen) and f"--metrics {written(chosen)}"
 
 
-def _without_measurements(values):
-    return not values["metric_step"] and "--metric_step 0"
+def _without_best(values):
+    """For `Flag.unused`: no checkpoint is called the best, as no score is measured in training that decides it."""
+    if not values["metric_step"]:
+        return "--metric_step 0"
+    return not {"fid", "kid"} & set(values["metrics"]) and f"--metrics {written(values['metrics'])}"
 
 
 def no_classes(values):
@@ -355,9 +358,9 @@ FLAGS = {
         Flag("metric_step", int, 0, "steps between computations of the metrics in training; the checkpoint of the best "
              f"fid, or with fewer than {FEW:,} real pictures of the best kid, is kept as best.pth; 0: never", 0),
         Flag("patience", int, 10, "measurements in a row without a better score after which a run is done; a line says "
-             "so", 1, unused=_without_measurements),
+             "so", 1, unused=_without_best),
         Flag("stop", one_of("never", "auto"), "never", "never | auto (end a run that is done by --patience)",
-             unused=_without_measurements),
+             unused=_without_best),
         Flag("num_eval", int, 5000, "samples that metrics are computed on", 2),
         Flag("feature_net", one_of(*FEATURE_NETS), "inception", "network whose features fid, kid, pr and ifid compare; "
              "the scores of others than inception are named after it, such as fd_dinov2: inception | vgg16 (of "

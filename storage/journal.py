@@ -38,6 +38,20 @@ def names_at(folder, step):
     return names
 
 
+def count_after(folder, step, name):
+    """Return how many later steps than `step` have a value of this name in metrics.jsonl."""
+    try:
+        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return 0
+    steps = set()
+    for line in lines:
+        if b'"%s": ' % name.encode() in line:           # no other is parsed
+            with contextlib.suppress(ValueError, RecursionError):
+                steps.add(json.loads(line)["step"])
+    return sum(later > step for later in steps)
+
+
 class MetricsLog:
     """Writes the metrics of one run into its log folder; on rank 0 only. Call `close` at the end.
 

@@ -121,6 +121,7 @@ def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     ("--mode sample --restart true", "--restart true: is for training, not for --mode sample"),
     ("--restart true --pretrained_model 5", "--restart true begins from scratch, --pretrained_model 5 goes on"),
     ("--adv_loss wgan-gp --label_noise 0.2", "--label_noise 0.2: has no effect with --adv_loss wgan-gp; leave it out"),
+    ("--stop auto --metric_step 5 --metrics pr,swd", "--stop auto: has no effect with --metrics pr,swd; leave it out"),
     ("--stop auto", "--stop auto: has no effect with --metric_step 0"),
     ("--lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),
     ("--model fastgan --lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),

@@ -21,6 +21,7 @@ import loop
 import trainer
 from flags import common
 from metrics import features, swd
+from metrics.meter import Meter
 from storage import checkpoint
 
 
@@ -536,6 +537,23 @@ def test_a_run_says_when_it_is_done_and_with_stop_auto_it_ends(run, pictures, fi
     code, out, _ = run(*flags, "--version", "b", "--stop", "never")
     assert code == 0 and "resuming 'b' from step 8" in out
     assert_same_state(state("a", 14), state("b", 14))
+
+
+def test_a_measurement_that_is_broken_off_is_made_up_and_counts_as_none(run, pictures, fids, monkeypatch):
+    def interrupted(self, *words, measure=Meter.measure):
+        if lines("a") and scored("a"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(self, *words)
+
+    flags = measuring(pictures, "--total_step", 9, "--patience", 1, "--stop", "auto", "--version", "a")
+    fids(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "measure", interrupted)
+        code, out, _ = run(*flags)
+    assert code == 130 and "interrupted: step 4 is saved" in out and scored("a") == {2: 5}
+    fids(4, 7)
+    code, out, _ = run(*flags)
+    assert code == 0 and scored("a") == {2: 5, 4: 4, 6: 7} and "done: 6 steps" in out
 
 
 def test_with_few_real_pictures_best_pth_goes_by_kid_and_an_older_entry_by_fid_gives_way(run, pictures, fids,
