@@ -197,7 +197,7 @@ class Run:
             with utils.forked_random_state(device):
                 inputs = trainer.fixed_inputs
                 images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
-                order = slice(None) if self.classes is None else by_columns(len(images))
+                order = slice(None) if self.classes is None else by_classes(inputs.labels)
                 record = Record(inputs[order].to(device), images[order].to(device), self.real_images[order].to(device),
                                 folders.samples, folders.attention, trainer.step, config.attn_queries, config.attn_raw)
                 self.figures = self.check_health(record)
@@ -422,10 +422,13 @@ class Run:
         return torch.from_numpy(dataset.labels.numbers[indices]).to(self.place.device)
 
 
-def by_columns(count):
-    """Return indices (count,) of the images of a square grid, column by column: neighbours are of different rows."""
-    side = math.isqrt(count)
-    return torch.arange(count).view(side, side).T.flatten()
+def by_classes(labels):
+    """Return indices (N,) of images with these labels (N,): one image of each class, then the next one of each."""
+    labels, turns, seen = labels.tolist(), [], Counter()
+    for label in labels:
+        turns.append(seen[label])
+        seen[label] += 1
+    return torch.tensor(sorted(range(len(labels)), key=lambda index: turns[index]))
 
 
 def _summary(scalars):

@@ -124,22 +124,25 @@ def describe(config, dataset, place):
     import data_loader
     from device.distributed import say
     from families import FAMILIES
-    from generate.classes import Classes, find_classes
+    from generate.classes import Classes, lines_on_classes, require_classes
+    from start import compare_with_run
     from storage import checkpoint
     from storage.folders import RunFolders
 
     say(parameter.as_json(config), end="")
     if dataset is not None:
-        classes = find_classes(config, dataset)
+        classes = compare_with_run(config, dataset)
     else:                                               # those of the run, if there is one
         state = checkpoint.load_step(RunFolders.of(config).models, config.pretrained_model, say)
         classes = Classes.from_state(state and state.get("classes"))
+    if config.classes is not None:
+        require_classes(classes).choose(config.classes)
     if not config.fake_dir:                             # scoring a folder needs no networks
         for name, net in zip("GD", FAMILIES[config.model].build(config, len(classes or ())), strict=True):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
-    for line in classes.lines() if classes else ():
+    for line in lines_on_classes(config, dataset, classes) if dataset else ():
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
 

@@ -16,7 +16,7 @@ from errors import LockedError, UsageError
 from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
-from generate.classes import Classes, describe_changes, find_classes
+from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
 from loop import Run, find_standing, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json
@@ -52,7 +52,7 @@ def train(config, place, precision, interrupt):
     # what takes work, whose results are cached
     dataset = build_dataset(config, found)
     data, classes = _compare(config, state, dataset, say)
-    for line in classes.lines() if classes else ():
+    for line in lines_on_classes(config, dataset, classes):
         say(line)
     trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state), classes)
     if meter:
@@ -68,6 +68,15 @@ def train(config, place, precision, interrupt):
     finally:
         if lock:
             lock.close()
+
+
+def compare_with_run(config, dataset):
+    """Return the Classes of the data set, or None. Raise UsageError if the run of `config` was trained on other
+    pictures or classes, CheckpointError if it cannot be read.
+    """
+    folders = RunFolders.of(config)
+    state = None if _is_restart(config, folders) else checkpoint.load_step(folders.models, config.pretrained_model, say)
+    return _compare(config, state, dataset, say)[1]
 
 
 def _is_restart(config, folders):
@@ -160,9 +169,11 @@ def _compare(config, state, dataset, tell=lambda line: None):
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
     changed_classes = describe_changes(Classes.from_state(state.get("classes")), classes)
     if other or changed_classes:
+        fix = "" if other else "Leave out --conditional, or use" if not classes or not state.get("classes") else (
+            "Give the classes their old names and order, or use")
         raise UsageError(f"--version {config.version}: this run was trained on "
-                         f"{other or f'other classes ({changed_classes})'}.\n"
-                         "Use another --version; or --restart true, which moves this run aside and begins again.")
+                         f"{other or f'other classes ({changed_classes})'}.\n{fix or 'Use'} another --version; or "
+                         "--restart true, which moves this run aside and begins again.")
     if changes:
         tell(f"note: {changes}")
     return data, classes

@@ -58,6 +58,15 @@ class ImageDataset(Dataset):
         """The class of each picture, None if the data set has no classes. Raises DataError."""
         return self.find_labels() if self.find_labels else None
 
+    def stray(self) -> str | None:
+        """Return in words what keeps subfolders from being classes, if something does."""
+        return None
+
+    def advice_on_labels(self) -> str:
+        """Return how labels are given, in one line, for a data set that has none."""
+        stray = self.stray()
+        return f"{labels.HOW}; {stray}" if stray else labels.HOW
+
     def __getstate__(self):
         """Pickle without the labels: loader workers do not need them."""
         return {name: value for name, value in vars(self).items() if name != "labels"}
@@ -159,9 +168,15 @@ class Files(EncodedDataset):
         return read_picture(paths[index], imsize, crop, max_pixels, levels)
 
     @staticmethod
-    def _find_labels(folder: Path, paths: list[str]) -> Labels | None:
-        file, below = os.path.join(folder, labels.FILE), [os.path.relpath(path, folder) for path in paths]
-        below = [path.replace(os.sep, "/") for path in below]
+    def _below(folder: Path, paths: list[str]) -> list[str]:
+        return [os.path.relpath(path, folder).replace(os.sep, "/") for path in paths]
+
+    def stray(self):
+        return labels.find_stray(self._below(self.home, self.sources))
+
+    @classmethod
+    def _find_labels(cls, folder: Path, paths: list[str]) -> Labels | None:
+        file, below = os.path.join(folder, labels.FILE), cls._below(folder, paths)
         try:
             data = Path(file).read_bytes()
         except FileNotFoundError:
@@ -261,6 +276,9 @@ class Archive(EncodedDataset):
               levels: Levels = NO_LEVELS) -> torch.Tensor:
         return decode(self._picture(index), self.name(index), imsize, crop, max_pixels, levels)
 
+    def stray(self):
+        return labels.find_stray(self.names)
+
     def _find_labels(self, others: dict) -> Labels | None:
         if labels.FILE not in others:
             return labels.from_folders(self.names)
@@ -349,6 +367,9 @@ class Lmdb(EncodedDataset):
     def entry(self, index):
         return {"lmdb": str(self.home), "key": self.keys[index].decode(errors="surrogateescape")}
 
+    def advice_on_labels(self):
+        return "Put the *_lmdb folders of several categories into one folder: each is a class"
+
     @cached_property
     def identities(self):
         return np.fromiter(map(_identity, self.keys), np.int64, len(self))
@@ -433,6 +454,12 @@ class Subset(ImageDataset):
 
     def _of_whole(self, index: int) -> torch.Tensor:
         return self.whole[int(self.indices[index])]
+
+    def stray(self):
+        return self.whole.stray()
+
+    def advice_on_labels(self):
+        return self.whole.advice_on_labels()
 
     def _find_labels(self) -> Labels | None:
         return self.whole.labels and self.whole.labels.subset(self.indices)

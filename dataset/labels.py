@@ -52,6 +52,20 @@ def from_folders(paths: Sequence[str]) -> Labels | None:
     return Labels(tuple(ordered), np.fromiter((number[top] for top in tops), np.int64, len(tops)))
 
 
+HOW = ('Put the pictures of each class into a subfolder of its own, or add a dataset.json: {"labels": [["a/1.jpg", 0], '
+       "...]}")
+
+
+def find_stray(paths: Sequence[str]) -> str | None:
+    """Return in words what keeps several subfolders from being classes: pictures in none of them; else None."""
+    stray = [path for path in paths if "/" not in path]
+    folders = {path.partition("/")[0] for path in paths if "/" in path}
+    if len(folders) < 2 or not stray:
+        return None
+    return (f"{len(stray)} of {len(paths)} pictures {'is' if len(stray) == 1 else 'are'} in none of the {len(folders)} "
+            f"subfolders, such as {printable(stray[0])}")
+
+
 def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool], name: str) -> Labels | None:
     """Return what a dataset.json says of the pictures at `paths`, in their order; None if its labels are null.
 

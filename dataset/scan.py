@@ -195,16 +195,17 @@ def find_in_archive(path: Path) -> tuple[Found, dict[str, Member]]:
             files[tuple(parts)] = entry
     skip = int(len({parts[0] for parts in files}) == 1 and min(map(len, files)) > 1)  # a single folder at the top
     files = {"/".join(parts[skip:]): entry for parts, entry in files.items()}
-    for name, entry in files.items():
+    for name, entry in list(files.items()):
         ending = os.path.splitext(name)[1].lower()
         if stat.S_ISLNK(entry.external_attr >> 16):
             found.left_out[os.path.join(path, name)] = "a link, which is not followed in an archive"
+            del files[name]
         elif ending in SUFFIXES:
             found.paths.append(name)
         elif name != labels.FILE:
             found.ignored[ending] += 1
     _sorted(found)
-    _refuse_unreadable(path, [files[name] for name in found.paths])
+    _refuse_unreadable(path, [files[name] for name in (*found.paths, labels.FILE) if name in files])
     return found, {name: Member(entry.header_offset, entry.compress_size, entry.file_size, entry.CRC,
                                 entry.compress_type) for name, entry in files.items()}
 
@@ -235,8 +236,8 @@ def _name(entry: zipfile.ZipInfo) -> str:
     return os.fsdecode(name.encode("cp437"))
 
 
-def _refuse_unreadable(path: Path, pictures: list[zipfile.ZipInfo]):
-    """Raise DataError if pictures are encrypted, compressed in a way that is unknown here, or beyond the file's end."""
+def _refuse_unreadable(path: Path, entries: list[zipfile.ZipInfo]):
+    """Raise DataError if files are encrypted, compressed in a way that is unknown here, or beyond the file's end."""
     end = os.path.getsize(path)
     reasons = {
         "encrypted; pack it without a password": lambda entry: entry.flag_bits & _ENCRYPTED,
@@ -246,9 +247,9 @@ def _refuse_unreadable(path: Path, pictures: list[zipfile.ZipInfo]):
             lambda entry: not 0 <= entry.header_offset <= end - _HEADER - entry.compress_size,
     }
     for reason, applies in reasons.items():
-        wrong = [entry.filename for entry in pictures if applies(entry)]
+        wrong = [entry.filename for entry in entries if applies(entry)]
         if wrong:
-            count = f"{len(wrong)} of the {len(pictures)} pictures in it {'is' if len(wrong) == 1 else 'are'}"
+            count = f"{len(wrong)} of the {len(entries)} files in it {'is' if len(wrong) == 1 else 'are'}"
             raise DataError(f"{printable(path)}: {count} {reason}\nthe first is {printable(wrong[0])}")
 
 

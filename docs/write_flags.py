@@ -25,6 +25,7 @@ Written by `make docs` from the tables in [flags/](../flags); do not edit. `pyth
 - Booleans take true, false, 1, 0, yes, no; a bare `--dry_run` means true.
 - A default such as `64; fastgan: 256` differs for that model. – means none, or that the text gives it.
 """
+_DEFAULTS = {flag.name: flag.default for flag in parameter.FLAGS.values()}
 PRESETS = """\
 ## Presets
 
@@ -74,27 +75,41 @@ def _kept():
     return "\n\n".join(["## What a run keeps", *(textwrap.fill(text, 120, break_on_hyphens=False) for text in (
         f"Checkpoints depend on these flags, so a resumed run refuses other values: {_names(fixed)}; and, where the "
         f"checkpoints depend on them, {_names(some)}. All others may change when a run is resumed; it lists what "
-        "changed.",
+        "changed. A run keeps its classes, too: whether there are any, their names and their order.",
         "These belong to one call, and are never taken from a saved config or from `--config`: "
         f"{_names(per_call)}."))]) + "\n"
 
 
 def _presets():
     """All presets of all families side by side: what each flag is with them."""
-    columns = [(model, name) for model, family in parameter.FAMILIES.items() for name in family.PRESETS]
+    columns = _columns()
     of_others = {model: {flag.name for other, family in parameter.FAMILIES.items() if other != model
                          for flag in family.FLAGS} for model in parameter.FAMILIES}
     rows = []
     for flag in parameter.FLAGS.values():
-        if not any(flag.name in parameter.FAMILIES[model].PRESETS[name] for model, name in columns):
+        if not any(flag.name in preset for _, _, preset in columns):
             continue
         cells = []
-        for model, name in columns:
-            value = parameter.FAMILIES[model].PRESETS[name].get(flag.name, flag.default)
+        for model, _, preset in columns:
+            value = preset.get(flag.name, flag.default)
             cells.append("" if flag.name in of_others[model] else "–" if value is None else written(value))
         rows.append((f"`--{flag.name}`", *cells))
-    lines = table(("flag", *(f"{model}, {name}" for model, name in columns)), rows, padded=True)
+    lines = table(("flag", *(title for _, title, _ in columns)), rows, padded=True)
     return PRESETS + "\n" + "\n".join(lines) + "\n"
+
+
+def _columns():
+    """[(model, title, {flag: value}), ...]: each preset of each family, and of the flags that change it."""
+    columns, seen = [], []
+    for model, family in parameter.FAMILIES.items():
+        for typed in family.PRESETS_DEPEND_ON:
+            words = " ".join(f"--{flag} {written(value)}" for flag, value in typed.items())
+            for name in family.PRESETS:
+                preset = family.find_preset(name, {**_DEFAULTS, **typed})
+                if all(preset is not other for other in seen):
+                    columns.append((model, f"{model} {words}".strip() + f", {name}", {**typed, **preset}))
+                    seen.append(preset)
+    return columns
 
 
 def _exit_codes():

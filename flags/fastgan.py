@@ -55,6 +55,9 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset
             "num_workers": 0},
 }
 
+PRESETS_DEPEND_ON = ({},)           # for docs/flags.md
+
+
 def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
     return PRESETS[name]

@@ -57,6 +57,9 @@ RESNET = {      # the same with --arch resnet, by image size; None: all others
 }
 
 
+PRESETS_DEPEND_ON = ({}, {"arch": "resnet"}, {"arch": "resnet", "imsize": 32})     # for docs/flags.md
+
+
 def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
     if values["arch"] != "resnet":

@@ -54,8 +54,8 @@ def save_grid(images, path, columns=None, names=None):
     """Write images (B, 3, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
 
     columns defaults to ceil(sqrt(B)). Images less than 64 px high are enlarged by an integer factor (nearest
-    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows;
-    one that equals the name above is not repeated. The write is atomic; missing folders are created. Raises ValueError
+    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows.
+    The write is atomic; missing folders are created. Raises ValueError
     for no image or fewer than one column, OSError if the file cannot be written.
     """
     cells = to_uint8(images)
@@ -78,15 +78,15 @@ def save_grid(images, path, columns=None, names=None):
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for row, line in enumerate(lines):
-        if row == 0 or names[row] != names[row - 1]:
-            draw.text((margin, GAP + row * (H + GAP) + H // 2), line, INK, font, "rm")
+        draw.text((margin, GAP + row * (H + GAP) + H // 2), line, INK, font, "rm")
     save_png(picture, path)
 
 
 def _shortened(name, font):
     """The name, or its beginning if it is wider than NAME_WIDTH."""
-    if font.getlength(name) <= NAME_WIDTH:
+    if font.getlength(name[:NAME_WIDTH]) <= NAME_WIDTH and len(name) <= NAME_WIDTH:    # no letter is under 1 px wide
         return name
+    name = name[:NAME_WIDTH]
     while font.getlength(f"{name}...") > NAME_WIDTH:
         name = name[:-1]
     return f"{name}..."

@@ -1,5 +1,6 @@
 """The classes of a conditional run: names, how frequent they are, which of them a grid shows."""
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -8,6 +9,9 @@ import torch
 from dataset.decode import printable
 from errors import DataError, UsageError
 from utils import spread_indices
+
+LISTED = 12                 # classes that are named in a line, at most
+FOLDER_BYTES = 200          # of a folder's name; file systems allow 255
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Classes:
         """Return what a user should know of the classes, one line each."""
         ordered = sorted(zip(self.counts, self.names, strict=True), key=lambda pair: pair[0])
         (least, small), (most, large) = ordered[0], ordered[-1]
-        lines = [f"classes: {len(self)}, of {least} ({printable(small)}) to {most} ({printable(large)}) pictures"]
+        sizes = f"of {least} pictures each" if least == most else (
+            f"of {least} ({printable(small)}) to {most} ({printable(large)}) pictures")
+        lines = [f"classes: {len(self)}, {sizes}: {_joined(self.names[:LISTED])}{', ...' * (len(self) > LISTED)}"]
         few = [name for count, name in ordered if count == 1]
         if few:
             lines.append(f"warning: {_listed(few)} {'has' if len(few) == 1 else 'have'} one picture, which G will "
@@ -61,9 +67,13 @@ class Classes:
     def choose(self, names, limit=None):
         """Return the numbers of the classes that `--classes` asks for, names or numbers; None and "all" mean all.
 
-        With a `limit`, a spread of at most so many. Raises UsageError.
+        With a `limit`, a spread of at most so many. Raises UsageError, also for a class without pictures.
         """
         numbers = self.present.tolist() if names in (None, ("all",)) else [self._number(name) for name in names]
+        for number in numbers:
+            if not self.counts[number]:
+                raise UsageError(f"--classes {printable(self.names[number])}: has no pictures, so G cannot learn it; "
+                                 "leave it out")
         return numbers if limit is None else [numbers[index] for index in spread_indices(limit, len(numbers))]
 
     def _number(self, name):
@@ -77,15 +87,42 @@ class Classes:
 
     def folder_names(self, numbers):
         """Return a name for the folder of each of these classes: its own, where a file system allows it."""
-        names = [re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", self.names[number]).strip(". ")[:100] for number in numbers]
-        lower = [name.lower() for name in names]        # some file systems ignore case
-        return [name if name and lower.count(name.lower()) == 1 else f"{number}_{name}".rstrip("_")
-                for number, name in zip(numbers, names, strict=True)]
+        plain = [_as_folder(name) for name in self.names]
+        lower = [name.lower() for name in plain]        # some file systems ignore case
+        taken = {name for name in lower if name and lower.count(name) == 1}
+        names = {}
+        for number, name in enumerate(plain):
+            if name.lower() not in taken:
+                name = f"{number}_{name}".rstrip("_")
+                while name.lower() in taken:
+                    name = f"{name}_"
+                taken.add(name.lower())
+            names[number] = name
+        return [names[number] for number in numbers]
 
     def rows(self, side, names=None):
         """Return labels (side * side,) of a grid with one class a row; with few classes, several rows a class."""
         chosen = torch.tensor(self.choose(names, side))
         return chosen[torch.arange(side) * len(chosen) // side].repeat_interleave(side)
+
+
+def require_classes(classes):
+    """Return the Classes of a run. Raise UsageError if it has none."""
+    if classes is None:
+        raise UsageError("--classes: this run has no classes; leave it out")
+    return classes
+
+
+def _as_folder(name):
+    """Return a class's name as the name of a folder, without what some file system does not allow; it may be empty."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", name)
+    try:
+        encoded = os.fsencode(name)
+    except UnicodeEncodeError:                          # half of a surrogate pair, which JSON can hold
+        encoded = name.encode(errors="replace").replace(b"?", b"_")
+    if len(encoded) > FOLDER_BYTES:
+        encoded = encoded[:FOLDER_BYTES].decode(errors="ignore").encode()
+    return os.fsdecode(encoded).strip(". ")
 
 
 def find_classes(config, dataset):
@@ -94,11 +131,19 @@ def find_classes(config, dataset):
     Raise DataError if there are none and must be, or if labels are wrong.
     """
     labels = dataset.labels if config.conditional is not False else None
-    if labels is None and config.conditional is True:
+    asking = "--conditional true" if config.conditional is True else "--balance true" if config.balance else None
+    if labels is None and asking:
         where = config.dataset if config.dataset in ("toy", "celeb") else printable(config.image_path)
-        raise DataError(f"--conditional true: {where} has no labels.\nPut the pictures of each class into a subfolder "
-                        'of its own, or add a dataset.json: {"labels": [["a/1.jpg", 0], ...]}')
+        raise DataError(f"{asking}: {where} has no labels.\n{dataset.advice_on_labels()}")
     return Classes.of(labels)
+
+
+def lines_on_classes(config, dataset, classes):
+    """Return what a user should know of the Classes, or of why there are none, one line each."""
+    if classes:
+        return classes.lines()
+    stray = dataset.stray() if config.conditional == "auto" else None
+    return [f"note: training without classes, as {stray}"] if stray else []
 
 
 def describe_changes(before, now):
@@ -111,7 +156,8 @@ def describe_changes(before, now):
     parts = [f"{word} {_joined(names[:5])}{' ...' * (len(names) > 5)}" for word, names in (
         ("new:", [name for name in new if name not in old]), ("gone:", [name for name in old if name not in new]))
         if names]
-    return f"{len(new)} classes, were {len(old)}; " + ("; ".join(parts) if parts else "in another order")
+    numbers = [f"{len(new)} classes, were {len(old)}"] if len(new) != len(old) else []
+    return "; ".join(numbers + (parts or ["in another order"]))
 
 
 def _listed(names):

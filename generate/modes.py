@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.decode import printable
 from device.distributed import progress, say
 from device.precision import Precision
 from errors import CheckpointError, UsageError
 from families import FAMILIES, build_networks, find_mismatch
 from gallery import grid, page
-from generate.classes import Classes
+from generate.classes import Classes, require_classes
 from generate.draw import BN_STATS_IMAGES, batch_for, draw, recompute_bn_stats
 from generate.latents import Inputs, Latents
 from generate.metadata import Bank
@@ -47,12 +48,6 @@ class TrainedGenerator:
     def draw(self, inputs):
         """Generate images (N, 3, imsize, imsize) in [-1, 1] on the CPU."""
         return draw(self.G, inputs, self.precision, self.batch)
-
-    def classes(self):
-        """Return the Classes of the run. Raises UsageError if it has none."""
-        if self.latents.classes is None:
-            raise UsageError("--classes: this run has no classes; leave it out")
-        return self.latents.classes
 
     def create_folder(self):
         """Create the folder of the outputs: nothing can be refused any more. Raises OSError."""
@@ -107,14 +102,14 @@ def sample(config, place, precision):
     folder.mkdir(exist_ok=True)
     with progress(config.num_samples, "picture") as done:
         grid.save_grid(_write_samples(trained, config, folder, side**2, done), f"{folder}.png")
-    trained.finish(config, f"{config.num_samples} pictures of step {trained.step} in {folder}{os.sep}, "
-                   f"a grid of them in {folder}.png")
+    trained.finish(config, f"{_pictures(config)} of step {trained.step} in {folder}{os.sep}, "
+                   f"{_first(side**2, config)} as a grid in {folder}.png{_older(folder, config.num_samples)}")
     return 0
 
 
 def _sample_classes(config, trained, folder, side):
     """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
-    classes = trained.classes()
+    classes = require_classes(trained.latents.classes)
     chosen, rows = classes.choose(config.classes), {}
     trained.create_folder()
     shown = [chosen[index] for index in spread_indices(side, len(chosen))]
@@ -124,9 +119,25 @@ def _sample_classes(config, trained, folder, side):
             rows[label] = _write_samples(trained, config, folder / name, side, done, label)
     grid.save_grid(torch.cat([rows[label] for label in shown]), f"{folder}.png", min(side, config.num_samples),
                    [classes.names[label] for label in shown])
-    trained.finish(config, f"{config.num_samples} pictures of step {trained.step} of each of {len(chosen)} classes in "
-                   f"{folder}{os.sep}, a grid of them in {folder}.png")
+    which = f"of each of {len(chosen)} classes" if chosen[1:] else f"of class {printable(classes.names[chosen[0]])}"
+    trained.finish(config, f"{_pictures(config)} of step {trained.step} {which} in {folder}{os.sep}, "
+                   f"{_first(side, config)} as a grid in {folder}.png"
+                   f"{_older(folder, config.num_samples * len(set(chosen)))}")
     return 0
+
+
+def _pictures(config):
+    return f"{config.num_samples} picture{'s' * (config.num_samples > 1)}"
+
+
+def _first(shown, config):
+    return "all" if shown >= config.num_samples else f"the first {shown}"
+
+
+def _older(folder, count):
+    """Return a remark on pictures of earlier calls in the folder, where `count` were written now."""
+    older = sum(1 for _ in folder.rglob("*.png")) - count
+    return f"; {older} of earlier calls are still there" if older > 0 else ""
 
 
 def _write_samples(trained, config, folder, shown, done, label=None):
@@ -184,7 +195,7 @@ def interpolate(config, place, precision):
     count = max(2, round(config.num_frames / FRAMES_PER_LEG))
     inputs = Inputs(walk(trained.latents.sampling(count, generator).z, config.num_frames))
     if trained.latents.classes is not None or config.classes is not None:
-        classes = trained.classes()
+        classes = require_classes(trained.latents.classes)
         chosen = torch.tensor(classes.choose(config.classes, None if config.classes else count))
         inputs = replace(inputs, labels=walk_classes(chosen, len(classes), config.num_frames))
     trained.create_folder()

@@ -17,6 +17,7 @@ from device import distributed
 from device.distributed import say
 from errors import DataError
 from flags.common import score_name
+from generate.classes import LISTED
 from generate.draw import DrawnSamples
 from generate.latents import Inputs
 from metrics import features
@@ -66,8 +67,7 @@ def evaluate(evaluation):
     score = Score(values, _protocol(evaluation, pictures, count, is_few and width),
                   trained.latents.source(config.seed, "of each class"),
                   {name: {names[label]: distance for label, (distance, _) in found.items()}})
-    best, worst = (f"{printable(each)} ({score.by_class[name][each]:.4g})" for each in score.ends(name))
-    say(f"{name} of {len(found):,} classes: worst {worst}, best {best}")
+    say(f"{name} of {len(found):,} classes: {_in_words(score.by_class[name])}")
     yield [score]
 
 
@@ -85,6 +85,14 @@ def pictures_of_classes(reference, names):
         say(f"note: --metrics ifid leaves out {_listed(left_out)}, of fewer than {LEAST} real pictures")
     order = labels.argsort(stable=True).split([int((labels < 0).sum()), *counts.tolist()])[1:]
     return {label: order[label] for label in (counts >= LEAST).nonzero().flatten().tolist()}
+
+
+def _in_words(distances):
+    """Return 'worst a (304.4), b (290.1), best c (253.7)' of {class: distance}; of many classes the ends alone."""
+    words = [f"{printable(name)} ({value:.4g})" for name, value in sorted(
+        distances.items(), key=lambda item: -item[1])]
+    between = words[1:-1] if len(words) <= LISTED else []
+    return ", ".join([f"worst {words[0]}", *between, f"best {words[-1]}"])
 
 
 def _listed(names):

@@ -353,6 +353,11 @@ def patch(local, central, value):
     return change
 
 
+def with_packed_labels(path):
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("dataset.json", '{"labels": []}')
+
+
 REFUSED = {
     "a page": (lambda path: Path(path).write_bytes(b"<html>quota exceeded" * 9), "is a file, but no zip archive"),
     "empty": (lambda path: Path(path).write_bytes(b""), "is a file, but no zip archive"),
@@ -364,8 +369,9 @@ REFUSED = {
     "no picture": (lambda path: write(path, **{"a.txt": "", "b.mp4": ""}),
                    "holds 2 files, but no picture (2 files ignored: 1 .mp4, 1 .txt)"),
     "hidden only": (lambda path: write(path, **{".a.png": png(), "__MACOSX/b.png": png()}), "x.zip is empty"),
-    "encrypted": (patch(6, 8, 1), "7 of the 7 pictures in it are encrypted; pack it without a password"),
-    "deflate64": (patch(8, 10, 9), "7 of the 7 pictures in it are compressed in an unusual way"),
+    "encrypted": (patch(6, 8, 1), "7 of the 7 files in it are encrypted; pack it without a password"),
+    "deflate64": (patch(8, 10, 9), "7 of the 7 files in it are compressed in an unusual way"),
+    "labels in bzip2": (with_packed_labels, "1 of the 8 files in it is compressed in an unusual way"),
     "gone": (lambda path: os.unlink(path), "there is no folder x.zip"),
 }
 

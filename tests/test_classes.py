@@ -13,6 +13,7 @@ from dataset.images import Files
 from errors import UsageError
 from generate.classes import Classes, describe_changes
 from generate.latents import Latents
+from loop import by_classes
 
 FAMILIES = {"resnet": ("--arch", "resnet"), "dcgan": ("--conditional", "true"),
             "penalty": ("--arch", "resnet", "--adv_loss", "wgan-gp", "--d_iters", "2", "--accumulate", "2"),
@@ -78,9 +79,21 @@ def test_pictures_without_classes(run, pictures):
     code, _, err = run("--conditional", "true", *flags)
     assert code == 3 and "has no labels" in err and "subfolder" in err and "dataset.json" in err
     code, out, _ = run("--arch", "resnet", "--version", "a", *flags)
-    assert code == 0 and state("a", 1)["classes"] is None
+    assert code == 0 and state("a", 1)["classes"] is None and "note: training without classes" not in out
+    code, _, err = run("--arch", "resnet", "--balance", "true", *flags)
+    assert code == 3 and "--balance true" in err and "has no labels" in err
     code, _, err = run("--version", "a", "--train", "false", "--classes", "all", tiny=False)
     assert code == 2 and "this run has no classes" in err
+
+
+def test_a_picture_in_no_subfolder_is_named_as_it_keeps_the_others_from_being_classes(run, classed):
+    gradient(seed=1).save(classed / "stray.png")
+    flags = ("--dataset", "folder", "--image_path", classed, "--arch", "resnet")
+    why = "1 of 10 pictures is in none of the 3 subfolders, such as stray.png"
+    code, out, _ = run(*flags, "--dry_run")
+    assert code == 0 and f"note: training without classes, as {why}" in out
+    code, _, err = run(*flags, "--conditional", "true")
+    assert code == 3 and why in err and err.count("\n") == 2
 
 
 def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
@@ -88,8 +101,11 @@ def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
     fill(classed / "fox", 3)
     code, _, err = run("--dataset", "folder", "--image_path", classed, "--version", "a", "--total_step", 2)
     assert code == 2 and "4 classes, were 3; new: fox" in err and "--restart true" in err
+    code, _, err = run("--dataset", "folder", "--image_path", classed, "--version", "a", "--conditional", "false",
+                       "--dry_run")
+    assert code == 2 and "no classes, were 3" in err and "Leave out --conditional" in err
     old = Classes(("a", "b"), (1, 1))
-    assert describe_changes(old, Classes(("b", "a"), (1, 1))) == "2 classes, were 2; in another order"
+    assert describe_changes(old, Classes(("b", "a"), (1, 1))) == "in another order"
     assert describe_changes(None, old) == "2 classes, were none" and describe_changes(old, old) is None
 
 
@@ -145,15 +161,21 @@ def test_a_grid_has_a_class_a_row():
     rows = classes.rows(4).view(4, 4)
     assert (rows == rows[:, :1]).all() and rows[:, 0].tolist() == [0, 3, 6, 9], "a spread of many"
     assert classes.rows(2, ("l", "3"))[::2].tolist() == [11, 3]
+    labels = Classes(("a", "b", "c"), (1, 1, 1)).rows(8)
+    assert labels[by_classes(labels)][:6].tolist() == [0, 1, 2] * 2, "a record's few pictures show every class"
     assert Classes(("a", "b"), (1, 1)).rows(4)[::4].tolist() == [0, 0, 1, 1], "rows for each of few"
     assert Classes(("7", "3"), (1, 1)).choose(("7",)) == [0], "a name goes before a number"
+    with pytest.raises(UsageError, match="--classes b: has no pictures, so G cannot learn it"):
+        Classes(("a", "b"), (1, 0)).rows(2, ("b",))
     with pytest.raises(UsageError, match="--classes z: there is no such class; this run has a, b"):
         Classes(("a", "b"), (1, 1)).choose(("z",))
 
 
 def test_folders_of_classes_are_safe():
-    classes = Classes(("a/b", "..", "Cat", "cat", "", "fine"), (1,) * 6)
-    assert classes.folder_names(range(6)) == ["a_b", "1", "2_Cat", "3_cat", "4", "fine"]
+    classes = Classes(("a/b", "..", "Cat", "cat", "", "fine", "2_Cat", "half \ud83d", "猫" * 120), (1,) * 9)
+    assert classes.folder_names(range(9)) == [
+        "a_b", "1", "2_Cat_", "3_cat", "4", "fine", "2_Cat", "half _", "猫" * 66]
+    assert classes.folder_names([8, 2]) == ["猫" * 66, "2_Cat_"], "whichever are asked for"
 
 
 # ---- from a checkpoint ----
@@ -175,7 +197,11 @@ def test_samples_of_classes_are_in_folders_and_depend_on_the_class(run, trained,
     cat, dog = (np.asarray(Image.open(folder / name / "000001.png")) for name in ("cat", "dog"))
     assert (cat != dog).any()
     assert Image.open(f"{folder}.png").width > Image.open(f"{folder}.png").height, "two rows of three"
-    code, _, err = run("--version", "a", "--train", "false", "--classes", "cow", tiny=False)
+    code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 2, "--classes", "cat", tiny=False)
+    assert code == 0 and "2 pictures of step 3 of class cat" in out and "; 4 of earlier calls are still there" in out
+    for more in ((), ("--dry_run",)):
+        code, _, err = run("--version", "a", "--train", "false", "--classes", "cow", *more, tiny=False)
+        assert code == 2 and "--classes cow" in err
     assert code == 2 and "--classes cow" in err and "cat, dog, eel" in err
 
 
