@@ -60,7 +60,7 @@ else:
     if name == os.environ.get("HANG"):
         try:
             Path("hanging").touch()
-            time.sleep(60)
+            time.sleep(600)
         except KeyboardInterrupt:
             Path("saved").touch()
             sys.exit(130)
@@ -333,7 +333,7 @@ def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in,
     command = [sys.executable, "-c", text, "--image_path", "pictures", "--imsize", "32", "--steps", "4",
                "--seeds", "1", "--samples", "10", "--jobs", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
+    deadline = time.time() + 180
     while not (Path("hanging").exists() and Path("ablation/ablation.md").exists()) and time.time() < deadline:
         time.sleep(0.05)
     assert run() == 6
