@@ -241,7 +241,8 @@ class RealBatches:
 
     def __next__(self) -> Batch:
         before, length = self.samples_seen, len(self.samples.dataset)
-        indices = self.samples.indices(self._numbers(before))
+        if self._from_workers is None or self.labels is not None:       # workers look them up themselves
+            indices = self.samples.indices(self._numbers(before))
         if self._loaded is not None:
             pictures = self._loaded[self._on_device(torch.tensor(indices))]
         elif self._from_workers is not None:

@@ -81,13 +81,10 @@ class Standing(NamedTuple):
         return f"no score is better than that of step {self.step}, which best.pth has, for {self.worse} measurements"
 
 
-def find_standing(folders):
-    """Return the Standing of a run by what is on the disk."""
-    best = checkpoint.best_score(folders.models)
-    if best is None:
-        return Standing(-1, 0)
-    step = checkpoint.step_of_best(folders.models)
-    return Standing(step, count_after(folders.logs, step, best["metric"]))
+def find_standing(config, folders):
+    """Return the Standing of a run that measures by what is on the disk; (-1, 0) if it does not."""
+    best, step = checkpoint.load_best(folders.models) if config.metric_step else (None, -1)
+    return Standing(step, count_after(folders.logs, step, best["metric"])) if best else Standing(-1, 0)
 
 
 class Run:
@@ -108,7 +105,7 @@ class Run:
         self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
         self.undone, self.unlogged = undone, unlogged
-        self.standing = distributed.on_first(lambda: find_standing(folders))
+        self.standing = distributed.on_first(lambda: find_standing(self.config, folders))
         self.said_done = False
 
     def loop(self):
@@ -294,12 +291,12 @@ class Run:
 
     def rate(self, scores):
         """Return (the entry of a new best.pth, None if the scores are no better; the Standing with these scores)."""
-        better = score_table.better_score(scores, checkpoint.best_score(self.folders.models),
-                                          self.meter.scores_by_rank())
-        if better:
-            return better, Standing(self.trainer.step, 0)
-        before = find_standing(self.folders)            # without these scores, whose line is not written yet
-        return None, before._replace(worse=before.worse + 1)
+        best, step = checkpoint.load_best(self.folders.models)
+        better = score_table.better_score(scores, best, self.meter.scores_by_rank())
+        if better or best is None:
+            return better, Standing(self.trainer.step if better else -1, 0)
+        # the line of these scores is not written yet
+        return None, Standing(step, count_after(self.folders.logs, step, best["metric"]) + 1)
 
     def has_ended(self):
         """Return whether `--stop auto` ends the run after this step."""

@@ -130,9 +130,10 @@ def describe(config, dataset, place):
     from storage.folders import RunFolders
 
     say(parameter.as_json(config), end="")
+    classes = None
     if dataset is not None:
         classes = compare_with_run(config, dataset)
-    else:                                               # those of the run, if there is one
+    elif not config.fake_dir:                           # those of the run, if there is one
         state = checkpoint.load_step(RunFolders.of(config).models, config.pretrained_model, say)
         classes = Classes.from_state(state and state.get("classes"))
     if config.classes is not None:

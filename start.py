@@ -94,8 +94,8 @@ def _find_end(config, folders, step):
     """Return in words why a run that has reached `step` has ended, and how it goes on; None if it has not."""
     if step >= config.total_step:
         return f"reached step {step} of --total_step {config.total_step}; raise it to train on"
-    standing = find_standing(folders)
-    if config.stop == "auto" and standing.worse >= config.patience:
+    standing = find_standing(config, folders) if config.stop == "auto" else None
+    if standing and standing.worse >= config.patience:
         return f"ended at step {step}, as {standing.in_words()}; --stop never trains on"
     return None
 
@@ -169,11 +169,13 @@ def _compare(config, state, dataset, tell=lambda line: None):
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
     changed_classes = describe_changes(Classes.from_state(state.get("classes")), classes)
     if other or changed_classes:
-        fix = "" if other else "Leave out --conditional, or use" if not classes or not state.get("classes") else (
-            "Give the classes their old names and order, or use")
+        fix = "Use"
+        if not other:
+            fix = ("Give the classes their old names and order, or use" if classes and state.get("classes") else
+                   "Leave out --conditional, or use")
         raise UsageError(f"--version {config.version}: this run was trained on "
-                         f"{other or f'other classes ({changed_classes})'}.\n{fix or 'Use'} another --version; or "
-                         "--restart true, which moves this run aside and begins again.")
+                         f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version; or --restart "
+                         "true, which moves this run aside and begins again.")
     if changes:
         tell(f"note: {changes}")
     return data, classes

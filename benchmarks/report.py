@@ -207,21 +207,31 @@ def _scores(by_step):
             and (sign_of(name) or name.endswith("nearest"))]
 
 
+def _figure(panels, most, width, height):
+    """Return (a figure for so many panels, `most` in a row, of this size in inches; its rows; its columns).
+
+    The figure is None without matplotlib, an ablation's own requirement.
+    """
+    columns = min(most, panels)
+    rows = -(-panels // columns)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None, rows, columns
+    return Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained"), rows, columns
+
+
 def curves(by_step, path):
     """Write a picture of each score by step, a line for each variant with its 95 % interval. Return whether it did.
 
     Raises OSError. With a single step, or without matplotlib, it does nothing.
     """
-    try:
-        from matplotlib.figure import Figure  # an ablation's own requirement
-    except ImportError:
-        return False
     names = _scores(by_step)
     if len(by_step) < 2 or not names:
         return False
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), dpi=110, layout="constrained")
+    figure, rows, columns = _figure(len(names), 3, 5, 3.6)
+    if figure is None:
+        return False
     labels = list(dict.fromkeys(label for results in by_step.values() for label in results))
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1)
@@ -246,10 +256,6 @@ def differences(results, path):
 
     Raises OSError. With fewer than two seeds, or without matplotlib, it does nothing.
     """
-    try:
-        from matplotlib.figure import Figure  # an ablation's own requirement
-    except ImportError:
-        return False
     baseline = results.get(BASELINE, {})
     found = {name: _relative_differences(results, baseline, name) for name in columns_of(results)[0]
              if sign_of(name) and name not in COST}
@@ -257,9 +263,9 @@ def differences(results, path):
     if not found:
         return False
     labels = [label for label in results if label != BASELINE][::-1]    # the first one on top
-    columns = min(4, len(found))
-    rows = -(-len(found) // columns)
-    figure = Figure(figsize=(3.2 * columns, (0.9 + 0.25 * len(labels)) * rows), dpi=110, layout="constrained")
+    figure, rows, columns = _figure(len(found), 4, 3.2, 0.9 + 0.25 * len(labels))
+    if figure is None:
+        return False
     for place, (name, intervals) in enumerate(found.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
         for height, label in enumerate(labels):

@@ -54,9 +54,9 @@ def save_grid(images, path, columns=None, names=None):
     """Write images (B, 3, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
 
     columns defaults to ceil(sqrt(B)). Images less than 64 px high are enlarged by an integer factor (nearest
-    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows.
-    The write is atomic; missing folders are created. Raises ValueError
-    for no image or fewer than one column, OSError if the file cannot be written.
+    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows. The
+    write is atomic; missing folders are created. Raises ValueError for no image or fewer than one column, OSError if
+    the file cannot be written.
     """
     cells = to_uint8(images)
     if not len(cells):

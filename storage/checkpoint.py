@@ -68,16 +68,23 @@ def best_path(folder):
     return Path(folder) / "best.pth"
 
 
-def best_score(folder):
-    """Return {"metric": name, name: float, "protocol": str, "source": str} of best.pth; None if there is none.
+def load_best(folder):
+    """Return ({"metric": name, name: float, "protocol": str, "source": str}, the step) of best.pth; (None, -1) if it is
+    missing or damaged.
 
     The name is that of the score, such as fid; entries of older versions have no "metric", as all were fid.
     """
     try:
-        best = load_state(best_path(folder)).get("best")
+        state = load_state(best_path(folder))
     except CheckpointError:
-        return None
-    return best and {"metric": "fid", **best}
+        return None, -1
+    best = state.get("best")
+    return best and {"metric": "fid", **best}, state["step"]
+
+
+def best_score(folder):
+    """Return the entry of best.pth, see `load_best`; None if there is none."""
+    return load_best(folder)[0]
 
 
 def load(path):
@@ -202,18 +209,10 @@ def supersede_after(folder, step):
     A file of the same name in there, from an earlier call, is replaced.
     """
     paths = [path_of(folder, later) for later in steps_in(folder) if later > step]
-    if step_of_best(folder) > step:
+    if load_best(folder)[1] > step:
         paths.append(best_path(folder))
     superseded = Path(folder) / "superseded"
     for path in paths:
         superseded.mkdir(exist_ok=True)
         os.replace(path, superseded / path.name)
     return [path.name for path in paths]
-
-
-def step_of_best(folder):
-    """Return the step of best.pth; -1 if it is missing or damaged."""
-    try:
-        return load_state(best_path(folder))["step"] if best_path(folder).is_file() else -1
-    except CheckpointError:
-        return -1

@@ -24,14 +24,18 @@ def open_to_add(path):
     return open(path, "a", encoding="utf-8")
 
 
+def _lines(folder):
+    """Return the lines of metrics.jsonl in bytes; [] if it cannot be read."""
+    try:
+        return (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return []
+
+
 def names_at(folder, step):
     """Return the names of the values that metrics.jsonl holds of `step`, a set."""
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return set()
     names = set()
-    for line in lines:
+    for line in _lines(folder):
         if line.startswith(b'{"step": %d,' % step):     # as `MetricsLog.write` begins a line: no other is parsed
             with contextlib.suppress(ValueError, RecursionError):
                 names |= json.loads(line).keys()
@@ -40,12 +44,8 @@ def names_at(folder, step):
 
 def count_after(folder, step, name):
     """Return how many later steps than `step` have a value of this name in metrics.jsonl."""
-    try:
-        lines = (Path(folder) / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return 0
     steps = set()
-    for line in lines:
+    for line in _lines(folder):
         if b'"%s": ' % name.encode() in line:           # no other is parsed
             with contextlib.suppress(ValueError, RecursionError):
                 steps.add(json.loads(line)["step"])

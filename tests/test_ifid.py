@@ -125,7 +125,7 @@ def test_it_is_named_after_the_network_and_standardized_as_its_fd(run, trained, 
     whole = Features.of_rows(torch.cat([rows_of(Path("classed", name)) for name in COUNTS]))
     expected = by_definition(run, 7, features.prepare_real(whole, standardize=True).scale)
     assert line["by_class"]["ifid_clip"] == pytest.approx(expected, rel=1e-3)
-    monkeypatch.setattr(features, "MAX_ROWS", 7)        # then the features of each class are computed anew
+    monkeypatch.setattr(features, "MAX_ROWS", 7)        # then the features of each class are computed again
     assert trained("--feature_net", "clip")[0]["by_class"]["ifid_clip"] == pytest.approx(expected, rel=1e-3)
 
 
