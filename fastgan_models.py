@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
-from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture
+from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture, sum_pool
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -352,7 +352,7 @@ class Discriminator(nn.Module):
             maps[size] = x
         from_small = self.small_path(small)                             # (B, C / 2, 8, 8)
         hidden = self.to_logits[:-1](x)                                 # (B, 2C, 8, 8)
-        features = None if self.projection is None else hidden.float().mean((2, 3))     # (B, 2C)
+        features = None if self.projection is None else sum_pool(hidden) / hidden[0, 0].numel()     # (B, 2C)
         deep = self.to_logits[-1](hidden).flatten(1).float()            # (B, 5 * 5)
         if features is not None and labels is not None:
             deep = deep + self.projection(features, labels)[:, None]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x
+from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x, sum_pool
 from spectral import maybe_spectral_norm
 
 # Channels of G's first map and of its blocks' outputs, in units of conv_dim.
@@ -151,7 +151,7 @@ class Discriminator(Attentive):
             x = block(x)                                                # (B, width, size, size)
             if number in self.attention_after:
                 x = self.attention[self.attention_after[number]](x)
-        features = F.relu(x).float().sum((2, 3))                        # (B, width)
+        features = sum_pool(F.relu(x))                                  # (B, width)
         logits = self.to_logit(features).flatten().float()              # (B,)
         if self.projection is not None and labels is not None:
             logits = logits + self.projection(features, labels)         # (B,)

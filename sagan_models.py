@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flags.sagan import d_feature_sizes, g_feature_sizes
-from layers import Attentive, Block, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector
+from layers import Attentive, Block, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector, sum_pool
 from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16
@@ -88,7 +88,7 @@ class Discriminator(Attentive):
                 x = self.attention[f"d{size}"](x)
         logits = self.to_logit(x).flatten().float()                     # (B, 1, 1, 1) -> (B,)
         if self.projection is not None and labels is not None:
-            logits = logits + self.projection(x.float().sum((2, 3)), labels)            # (B,)
+            logits = logits + self.projection(sum_pool(x), labels)           # (B,)
         return logits
 
 

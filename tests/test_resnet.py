@@ -89,3 +89,25 @@ def test_a_class_has_its_own_scale_and_shift():
     between = norm(x, torch.tensor([[0.5, 0.5, 0], [0, 0.25, 0.75]]))      # shares of the classes
     assert torch.allclose(between[0], x[0] * torch.tensor([1.5, 2]).view(2, 1, 1) + 2.5, atol=1e-4)
     assert torch.allclose(between[1], x[1] * torch.tensor([0.5, 0.75]).view(2, 1, 1) + 1.25, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_training_with_classes_is_batch_norm_and_each_images_scale_and_shift(dtype, tolerance):
+    norm, plain = ConditionalBatchNorm(8, 5), nn.BatchNorm2d(8, affine=False)
+    for table in (norm.scale, norm.shift):
+        nn.init.normal_(table.weight)
+    for net in (norm, plain):
+        net.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    labels, up = torch.randint(5, (6,)), torch.randn(6, 8, 4, 5).to(dtype)
+    x = (torch.randn(6, 8, 4, 5) * 3 + 2).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    weights = [norm.scale.weight, norm.shift.weight]
+    scale, shift = (weight[labels][:, :, None, None].to(dtype) for weight in weights)
+    expected, got = plain(x) * scale + shift, norm(x, labels)
+    pairs = [(got, expected), *zip(torch.autograd.grad(got, [x, *weights], up),
+                                   torch.autograd.grad(expected, [x, *weights], up), strict=True)]
+    for a, b in pairs:
+        assert a.dtype == b.dtype and a.stride() == b.stride() and (a - b).abs().max() <= tolerance * b.abs().max()
+    for a, b in zip(norm.norm.buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(a.double(), b.double())

@@ -189,6 +189,7 @@ import sys, torch
 from torch import nn
 from device import distributed
 from device.replicas import GradientAverage, SyncBatchNorm2d, sync_batch_norm
+from layers import ConditionalBatchNorm
 from parameter import resolve
 place = distributed.start(resolve({"device": "cpu"}))
 for dtype, layout, affine, tolerance in (
@@ -225,6 +226,12 @@ for dtype, layout, affine, tolerance in (
     ours.eval(), plain.eval()
     if place.rank == 0:
         close(ours(whole), plain(whole))
+ours, plain = ConditionalBatchNorm(3, 4), ConditionalBatchNorm(3, 4)
+sync_batch_norm(ours, place.device)
+x, labels, tolerance = whole.float() * torch.arange(4).view(4, 1, 1, 1), torch.tensor([1, 3, 0, 1]), 1e-5
+mine = slice(2 * place.rank, 2 * place.rank + 2)
+close(ours(x[mine], labels[mine]), plain(x, labels)[mine])
+close(ours.norm.running_var, plain.norm.running_var)
 distributed.say("checked")
 distributed.stop()
 """
