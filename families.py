@@ -24,7 +24,7 @@ class Family:
     an objective of losses.py, and `require(config)` raises what it would raise if weights are missing; all ranks must
     call both;
     `gammas(G, D) -> {layer: (1,) tensor}`, the learned weight of each attention layer's output;
-    `records`, each (G, D, record) -> {name: float}, and `sheet(G, inputs, images, queries, step)` show what the
+    `records`, each (G, D, record) -> {name: float}, and `sheet(G, inputs, images, queries, step, names)` show what the
     networks attend to, see gallery/records.py; `baselines` is {--against: (its name in tables, the settings in which it
     differs)}; `compile_from`: on a GPU, `--compile auto` compiles if at least so many steps are ahead.
     """

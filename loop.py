@@ -196,7 +196,8 @@ class Run:
                 images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
                 order = slice(None) if self.classes is None else by_classes(inputs.labels)
                 record = Record(inputs[order].to(device), images[order].to(device), self.real_images[order].to(device),
-                                folders.samples, folders.attention, trainer.step, config.attn_queries, config.attn_raw)
+                                folders.samples, folders.attention, trainer.step, config.attn_queries, config.attn_raw,
+                                () if self.classes is None else self.classes.captions(inputs.labels[order]))
                 self.figures = self.check_health(record)
                 for write in FAMILIES[config.model].records:
                     self.figures |= write(trainer.G_ema, trainer.D, record)
@@ -410,7 +411,7 @@ class Run:
         if self.classes is None:
             return None
         labels = self.trainer.fixed_inputs.labels
-        return [self.classes.names[label] for label in labels[::math.isqrt(len(labels))]]
+        return self.classes.captions(labels[::math.isqrt(len(labels))])
 
     def labels_of(self, dataset, indices):
         """Return the labels of these pictures of a data set on the device; None in a run without classes."""

@@ -1,6 +1,7 @@
 """The classes of a data set's pictures: from subfolders, or from a dataset.json."""
 
 import json
+import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -101,6 +102,7 @@ def _numbers(entries: object, name: str) -> dict[str, int]:
                            f"{printable(json.dumps(entry)[:100])} {problem}")
     number, twice = {}, {}
     for path, label in entries:
+        path = posixpath.normpath(path)  # ./a/1.jpg is a/1.jpg
         if number.setdefault(path, label) != label:
             twice.setdefault(path, label)
     if twice:

@@ -68,7 +68,7 @@ def save_grid(images, path, columns=None, names=None):
     cells = cells.repeat(zoom, 1).repeat(zoom, 2)
     B, H, W, _ = cells.shape
     rows, font = math.ceil(B / columns), find_font(13)
-    lines = [_shortened(name, font) for name in names or ()]
+    lines = [shortened(name, font) for name in names or ()]
     margin = math.ceil(max(map(font.getlength, lines), default=-2 * GAP)) + 2 * GAP
     canvas = np.empty((rows * (H + GAP) + GAP, margin + columns * (W + GAP) + GAP, 3), np.uint8)
     canvas[:] = BACKGROUND
@@ -82,12 +82,12 @@ def save_grid(images, path, columns=None, names=None):
     save_png(picture, path)
 
 
-def _shortened(name, font):
-    """The name, or its beginning if it is wider than NAME_WIDTH."""
-    if font.getlength(name[:NAME_WIDTH]) <= NAME_WIDTH and len(name) <= NAME_WIDTH:    # no letter is under 1 px wide
+def shortened(name, font, width=NAME_WIDTH):
+    """The name, or its beginning if it is wider than `width` px."""
+    if font.getlength(name[:width]) <= width and len(name) <= width:    # no letter is under 1 px wide
         return name
-    name = name[:NAME_WIDTH]
-    while font.getlength(f"{name}...") > NAME_WIDTH:
+    name = name[:width]
+    while font.getlength(f"{name}...") > width:
         name = name[:-1]
     return f"{name}..."
 

@@ -33,7 +33,8 @@ class Record:
 
     `inputs`: of G. `images`: G_ema's images for them, and `real`: real images, both (·, 3, imsize, imsize), on the
     networks' device. `samples`, `attention`: folders for samples and attention sheets. `queries`: query points, None
-    for DEFAULT_QUERIES. `raw`: whether maps are also saved as arrays.
+    for DEFAULT_QUERIES. `raw`: whether maps are also saved as arrays. `names`: the class of each image, if there are
+    classes.
     """
 
     inputs: Any
@@ -44,6 +45,7 @@ class Record:
     step: int
     queries: tuple | None = None
     raw: bool = False
+    names: tuple = ()
 
     def name(self, kind):
         """File name of a picture of this step."""
@@ -75,7 +77,8 @@ def write_attention(G, D, record):
     def write(name):
         (images, maps), gamma = shown[name], layers[name.removesuffix("_real")].gamma.item()
         path = record.attention / record.name(f"attn_{name}")
-        sheets.save_attention(images, maps, queries, path, name, record.step, gamma, entropies[name])
+        sheets.save_attention(images, maps, queries, path, name, record.step, gamma, entropies[name],
+                              record.names[:ATTENTION_ROWS])
 
     with ThreadPoolExecutor() as pool:              # most of the time is PNG compression, which releases the GIL
         list(pool.map(write, shown))                # list(), so that exceptions are raised here
@@ -83,15 +86,15 @@ def write_attention(G, D, record):
     return {f"entropy/{name}": entropy for name, entropy in entropies.items()}
 
 
-def attention_sheet(G, inputs, images, queries, step):
-    """Attention sheet of G's self-attention layer of the highest resolution."""
+def attention_sheet(G, inputs, images, queries, step, names=()):
+    """Attention sheet of G's self-attention layer of the highest resolution; `names` stand below the images."""
     queries = _points(queries)
     maps = G.attention_maps(inputs.z, queries, inputs.labels)
     if not maps:
         return None
     layer = list(maps)[-1]
     return sheets.attention_sheet(images, maps[layer], queries, layer, step, G.attention[layer].gamma,
-                                  sheets.normalized_entropy(maps[layer]).mean())
+                                  sheets.normalized_entropy(maps[layer]).mean(), names)
 
 
 def _points(queries):
@@ -116,7 +119,8 @@ def write_masks(G, D, record):
             (images, masks, "attn_slae", "spatial attention"),
             (real[:ATTENTION_ROWS], on_real, "attn_slae_real", "D's attention to real images")):
         if masks_of_layers:
-            sheets.save_masks(shown, masks_of_layers, record.attention / record.name(name), title, record.step)
+            sheets.save_masks(shown, masks_of_layers, record.attention / record.name(name), title, record.step,
+                              record.names[:ATTENTION_ROWS])
     sheets.save_reconstructions(D.reconstructions(real), record.samples / record.name("recon"), "reconstructions",
                                 record.step)
     return {**{f"mask/{layer}": mask.mean().item() for layer, mask in masks.items()},
@@ -134,10 +138,11 @@ def measure_inputs(G, D, record):
     return {f"share/{name}": share for name, share in found.items()}
 
 
-def mask_sheet(G, inputs, images, queries, step):
-    """Mask sheet with a column per spatial attention mask of G. Masks have no queries."""
+def mask_sheet(G, inputs, images, queries, step, names=()):
+    """Mask sheet with a column per spatial attention mask of G; `names` stand below the images. Masks have no queries.
+    """
     masks = G.attention_maps(inputs.z, labels=inputs.labels)
-    return sheets.mask_sheet(images, masks, "spatial attention", step) if masks else None
+    return sheets.mask_sheet(images, masks, "spatial attention", step, names) if masks else None
 
 
 # ---------------------------------------------------------------------------------------------------- maps as arrays

@@ -25,6 +25,7 @@ from gallery.grid import (
     WARN,
     find_font,
     save_png,
+    shortened,
     to_uint8,
 )
 
@@ -64,20 +65,21 @@ def normalized_entropy(maps):
     return (torch.special.entr(p).sum(2) / math.log(p.size(2))).clamp(0, 1)
 
 
-def save_attention(images, maps, queries, path, layer, step, gamma, entropy):
+def save_attention(images, maps, queries, path, layer, step, gamma, entropy, names=()):
     """Write the `attention_sheet` of the other arguments as PNG atomically; create missing folders.
 
     Raises ValueError as it does, and OSError if the file cannot be written.
     """
-    save_png(attention_sheet(images, maps, queries, layer, step, gamma, entropy), path)
+    save_png(attention_sheet(images, maps, queries, layer, step, gamma, entropy, names), path)
 
 
-def attention_sheet(images, maps, queries, layer, step, gamma, entropy):
+def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()):
     """Return a Pillow image of the attention maps of each query point: a row per image, a column per query.
 
     images: (B, 3, S, S) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys. queries:
     (Q, 2) tensor or list, (y, x) as fractions of the image in [0, 1]. Only printed: layer, its name; step: int; gamma,
-    the layer's residual weight, and entropy, its mean normalized entropy, as numbers or one-element tensors.
+    the layer's residual weight, and entropy, its mean normalized entropy, as numbers or one-element tensors; names, one
+    text per image, such as its class, below it.
 
     The first column is the image with all query points. In the others the map, interpolated bicubically and divided by
     its maximum, is overlaid on the dimmed image. The caption gives its minimum and maximum in multiples of uniform
@@ -104,7 +106,7 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy):
     legend = ("0", None, "maximum of each map", "least to most: times uniform attention", "H: entropy, 1 = uniform")
     columns = [(f"query {i + 1}", colour, colour, "") for i, colour in enumerate(colours)]
     rows = [([_divided_by_max(map) for map in row], [_caption(map) for map in row]) for row in maps]
-    sheet, left, tops = _sheet(head, legend, _enlarge(cells, cell), columns, rows)
+    sheet, left, tops = _sheet(head, legend, _enlarge(cells, cell), columns, rows, names)
     for i, (down, right) in enumerate((queries * cell).tolist()):
         for y in tops:
             _dot(sheet, left[0] + right, y + down, max(5, cell // 36), colours[i])
@@ -112,19 +114,19 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy):
     return sheet
 
 
-def save_masks(images, masks, path, title, step):
+def save_masks(images, masks, path, title, step, names=()):
     """Write the `mask_sheet` of the other arguments as PNG atomically; create missing folders.
 
     Raises ValueError as it does, and OSError if the file cannot be written.
     """
-    save_png(mask_sheet(images, masks, title, step), path)
+    save_png(mask_sheet(images, masks, title, step, names), path)
 
 
-def mask_sheet(images, masks, title, step):
+def mask_sheet(images, masks, title, step, names=()):
     """Return a Pillow image of each layer's spatial attention mask: a row per image, a column per layer.
 
     images: (B, 3, S, S) in [-1, 1]. masks: {layer name: (B, 1, h, w)}, sigmoid values in (0, 1); layers may differ in h
-    and w. title: str; step: int.
+    and w. title: str; step: int. names: one text per image, such as its class, below it.
 
     The first column is the image. In the others the layer's mask is overlaid on the dimmed image. Because a mask may
     use a small part of (0, 1), each is normalized by its own minimum (transparent) and maximum; the caption gives the
@@ -147,7 +149,7 @@ def mask_sheet(images, masks, title, step):
     rows = [([_min_max_normalized(mask) for mask in row], [_mask_caption(mask) for mask in row]) for row in per_image]
     legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers")
     cells = _enlarge(to_uint8(images), _shown(*S))
-    return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows)[0]
+    return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows, names)[0]
 
 
 def save_reconstructions(rows, path, title, step, captions=None, legend="each column belongs to one image"):
@@ -251,11 +253,11 @@ def _overlays(cell, maps):
         yield np.minimum(dim * _OPACITY[level] + _HEAT[level], 255).astype(np.uint8)
 
 
-def _sheet(head, legend, cells, columns, rows):
+def _sheet(head, legend, cells, columns, rows, names):
     """Draw a sheet with one row per cell: the picture, then its framed overlays with a caption below each.
 
     head, legend: as in _blank. cells: uint8 (B, cell, cell, 3). columns: (heading, its colour, frame colour, a warning
-    or "") per overlay. rows: (maps in [0, 1], captions) per cell.
+    or "") per overlay. rows: (maps in [0, 1], captions) per cell. names: one per cell, or none.
     -> (sheet, x of all columns, y of all rows): positions of the pictures inside their frames.
     """
     cell, small = cells.shape[1], find_font(13)
@@ -272,8 +274,9 @@ def _sheet(head, legend, cells, columns, rows):
     for x, (heading, colour, _, note) in zip(left[1:], columns, strict=True):
         draw.text((x - FRAME, top + 29), heading, colour, small, "ls")
         draw.text((x - FRAME, top + 47), note, WARN, small, "ls")
-    for y, picture, (maps, captions) in zip(tops, cells, rows, strict=True):
+    for y, picture, (maps, captions), name in zip(tops, cells, rows, names or [""] * len(rows), strict=True):
         sheet.paste(Image.fromarray(picture), (MARGIN, y))
+        draw.text((MARGIN, y + cell + FRAME + 16), shortened(name, small, cell), INK, small, "ls")
         for i, overlay in enumerate(_overlays(picture, maps)):
             x = left[i + 1]
             draw.rectangle((x - FRAME, y - FRAME, x + cell + FRAME - 1, y + cell + FRAME - 1), columns[i][2])

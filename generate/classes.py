@@ -100,6 +100,15 @@ class Classes:
             names[number] = name
         return [names[number] for number in numbers]
 
+    def captions(self, labels):
+        """Return the name of each of the labels (N,); of shares of the classes (N, classes) the two largest."""
+        if not labels.is_floating_point():
+            return tuple(printable(self.names[label]) for label in labels)
+        shares, numbers = labels.cpu().topk(min(2, len(self)))
+        return tuple(", ".join(f"{share:.0%} {printable(self.names[number])}"
+                               for share, number in zip(*row, strict=True) if share >= 0.005)
+                     for row in zip(shares.tolist(), numbers.tolist(), strict=True))
+
     def rows(self, side, names=None):
         """Return labels (side * side,) of a grid with one class a row; with few classes, several rows a class."""
         chosen = torch.tensor(self.choose(names, side))

@@ -204,7 +204,8 @@ def interpolate(config, place, precision):
         part = part.to(place.device)
         with precision.arithmetic():
             image = trained.G(**part.as_arguments())[0]                 # (1, 3, imsize, imsize)
-        sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step)
+        names = () if part.labels is None else trained.latents.classes.captions(part.labels)
+        sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step, names)
         frames.append(sheet or Image.fromarray(grid.to_uint8(image)[0]))
     path = Path(f"{trained.path('interpolation', config)}.{config.film}")
     write_atomically(path, lambda temporary: _save_video(frames, temporary, config.film))

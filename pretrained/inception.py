@@ -15,7 +15,7 @@ FILE = Published(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2", 95_628_359,
     aliases=("pt_inception-2015-12-05-6726825d.pth",))      # pytorch-fid's name for it
-FALLBACK_HINT = "--feature_net vgg16, or --metrics swd"
+FALLBACK_HINT = "--feature_net vgg16, or --metrics swd, which needs no weights"
 _SEED = 15                  # of the random weights, so that they are the same in every run
 
 

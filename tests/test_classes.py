@@ -171,6 +171,12 @@ def test_a_grid_has_a_class_a_row():
         Classes(("a", "b"), (1, 1)).choose(("z",))
 
 
+def test_captions_name_the_class_or_the_two_that_an_image_is_between():
+    classes = Classes(("a", "b\n", "c"), (1, 1, 1))
+    assert classes.captions(torch.tensor([2, 1])) == ("c", "b\\n")
+    assert classes.captions(torch.tensor([[0.25, 0.75, 0], [0, 0, 1.]])) == ("75% b\\n, 25% a", "100% c")
+
+
 def test_folders_of_classes_are_safe():
     classes = Classes(("a/b", "..", "Cat", "cat", "", "fine", "2_Cat", "half \ud83d", "猫" * 120), (1,) * 9)
     assert classes.folder_names(range(9)) == [

@@ -121,6 +121,15 @@ def test_every_query_has_a_frame_of_its_colour_around_each_image(tmp_path, size,
     assert lefts == sorted(set(lefts)) and all(a[1] == b[1] for a, b in frames)
 
 
+def test_the_class_of_each_image_stands_below_it(tmp_path, written):
+    images, names = noise(2, 3, 64, 64), ("glasses", "w" * 300)
+    sheets.save_attention(images, uniform(2, 1, 8, 8), DEFAULT_QUERIES[:1], tmp_path / "a.png", "g16", 1, 0.5, 1, names)
+    sheets.save_masks(images, {"slae8": uniform(2, 1, 8, 8)}, tmp_path / "m.png", "fastgan", 1, names)
+    below = [(y, words) for (x, y), words in written if x == grid.MARGIN and words.startswith(("glasses", "ww"))]
+    assert [words for _, words in below[::2]] == ["glasses"] * 2 and below[0][0] < below[1][0]
+    assert all(words.endswith("...") and len(words) < 40 for _, words in below[1::2]), "cut to the image's width"
+
+
 @pytest.mark.parametrize("ground", [-1.0, 0.0, 1.0])
 def test_dots_have_the_right_colour_at_the_right_place(tmp_path, ground):
     queries = [(0.25, 0.75), (0.5, 0.1), (0.9, 0.4)]
