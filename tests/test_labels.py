@@ -127,7 +127,8 @@ def test_labels_that_are_null_are_none_whatever_the_folders(opened):
 
 def test_a_byte_order_mark_an_entry_given_twice_paths_with_dots_and_files_that_are_no_pictures(pictures, opened):
     Path("pictures/film.mp4").touch()
-    write_json(b"\xef\xbb\xbf" + json.dumps({"labels": [*GOOD[1:], ["./c.png", 3], GOOD[1], ["./film.mp4", 2]]}).encode())
+    entries = [*GOOD[1:], ["./c.png", 3], GOOD[1], ["./film.mp4", 2]]
+    write_json(b"\xef\xbb\xbf" + json.dumps({"labels": entries}).encode())
     assert opened().labels.counts.tolist() == [2, 1, 0, 1]
 
 
