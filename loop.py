@@ -230,6 +230,7 @@ class Run:
         }
         if self.place.device.type == "cuda":
             scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.place.device) / 2**30
+        self.health.watch(trainer.step, means)
         self.write_line(scalars)
         self.progress.set_postfix_str(_summary(scalars), refresh=False)
         self.figures = {}

@@ -1,4 +1,4 @@
-"""Warnings of training that has gone wrong, from what a record shows: a dead D, a collapsed G, a D that memorizes."""
+"""Warnings of training that has gone wrong: a D that tells nothing, a collapsed G, a D that memorizes."""
 
 import torch
 
@@ -10,8 +10,12 @@ class Health:
 
     FROM = 500              # steps: before, networks are not expected to differ from their initialization
     SPREAD = 0.05           # of the real images' spread that G's may fall to
+    OVER = 1000             # steps over which D's logits are averaged
+    GAP = 0.05              # of real and fake ones, at least; runs that learned had 0.16 and more, a stuck one 0.02
     _TEXTS = {
         "D": "D gives the same logit to all images, so that G learns nothing: try a lower --d_lr, or --sn both",
+        "chance": "D has not told real from fake images for {} steps, so that it shows G no way: try a lower --g_lr, a "
+                  "higher --d_lr, or --d_iters 2",
         "G": "G draws nearly the same image for every z (mode collapse): try --augment color,translation, a lower "
              "--g_lr, or go back with --pretrained_model",
         "memorized": "D rates held-out pictures as it rates fakes, so it has memorized the training pictures: try "
@@ -20,6 +24,16 @@ class Health:
 
     def __init__(self):
         self.warned = set()
+        self.logits = []        # [(step, D's mean logit of real images - that of fakes)] since the last average
+
+    def watch(self, step, means):
+        """Check the mean logits of the last steps, means["d_real"] and means["d_fake"]."""
+        self.logits.append((step, means["d_real"] - means["d_fake"]))
+        over = step - self.logits[0][0]
+        if over >= self.OVER:
+            gap = sum(gap for _, gap in self.logits) / len(self.logits)
+            self._warn("chance", step, gap < self.GAP, over)
+            self.logits.clear()
 
     def check(self, step, fakes, reals, logits):
         """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
@@ -36,7 +50,7 @@ class Health:
             self._warn("memorized", step, means["heldout"] < middle and means["real"] - means["fake"] > 0.5)
         return {"d_heldout": means["heldout"], "d_trained": means["real"]} if "heldout" in means else {}
 
-    def _warn(self, kind, step, is_wrong):
+    def _warn(self, kind, step, is_wrong, *details):
         if is_wrong and step >= self.FROM and kind not in self.warned:
             self.warned.add(kind)
-            say(f"warning: step {step}: {self._TEXTS[kind]}")
+            say(f"warning: step {step}: {self._TEXTS[kind].format(*details)}")

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -268,6 +269,20 @@ def test_what_goes_wrong_in_training_is_warned_of_once_with_what_to_try(capsys):
     assert [line.split(": ")[1] for line in warnings] == ["step 500", "step 500", "step 600"]
     words = (("same logit", "--d_lr"), ("mode collapse", "--g_lr"), ("memorized", "--augment"))
     assert all(cause in line and cure in line for line, (cause, cure) in zip(warnings, words, strict=True))
+
+
+def test_a_d_that_tells_nothing_for_long_is_warned_of(run, monkeypatch, capsys):
+    health = Health()
+    for step in range(10, 5000, 10):
+        health.watch(step, {"d_real": 0.3, "d_fake": 0.2})
+    assert capsys.readouterr().out == ""
+    health = Health()
+    for step in range(0, 5000, 10):
+        health.watch(step, {"d_real": 0.3 + step % 20, "d_fake": 0.28 + step % 20})
+    assert capsys.readouterr().out.count("warning: step 1000: D has not told real from fake images for 1000 steps") == 1
+    monkeypatch.setattr(Health, "OVER", 2), monkeypatch.setattr(Health, "GAP", math.inf)
+    _, out, _ = run("--version", "a", "--total_step", 6, "--log_step", 1)
+    assert out.count("not told real from fake images for 2 steps") == 1 and "--d_iters 2" in out
 
 
 def test_held_out_pictures_give_ds_logits_a_curve(run, pictures):
