@@ -280,7 +280,8 @@ def test_a_d_that_tells_nothing_for_long_is_warned_of(run, monkeypatch, capsys):
     for step in range(0, 5000, 10):
         health.watch(step, {"d_real": 0.3 + step % 20, "d_fake": 0.28 + step % 20})
     assert capsys.readouterr().out.count("warning: step 1000: D has not told real from fake images for 1000 steps") == 1
-    monkeypatch.setattr(Health, "OVER", 2), monkeypatch.setattr(Health, "GAP", math.inf)
+    for name, value in {"OVER": 2, "GAP": math.inf, "FROM": 0}.items():
+        monkeypatch.setattr(Health, name, value)
     _, out, _ = run("--version", "a", "--total_step", 6, "--log_step", 1)
     assert out.count("not told real from fake images for 2 steps") == 1 and "--d_iters 2" in out
 
