@@ -155,6 +155,17 @@ def _find_bank(config, dataset, place, state):
     return bank
 
 
+def _cure(config, dataset, before, now):
+    """Return in words how a run goes on whose classes differ; whether it had some `before`, and the data have `now`."""
+    if before and now:
+        return "Give the classes their old names and order"
+    if now:
+        return "Give --conditional false"
+    if config.conditional is False:
+        return "Give --conditional true"
+    return f"Give the pictures their classes back ({dataset.stray() or 'they have none now'})"
+
+
 def _compare(config, state, dataset, tell=lambda line: None):
     """Return (the data set's record for checkpoints, its Classes or None); tell how it differs from that of the
     checkpoint `state`.
@@ -169,10 +180,7 @@ def _compare(config, state, dataset, tell=lambda line: None):
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
     changed_classes = describe_changes(Classes.from_state(state.get("classes")), classes)
     if other or changed_classes:
-        fix = "Use"
-        if not other:
-            fix = ("Give the classes their old names and order, or use" if classes and state.get("classes") else
-                   "Leave out --conditional, or use")
+        fix = "Use" if other else f"{_cure(config, dataset, bool(state.get('classes')), bool(classes))}, or use"
         raise UsageError(f"--version {config.version}: this run was trained on "
                          f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version; or --restart "
                          "true, which moves this run aside and begins again.")

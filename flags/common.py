@@ -86,7 +86,12 @@ def boolean(text):
 
 def boolean_or_auto(text):
     """'auto' -> "auto"; else as `boolean`."""
-    return "auto" if str(text).lower() == "auto" else boolean(text)
+    if str(text).lower() == "auto":
+        return "auto"
+    try:
+        return boolean(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error} nor auto") from None
 
 
 def number_or(word, kind):
@@ -229,7 +234,7 @@ def _without_best(values):
 
 def no_classes(values):
     """For `Flag.unused`: a run without classes."""
-    return values["conditional"] is False and "--conditional false"
+    return values["conditional"] is False and "--conditional false (true trains with classes)"
 
 
 def _by_loss(setting):

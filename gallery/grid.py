@@ -6,6 +6,7 @@ raised as OSError.
 """
 
 import math
+import unicodedata
 from functools import lru_cache
 from pathlib import Path
 
@@ -83,7 +84,10 @@ def save_grid(images, path, columns=None, names=None):
 
 
 def shortened(name, font, width=NAME_WIDTH):
-    """The name, or its beginning if it is wider than `width` px."""
+    """The name, or its beginning if it is wider than `width` px, in letters that the font has: e for é, ? for others.
+    """
+    parts = unicodedata.normalize("NFKD", name)
+    name = "".join(one for one in parts if not unicodedata.combining(one)).encode("ascii", "replace").decode()
     if font.getlength(name[:width]) <= width and len(name) <= width:    # no letter is under 1 px wide
         return name
     name = name[:width]

@@ -83,7 +83,9 @@ class Classes:
             return int(name)
         more = f" and {len(self) - 20} more" if len(self) > 20 else ""
         raise UsageError(f"--classes {printable(name)}: there is no such class; this run has "
-                         f"{_joined(self.names[:20])}{more}, or numbers from 0 to {len(self) - 1}")
+                         f"{_joined(self.names[:20])}{more}, or numbers from 0 to {len(self) - 1}"
+                         + "; commas part names, so give the number of one with a comma" * any(
+                             "," in name for name in self.names))
 
     def folder_names(self, numbers):
         """Return a name for the folder of each of these classes: its own, where a file system allows it."""
@@ -101,11 +103,16 @@ class Classes:
         return [names[number] for number in numbers]
 
     def captions(self, labels):
-        """Return the name of each of the labels (N,); of shares of the classes (N, classes) the two largest."""
+        """Return the name of each of the labels (N,); of shares of the classes (N, classes) the two largest.
+
+        A name beyond ASCII comes after its number, as pictures cannot show all letters.
+        """
+        names = [printable(name) if name.isascii() else f"{number}: {printable(name)}"
+                 for number, name in enumerate(self.names)]
         if not labels.is_floating_point():
-            return tuple(printable(self.names[label]) for label in labels)
+            return tuple(names[label] for label in labels)
         shares, numbers = labels.cpu().topk(min(2, len(self)))
-        return tuple(", ".join(f"{share:.0%} {printable(self.names[number])}"
+        return tuple(", ".join(f"{share:.0%} {names[number]}"
                                for share, number in zip(*row, strict=True) if share >= 0.005)
                      for row in zip(shares.tolist(), numbers.tolist(), strict=True))
 

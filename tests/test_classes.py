@@ -103,7 +103,10 @@ def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
     assert code == 2 and "4 classes, were 3; new: fox" in err and "--restart true" in err
     code, _, err = run("--dataset", "folder", "--image_path", classed, "--version", "a", "--conditional", "false",
                        "--dry_run")
-    assert code == 2 and "no classes, were 3" in err and "Leave out --conditional" in err
+    assert code == 2 and "no classes, were 3" in err and "Give --conditional true" in err
+    gradient(seed=1).save(classed / "stray.png")
+    code, _, err = run("--version", "a", "--dry_run", tiny=False)
+    assert code == 2 and "(1 of 13 pictures is in none of the 4 subfolders, such as stray.png), or use" in err, err
     old = Classes(("a", "b"), (1, 1))
     assert describe_changes(old, Classes(("b", "a"), (1, 1))) == "in another order"
     assert describe_changes(None, old) == "2 classes, were none" and describe_changes(old, old) is None
@@ -167,6 +170,8 @@ def test_a_grid_has_a_class_a_row():
     assert Classes(("7", "3"), (1, 1)).choose(("7",)) == [0], "a name goes before a number"
     with pytest.raises(UsageError, match="--classes b: has no pictures, so G cannot learn it"):
         Classes(("a", "b"), (1, 0)).rows(2, ("b",))
+    with pytest.raises(UsageError, match="give the number of one with a comma"):
+        Classes(("a, b", "c"), (1, 1)).choose(("a",))
     with pytest.raises(UsageError, match="--classes z: there is no such class; this run has a, b"):
         Classes(("a", "b"), (1, 1)).choose(("z",))
 
@@ -174,6 +179,7 @@ def test_a_grid_has_a_class_a_row():
 def test_captions_name_the_class_or_the_two_that_an_image_is_between():
     classes = Classes(("a", "b\n", "c"), (1, 1, 1))
     assert classes.captions(torch.tensor([2, 1])) == ("c", "b\\n")
+    assert Classes(("a", "Zoë"), (1, 1)).captions(torch.tensor([0, 1])) == ("a", "1: Zoë"), "pictures lack letters"
     assert classes.captions(torch.tensor([[0.25, 0.75, 0], [0, 0, 1.]])) == ("75% b\\n, 25% a", "100% c")
 
 

@@ -73,6 +73,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--adv_loss wgan", "did you mean wgan-gp?"),
     ("--augment colour", "--augment: 'colour' is not one of color, translation, cutout; did you mean color?"),
     ("--train maybe", "--train: 'maybe' is neither true nor false"),
+    ("--conditional maybe", "--conditional: 'maybe' is neither true nor false nor auto"),
     ("--total_step 1e5", "--total_step: '1e5' is no whole number"),
     ("--g_lr fast", "--g_lr: 'fast' is no number"),
     ("--model stylegan", "--model: 'stylegan' is not one of sagan, fastgan\n"),

@@ -122,7 +122,7 @@ def test_every_query_has_a_frame_of_its_colour_around_each_image(tmp_path, size,
 
 
 def test_the_class_of_each_image_stands_below_it(tmp_path, written):
-    images, names = noise(2, 3, 64, 64), ("glasses", "w" * 300)
+    images, names = noise(2, 3, 64, 64), ("glassés", "w" * 300)
     sheets.save_attention(images, uniform(2, 1, 8, 8), DEFAULT_QUERIES[:1], tmp_path / "a.png", "g16", 1, 0.5, 1, names)
     sheets.save_masks(images, {"slae8": uniform(2, 1, 8, 8)}, tmp_path / "m.png", "fastgan", 1, names)
     below = [(y, words) for (x, y), words in written if x == grid.MARGIN and words.startswith(("glasses", "ww"))]
