@@ -216,8 +216,9 @@ class _NormByImage(torch.autograd.Function):
                 for image_gradient, image in zip(gradient.split(1), x.split(1), strict=True)]
         d_scale, d_shift = (torch.stack(each) for each in zip(*(two[1:] for two in sums), strict=True))
         # dx = rstd * (scale * gradient - mean over the batch of (scale * d_shift + normalized x * scale * d_scale))
-        of_x = -rstd**2 * (scale * d_scale).sum(0, keepdim=True) * x.size(1) / x.numel()
-        constant = -rstd * (scale * d_shift).sum(0, keepdim=True) * x.size(1) / x.numel() - mean * of_x
+        positions = x[0, 0].numel()
+        of_x = -rstd**2 * (scale * d_scale).mean(0, keepdim=True) / positions       # (1, C)
+        constant = -rstd * (scale * d_shift).mean(0, keepdim=True) / positions - mean * of_x
         dx = _affine(x, of_x, constant)
         dx.addcmul_(gradient, (scale * rstd)[:, :, None, None].to(dx.dtype))
         return dx, d_scale, d_shift, None, None, None, None

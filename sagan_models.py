@@ -88,7 +88,7 @@ class Discriminator(Attentive):
                 x = self.attention[f"d{size}"](x)
         logits = self.to_logit(x).flatten().float()                     # (B, 1, 1, 1) -> (B,)
         if self.projection is not None and labels is not None:
-            logits = logits + self.projection(sum_pool(x), labels)           # (B,)
+            logits = logits + self.projection(sum_pool(x), labels)      # (B,)
         return logits
 
 

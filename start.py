@@ -156,7 +156,7 @@ def _find_bank(config, dataset, place, state):
 
 
 def _cure(config, dataset, before, now):
-    """Return in words how a run goes on whose classes differ; whether it had some `before`, and the data have `now`."""
+    """Return in words how a run goes on whose Classes, or None, were others `before` than those of the data `now`."""
     if before and now:
         return "Give the classes their old names and order"
     if now:
@@ -178,9 +178,10 @@ def _compare(config, state, dataset, tell=lambda line: None):
     before = state.get("data")                          # older checkpoints have none
     changes = before and table.describe_changes(before, data)
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
-    changed_classes = describe_changes(Classes.from_state(state.get("classes")), classes)
+    old_classes = Classes.from_state(state.get("classes"))
+    changed_classes = describe_changes(old_classes, classes)
     if other or changed_classes:
-        fix = "Use" if other else f"{_cure(config, dataset, bool(state.get('classes')), bool(classes))}, or use"
+        fix = "Use" if other else f"{_cure(config, dataset, old_classes, classes)}, or use"
         raise UsageError(f"--version {config.version}: this run was trained on "
                          f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version; or --restart "
                          "true, which moves this run aside and begins again.")

@@ -24,16 +24,16 @@ class Health:
 
     def __init__(self):
         self.warned = set()
-        self.logits = []        # [(step, D's mean logit of real images - that of fakes)] since the last average
+        self.gaps = []          # [(step, D's mean logit of real images - that of fakes)] since the last average
 
     def watch(self, step, means):
         """Check the mean logits of the last steps, means["d_real"] and means["d_fake"]."""
-        self.logits.append((step, means["d_real"] - means["d_fake"]))
-        over = step - self.logits[0][0]
+        self.gaps.append((step, means["d_real"] - means["d_fake"]))
+        over = step - self.gaps[0][0]
         if over >= self.OVER:
-            gap = sum(gap for _, gap in self.logits) / len(self.logits)
+            gap = sum(gap for _, gap in self.gaps) / len(self.gaps)
             self._warn("chance", step, gap < self.GAP, over)
-            self.logits.clear()
+            self.gaps.clear()
 
     def check(self, step, fakes, reals, logits):
         """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.

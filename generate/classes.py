@@ -107,14 +107,16 @@ class Classes:
 
         A name beyond ASCII comes after its number, as pictures cannot show all letters.
         """
-        names = [printable(name) if name.isascii() else f"{number}: {printable(name)}"
-                 for number, name in enumerate(self.names)]
         if not labels.is_floating_point():
-            return tuple(names[label] for label in labels)
+            return tuple(map(self._caption, labels.tolist()))
         shares, numbers = labels.cpu().topk(min(2, len(self)))
-        return tuple(", ".join(f"{share:.0%} {names[number]}"
+        return tuple(", ".join(f"{share:.0%} {self._caption(number)}"
                                for share, number in zip(*row, strict=True) if share >= 0.005)
                      for row in zip(shares.tolist(), numbers.tolist(), strict=True))
+
+    def _caption(self, number):
+        name = self.names[number]
+        return printable(name) if name.isascii() else f"{number}: {printable(name)}"
 
     def rows(self, side, names=None):
         """Return labels (side * side,) of a grid with one class a row; with few classes, several rows a class."""
