@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+import layers
 from layers import ClassTable, ConditionalBatchNorm
 from parameter import parse, resolve
 from resnet_models import Discriminator, DownBlock, Generator, UpBlock, build
@@ -91,10 +92,12 @@ def test_a_class_has_its_own_scale_and_shift():
     assert torch.allclose(between[1], x[1] * torch.tensor([0.5, 0.75]).view(2, 1, 1) + 1.25, atol=1e-4)
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 )
-def test_training_with_classes_is_batch_norm_and_each_images_scale_and_shift(dtype, tolerance):
+def test_training_with_classes_is_batch_norm_and_each_images_scale_and_shift(dtype, tolerance, one_by_one, monkeypatch):
+    monkeypatch.setattr(layers, "ONE_BY_ONE_FROM", 0 if one_by_one else 10**6)
     norm, plain = ConditionalBatchNorm(8, 5), nn.BatchNorm2d(8, affine=False)
     for table in (norm.scale, norm.shift):
         nn.init.normal_(table.weight)
