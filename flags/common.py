@@ -6,6 +6,7 @@ the command line by these tables. Nothing here imports torch, so that --help and
 
 import argparse
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ METRICS = {     # --metrics, in the order in which --mode evaluate computes them
 }
 
 FEATURE_NETS = ("inception", "vgg16", "dinov2", "clip")     # --feature_net
+MOST_SEEDS = 1_000_000      # of --seeds
 FEW = 1000          # real pictures: with fewer, best.pth goes by kid, as a fid mostly measures how many there are
 
 
@@ -137,6 +139,20 @@ def policies(text):
     return tuple(_AUGMENTATION(part) for part in text.split(","))
 
 
+def seeds(text):
+    """'3,9-11' -> (3, 9, 10, 11), each once."""
+    found = []
+    for part in str(text).split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last < 2**63:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a list of seeds such as 3,5,9-20")
+        if len(found) + last - first >= MOST_SEEDS:
+            raise argparse.ArgumentTypeError(f"'{text}' are more than {MOST_SEEDS:,} seeds")
+        found += range(first, last + 1)
+    return tuple(dict.fromkeys(found))
+
+
 def names(text):
     """'3,tabby' -> ("3", "tabby")."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -210,7 +226,7 @@ class Flag:
         """The placeholder of its value in --help."""
         kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
                  sizes: "SIZES", policies: "NAMES", metrics: "NAMES", names: "NAMES", points: "POINTS",
-                 step_or_best: "STEP"}
+                 step_or_best: "STEP", seeds: "SEEDS"}
         return kinds.get(self.type, "NAME")
 
 
@@ -230,6 +246,11 @@ def _without_best(values):
     if not values["metric_step"]:
         return "--metric_step 0"
     return not {"fid", "kid"} & set(values["metrics"]) and f"--metrics {written(values['metrics'])}"
+
+
+def _not_sampling(values):
+    """For `Flag.unused`: no single pictures are drawn."""
+    return values["mode"] != "sample" and f"--mode {values['mode']} (--mode sample draws pictures)"
 
 
 def no_classes(values):
@@ -387,7 +408,13 @@ FLAGS = {
              "best: best.pth, see --metric_step", 1, per_call=True),
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
-        Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True),
+        Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True,
+             unused=lambda values: values["seeds"] and f"--seeds {written(values['seeds'])}"),
+        Flag("seeds", seeds, None, "--mode sample: one picture for each of these seeds, such as 3,5,9-20, whatever "
+             "else is drawn", per_call=True, unused=_not_sampling),
+        Flag("like", str, None, "draw a picture of --mode sample again: a PNG file, which says how it was drawn; typed "
+             "flags change that: --truncation, --classes, --pretrained_model, --version", per_call=True,
+             unused=_not_sampling),
         Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
              "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
              unused=lambda values: values["mode"] == "train" and "--mode train"),

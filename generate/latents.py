@@ -114,6 +114,15 @@ class Latents:
             z[outside] = torch.randn(int(outside.sum()), generator=generator)
         return z
 
+    def settings(self):
+        """Return {"truncation": ..., "metadata_sample": ...}, those that apply: how `sampling` draws."""
+        return {**({} if self.truncation is None else {"truncation": float(self.truncation)}),
+                **({} if self.bank is None else {"metadata_sample": self.metadata_sample})}
+
+    def of_seed(self, seed):
+        """Draw the Inputs of the one picture of a seed of its own, on the CPU."""
+        return self.sampling(1, torch.Generator().manual_seed(seed))
+
     def seeded_batches(self, seed):
         """Yield the Inputs of samples 0, 1, 2, ... of this seed, on the CPU, 64 at a time, endlessly.
 

@@ -25,7 +25,7 @@ from errors import DataError, UsageError, first_line
 from flags.common import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
-from generate.modes import TrainedGenerator, load_generator
+from generate.trained import TrainedGenerator, load_generator
 from metrics.meter import Meter, Reference, of_folder, of_run, refuse_few
 from parameter import Config
 from storage import checkpoint, score_table

@@ -158,17 +158,20 @@ def load_newest(folder, warn=print, find_mismatch=lambda state: None):
     return load_newest(folder, warn, find_mismatch) if paths and steps_in(folder) else None
 
 
-def require_step(folder, step):
-    """Raise CheckpointError, listing the existing ones, unless `folder` has a checkpoint of `step` (int or "best")."""
-    if step == "best":
-        if not best_path(folder).is_file():
-            raise CheckpointError(f"--pretrained_model best: there is no {best_path(folder)}; training with "
-                                  "--metric_step N, or --mode evaluate, writes it")
-        return
-    steps = steps_in(folder)
+def _find_step(folder, step):
+    """Return the path of the checkpoint of `step` (int or "best"); best.pth has a step, too, and may be all that is
+    left of it. Raise CheckpointError, listing the existing ones, if there is none.
+    """
+    best, steps = best_path(folder), steps_in(folder)
+    if step == "best" and not best.is_file():
+        raise CheckpointError(f"--pretrained_model best: there is no {best}; training with --metric_step N, or --mode "
+                              "evaluate, writes it")
+    if step == "best" or step not in steps and load_best(folder)[1] == step:
+        return best
     if step not in steps:
         existing = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
         raise CheckpointError(f"--pretrained_model {step}: no such checkpoint in {folder}; {existing}")
+    return path_of(folder, step)
 
 
 def load_step(folder, step, warn=print, find_mismatch=lambda state: None):
@@ -178,8 +181,7 @@ def load_step(folder, step, warn=print, find_mismatch=lambda state: None):
     """
     if step is None:
         return load_newest(folder, warn, find_mismatch)
-    require_step(folder, step)
-    return load_state(best_path(folder) if step == "best" else path_of(folder, step), find_mismatch)
+    return load_state(_find_step(folder, step), find_mismatch)
 
 
 def saved_config(folder):

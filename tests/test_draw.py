@@ -8,7 +8,7 @@ from stand_ins import CPU
 
 from device.precision import Precision
 from generate.draw import DrawnSamples
-from generate.modes import load_generator
+from generate.trained import load_generator
 from metrics.swd import PictureFiles
 from parameter import resolve
 from storage import checkpoint

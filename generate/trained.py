@@ -1,0 +1,74 @@
+"""The generator of a checkpoint, ready to draw: what every mode but training begins with."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from device.distributed import say
+from device.precision import Precision
+from errors import CheckpointError
+from families import build_networks, find_mismatch
+from gallery import page
+from generate.classes import Classes
+from generate.draw import BN_STATS_IMAGES, batch_for, draw, recompute_bn_stats
+from generate.latents import Latents
+from generate.metadata import Bank
+from storage import checkpoint
+from storage.folders import RunFolders, step_name
+from utils import forked_random_state
+
+
+@dataclass(frozen=True)
+class TrainedGenerator:
+    """A checkpoint's G_ema in eval mode, its latents, precision, batch size and step, and the folders of its run."""
+
+    G: torch.nn.Module
+    latents: Latents
+    precision: Precision
+    batch: int
+    step: int
+    folders: RunFolders
+
+    def draw(self, inputs):
+        """Generate images (N, 3, imsize, imsize) in [-1, 1] on the CPU."""
+        return draw(self.G, inputs, self.precision, self.batch)
+
+    def create_folder(self):
+        """Create the folder of the outputs: nothing can be refused any more. Raises OSError."""
+        self.folders.samples.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name, truncation, suffix=""):
+        """Path of an output `name` of this step."""
+        truncation = "" if truncation is None else f"_truncation{truncation:g}"
+        return self.folders.samples / step_name(self.step, f"_{name}{truncation}{suffix}")
+
+    def finish(self, config, message):
+        """Update the run's page and print `message`."""
+        classes = self.latents.classes
+        page.write_pages(self.folders, config, classes and len(classes))
+        say(message)
+
+
+def load_generator(config, place, precision):
+    """Return the TrainedGenerator of `--version` and `--pretrained_model`. Raises CheckpointError."""
+    folders = RunFolders.of(config)
+    state = checkpoint.load_step(folders.models, config.pretrained_model, say, partial(find_mismatch, config))
+    if state is None:
+        raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models}.\n"
+                              "Train it first, or name a run with --version (and --model_save_path).")
+    classes = Classes.from_state(state.get("classes"))
+    G, _ = build_networks(config, place.device, classes)
+    G.load_state_dict(state["G_ema"])
+    G.eval()
+    batch = batch_for(config.imsize)
+    latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device,
+                      classes, config.truncation)
+    if config.truncation is not None or config.metadata_sample != state["config"].get("metadata_sample"):
+        # the checkpoint's batch-norm statistics belong to whole z and to the metadata of its own sampler; the same
+        # ones for every --seed, so that a picture depends on its own seed alone
+        with forked_random_state(place.device):
+            generator = torch.Generator().manual_seed(0)
+            inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
+            recompute_bn_stats(G, inputs, precision, batch)
+    return TrainedGenerator(G, latents, precision, batch, state["step"], folders)

@@ -1,0 +1,82 @@
+"""Single pictures by the real command: those of chosen seeds, and one drawn again from what its file says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+CLASSES = ("--arch", "resnet", "--g_lr", "0.1")     # so that the tables of the classes differ at once
+METADATA = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--recon", "l1", "--vgg_weights", "random")
+
+
+@pytest.mark.parametrize("flags", [(), CLASSES, METADATA], ids=["plain", "classes", "metadata"])
+def test_a_seed_draws_the_same_picture_alone_and_among_others(run, flags):
+    run("--version", "a", "--total_step", 2, *flags)
+    folder = Path("samples/a/0000002_seeds")
+    code, out, err = run("--version", "a", "--mode", "sample", "--seeds", "7,0,2-4,9000000000000000000", tiny=False)
+    assert code == 0 and "6 pictures" in out, err
+    among = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(among) == [*(f"seed00000{seed}.png" for seed in (0, 2, 3, 4, 7)), "seed9000000000000000000.png"]
+    assert len(set(among.values())) == 6
+    shutil.rmtree(folder)
+    run("--version", "a", "--mode", "sample", "--seeds", "9000000000000000000", tiny=False)
+    assert [path.read_bytes() for path in folder.iterdir()] == [among["seed9000000000000000000.png"]]
+
+
+def test_a_picture_is_drawn_again_from_what_its_file_says(run):
+    run("--version", "a", "--total_step", 2, *CLASSES)
+    run("--version", "a", "--train", "false", "--num_samples", 67, tiny=False)
+    run("--version", "a", "--train", "false", "--seeds", 5, "--classes", "bob", "--truncation", 0.5, tiny=False)
+    for source, again in (("generated_seed0/000065.png", "seed0_picture000065_*.png"),
+                          ("seeds_truncation0.5/bob/seed000005.png", "seed000005_bob_truncation0.5.png")):
+        picture = Path(f"samples/a/0000002_{source}")
+        code, out, err = run("--like", picture, tiny=False)
+        path, = Path("samples/a").glob(f"0000002_{again}")
+        assert code == 0 and str(path) in out, err
+        assert path.read_bytes() == picture.read_bytes()
+    assert json.loads(Image.open(path).text["parameters"]) == {
+        "version": "a", "step": 2, "seed": 5, "class": "bob", "truncation": 0.5}
+    run("--like", path, "--classes", "beard,bob", "--truncation", 2, tiny=False)
+    changed = [Path(f"samples/a/0000002_seed000005_{name}_truncation2.png") for name in ("beard", "bob")]
+    assert len({file.read_bytes() for file in (path, *changed)}) == 3
+
+
+def test_a_step_that_only_best_pth_has_left_is_found(run):
+    run("--version", "a", "--total_step", 2)
+    run("--version", "a", "--train", "false", "--seeds", 1, tiny=False)
+    kept, = Path("models/a").glob("*2.pth")
+    kept.rename("models/a/best.pth")
+    code, _, err = run("--like", "samples/a/0000002_seeds/seed000001.png", tiny=False)
+    assert code == 0, err
+    code, _, err = run("--version", "a", "--train", "false", "--pretrained_model", 1, tiny=False)
+    assert code == 5 and "--pretrained_model 1" in err
+    code, _, err = run("--version", "a", "--train", "false", "--seeds", 3, "--num_samples", 5, tiny=False)
+    assert code == 2 and "--num_samples 5" in err and "--seeds 3" in err
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--seeds", "9-3"), ("--seeds", "such as 3,5,9-20")),
+    (("--seeds", "1-9999999"), ("--seeds", "more than 1,000,000")),
+    (("--seeds", "-1"), ("--seeds", "such as")),
+    (("--seeds", "3", "--mode", "train"), ("--seeds 3", "--mode sample")),
+    (("--like", "none.png"), ("--like none.png", "No such file")),
+    (("--like", "text.png"), ("--like text.png", "no picture")),
+    (("--like", "plain.png"), ("--like plain.png", "does not say how it was drawn")),
+    (("--like", "wrong.png"), ("--like wrong.png", "does not say how it was drawn")),
+    (("--like", "good.png", "--seed", 3), ("--seed", "leave one")),
+    (("--like", "good.png"), ("--version gone", "no such run")),
+])
+def test_wrong_seeds_and_pictures_are_refused_in_words(run, flags, words):
+    Path("text.png").write_text("no picture")
+    for name, recipe in (("plain", None), ("wrong", {"version": "gone", "step": 1, "seed": 0, "number": 5, "count": 5}),
+                         ("good", {"version": "gone", "step": 1, "seed": 0})):
+        text = PngInfo()
+        text.add_text("parameters", json.dumps(recipe))
+        Image.new("RGB", (4, 4)).save(f"{name}.png", pnginfo=text)
+    code, out, err = run(*flags, tiny=False)
+    assert code == 2 and err.count("\n") <= 2 and "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert not Path("samples").exists()
