@@ -13,7 +13,7 @@ from PIL import Image
 import fastgan_models
 import trainer
 from gallery import sheets
-from generate import modes
+from generate import trained
 from pretrained import vgg
 
 FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
@@ -213,7 +213,7 @@ def test_the_fixed_z_carry_metadata_drawn_as_samples_will_be(fastgan, how):
 def test_batch_statistics_follow_the_way_metadata_are_drawn(fastgan, run, monkeypatch):
     fastgan("--version", "a", "--total_step", 1)
     recomputed = []
-    monkeypatch.setattr(modes, "recompute_bn_stats", lambda G, inputs, *_: recomputed.append(tuple(inputs.z.shape)))
+    monkeypatch.setattr(trained, "recompute_bn_stats", lambda G, inputs, *_: recomputed.append(tuple(inputs.z.shape)))
     run("--version", "a", "--train", "false", "--num_samples", 1, tiny=False)
     assert recomputed == [], "the checkpoint's own serve"
     run("--version", "a", "--train", "false", "--num_samples", 1, "--metadata_sample", "gauss", tiny=False)
