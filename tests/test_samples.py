@@ -9,11 +9,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 CLASSES = ("--arch", "resnet", "--g_lr", "0.1")     # so that the tables of the classes differ at once
-METADATA = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--recon", "l1", "--vgg_weights", "random")
+METADATA = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--recon", "l1", "--vgg_weights", "random",
+            "--dataset", "folder", "--image_path", "pictures")
 
 
 @pytest.mark.parametrize("flags", [(), CLASSES, METADATA], ids=["plain", "classes", "metadata"])
-def test_a_seed_draws_the_same_picture_alone_and_among_others(run, flags):
+def test_a_seed_draws_the_same_picture_alone_and_among_others(run, pictures, flags):
     run("--version", "a", "--total_step", 2, *flags)
     folder = Path("samples/a/0000002_seeds")
     code, out, err = run("--version", "a", "--mode", "sample", "--seeds", "7,0,2-4,9000000000000000000", tiny=False)
