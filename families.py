@@ -12,8 +12,11 @@ import resnet_models
 import sagan_models
 from device.distributed import say
 from gallery import records
-from layers import gammas
-from pretrained import lpips
+from layers import FeatureHeads, gammas
+from pretrained import lpips, vgg
+from spectral import maybe_spectral_norm
+
+WITHOUT_FEATURES = "--d_features none"      # what does without VGG-16, for error messages
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,36 @@ FAMILIES = {    # --model
 }
 
 
+def build(config, classes=0):
+    """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""
+    G, D = FAMILIES[config.model].build(config, classes)
+    if config.d_features != "none":
+        wrap = maybe_spectral_norm(config.sn in ("both", "d"))
+        D.feature_heads = FeatureHeads(vgg.features_shapes(config.imsize), wrap)
+    return G, D
+
+
+def build_objective(config, device):
+    """Return what D and G minimize, an objective of losses.py. All ranks must call this. Raise what `require` does."""
+    objective = FAMILIES[config.model].objective(config, device)
+    if config.d_features == "none":
+        return objective
+    maps = vgg.load_maps_on_every_rank(config.vgg_weights, device, WITHOUT_FEATURES)
+    return losses.OnFeatures(objective, maps, config.label_noise)
+
+
+def require(config):
+    """Raise DataError or UsageError if weights that the objective needs are missing. All ranks must call this."""
+    FAMILIES[config.model].require(config)
+    if config.d_features != "none":
+        vgg.FILE.require(config.vgg_weights, WITHOUT_FEATURES)
+
+
 def build_networks(config, device, classes=None):
     """Return [G, D] for the Classes, newly initialized, on the device, in channels-last memory format: fastest for
     convolutions.
     """
-    built = FAMILIES[config.model].build(config, len(classes or ()))
+    built = build(config, len(classes or ()))
     return [net.to(device, memory_format=torch.channels_last) for net in built]
 
 
@@ -89,7 +117,7 @@ def find_mismatch(config, state):
     """Return in words why the networks of a checkpoint's `state` are not those of `config`; None if they are."""
     classes = len((state.get("classes") or {"names": ()})["names"])     # older checkpoints have none
     with torch.device("meta"):          # shapes alone: no memory, no random numbers, no power iteration
-        built = FAMILIES[config.model].build(config, classes)
+        built = build(config, classes)
     expected = dict(zip("GD", (net.state_dict() for net in built), strict=True))
     for name, weights in (*expected.items(), ("G_ema", expected["G"])):
         if state[name].keys() != weights.keys():

@@ -261,6 +261,34 @@ class Projection(nn.Module):
         return (self.table(labels) * features).sum(1)
 
 
+class FeatureHeads(nn.Module):
+    """Feature maps [(B, C, h, w), ...] of a frozen network -> logits (B, L): a small convolutional D on each map.
+
+    A discriminator on features learned elsewhere, at several depths (Sauer et al. 2021, arXiv 2111.01007, section 3;
+    here without their random projections). `shapes`: (channels, height) of each map; convolutions of stride 2 bring it
+    to height 8. `wrap(layer)` adds spectral norm.
+    """
+
+    WIDTH, HEIGHT = 64, 8
+
+    def __init__(self, shapes, wrap):
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Sequential(*self._head(*shape, wrap)) for shape in shapes])
+
+    def _head(self, channels, height, wrap):
+        downs = max(0, (height // self.HEIGHT).bit_length() - 1)
+        kernels = [(4, 2, 1)] * downs or [(1, 1, 0)]                    # kernel, stride, padding
+        for kernel in kernels:
+            yield wrap(nn.Conv2d(channels, self.WIDTH, *kernel, bias=False))
+            yield nn.LeakyReLU(0.2, inplace=True)
+            channels = self.WIDTH
+        yield wrap(nn.Conv2d(channels, 1, min(4, height), bias=False))
+
+    def forward(self, maps):
+        logits = [head(features) for features, head in zip(maps, self.heads, strict=True)]     # (B, 1, 1 to 5, ...)
+        return torch.cat([each.flatten(1).float() for each in logits], 1)
+
+
 class Attentive(nn.Module):
     """A network called as net(x, labels), with self-attention layers in `attention`, {layer: SelfAttention}."""
 

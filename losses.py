@@ -147,6 +147,28 @@ class SelfSupervisedHinge:
         return D(images, labels).logits.mean(1)
 
 
+class OnFeatures:
+    """Another objective, and beside it the hinge loss of D's heads on the features of a frozen network.
+
+    `maps(images)` returns its feature maps; `D.feature_heads` takes them. Such a D learns from few pictures and in few
+    steps what they show (Sauer et al. 2021, arXiv 2111.01007); D's own layers see what the features do not.
+    """
+
+    def __init__(self, objective, maps, label_noise):
+        self.objective, self.maps, self.label_noise = objective, maps, label_noise
+        self.double_backward, self.logits = objective.double_backward, objective.logits
+
+    def d_loss(self, D, real, fake, labels=NO_LABELS):
+        loss, stats = self.objective.d_loss(D, real, fake, labels)
+        on_real, on_fake = (D.feature_heads(self.maps(images)) for images in (real, fake[0]))       # (B, L) each
+        on_features, of_heads = hinge(on_real, on_fake, self.label_noise)
+        return loss + on_features, stats | {f"features/{name}": value for name, value in of_heads.items()}
+
+    def g_loss(self, D, real, fake, labels=NO_LABELS):
+        loss, stats = self.objective.g_loss(D, real, fake, labels)
+        return loss - D.feature_heads(self.maps(fake[0])).mean(), stats
+
+
 def l1(a, b):
     """Return the mean absolute difference (B,) of images a, b (B, 3, H, W)."""
     return (a - b).abs().mean((1, 2, 3))

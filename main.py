@@ -122,8 +122,8 @@ def _out_of_memory(where):
 def describe(config, dataset, place):
     """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
     import data_loader
+    import families
     from device.distributed import say
-    from families import FAMILIES
     from generate.classes import Classes, lines_on_classes, require_classes
     from start import compare_with_run
     from storage import checkpoint
@@ -139,7 +139,7 @@ def describe(config, dataset, place):
     if config.classes is not None:
         require_classes(classes).choose(config.classes)
     if not config.fake_dir:                             # scoring a folder needs no networks
-        for name, net in zip("GD", FAMILIES[config.model].build(config, len(classes or ())), strict=True):
+        for name, net in zip("GD", families.build(config, len(classes or ())), strict=True):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")

@@ -7,13 +7,13 @@ import contextlib
 import json
 from functools import partial
 
+import families
 from data_loader import build_dataset, find_dataset, without_held_out
 from dataset import table
 from dataset.check import write_lists
 from device import distributed
 from device.distributed import say
 from errors import LockedError, UsageError
-from families import FAMILIES, find_mismatch
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
@@ -38,7 +38,7 @@ def train(config, place, precision, interrupt):
     saved = checkpoint.steps_in(folders.models)
     restart = _is_restart(config, folders)
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
-                                                      partial(find_mismatch, config))
+                                                      partial(families.find_mismatch, config))
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
     reason = state and not any(undone) and distributed.on_first(partial(_find_end, config, folders, state["step"]))
     if reason:
@@ -111,7 +111,7 @@ def _load_what_is_needed(config, place, state, pictures):
     """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics."""
     if config.metric_step:
         refuse_few(config.metrics, pictures, "real")
-    FAMILIES[config.model].require(config)
+    families.require(config)
     if state is None:
         metadata.require(config)
     return Meter(config, place) if config.metric_step else None

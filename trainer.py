@@ -19,7 +19,7 @@ from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
 from device.replicas import GradientAverage, check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
-from families import FAMILIES, build_networks
+from families import FAMILIES, build_networks, build_objective
 from gallery.grid import grid_side
 from generate.draw import BN_STATS_IMAGES, batch_for, recompute_bn_stats
 from generate.latents import Latents
@@ -38,10 +38,10 @@ class Trainer:
         self.config, self.place, self.precision, self.epoch_length = config, place, precision, epoch_length
         self.step = self.samples_seen = 0
         self.is_whole = True                                # whether the state is that after a whole step
-        family, device = FAMILIES[config.model], place.device
+        device = place.device
         utils.seed_everything(config.seed)
         self.G, self.D = (net.train() for net in build_networks(config, device, classes))
-        self.objective = family.objective(config, device)
+        self.objective = build_objective(config, device)
         self.latents = Latents(config.z_dim, bank, config.metadata_sample, device, classes)
         distributed.broadcast(self.G, self.D)
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False).eval()

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from device.precision import Precision
 from diffaug import augment
-from families import FAMILIES
+from families import build, build_objective
 from fastgan_models import GLU
 from layers import FromVector, SelfAttention, ToVector
 from metrics.cost import ConstantBatch, TimedConfig
@@ -56,9 +56,9 @@ class PlainTrainer:
     def __init__(self, config, device):
         torch.manual_seed(config.seed)
         self.config, self.device = config, device
-        self.G, self.D = (published(net).to(device).train() for net in FAMILIES[config.model].build(config))
+        self.G, self.D = (published(net).to(device).train() for net in build(config))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
-        self.objective = FAMILIES[config.model].objective(config, device)
+        self.objective = build_objective(config, device)
         distance = getattr(self.objective, "distance", None)
         if isinstance(distance, nn.Module):                                     # LPIPS
             distance.to(memory_format=torch.contiguous_format)

@@ -339,6 +339,8 @@ FLAGS = {
         Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, fixed=always),
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
+        Flag("d_features", one_of("none", "vgg16"), "none", "D judges features of this frozen network, too, which "
+             "helps most with few pictures: none | vgg16 (of --vgg_weights)", fixed=always),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),
@@ -395,8 +397,8 @@ FLAGS = {
              "2015-12-05) | random (for tests) | PATH", unused=lambda values: values["feature_net"] != "inception"
              and f"--feature_net {values['feature_net']}"),
         Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for --feature_net vgg16, nearest and lpips, metadata "
-             "and reconstructions: imagenet (torchvision's file) | random (for tests) | PATH",
-             fixed=lambda values: values["metadata"] and values["mode"] == "train"),
+             "reconstructions and --d_features: imagenet (torchvision's file) | random (for tests) | PATH",
+             fixed=lambda values: (values["metadata"] or values["d_features"] != "none") and values["mode"] == "train"),
         Flag("fake_dir", str, None, "score the pictures in this folder, from any generator, instead of a run's samples",
              per_call=True),
         Flag("real_dir", str, None, "score against the pictures in this folder instead of the data set", per_call=True),

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+import families
 from data_loader import Batch
 from device import distributed, fast_step
 from device.precision import Precision
 from errors import Failure
-from families import FAMILIES
 from parameter import Config
 from storage.score_table import Score
 from trainer import Trainer
@@ -34,7 +34,7 @@ OWN = "the run's model"
 
 def require(config):
     """Raise DataError or UsageError if weights are missing; Failure if the system does not tell a process's memory."""
-    FAMILIES[config.model].require(config)
+    families.require(config)
     _peak_resident()
 
 
@@ -112,7 +112,7 @@ def measure(config, bank, place, classes=None):
     """Return [Score, ...]: the cost of the run's model and, with `--against`, of the baseline. Raises Failure."""
     sides = {OWN: (config, bank)}
     if config.against:
-        name, changes = FAMILIES[config.model].baselines[config.against]
+        name, changes = families.FAMILIES[config.model].baselines[config.against]
         sides[name] = (Config.of({**vars(config), **changes}), None)
     memory = {name: peak_memory(its, bank, place, classes=classes) for name, (its, bank) in sides.items()}
     timed = {name: TimedConfig(its, place, bank, classes) for name, (its, bank) in sides.items()}

@@ -5,13 +5,18 @@ global state, most of them for the classifier, which is not used. Weights are `i
 at every load), `random` (tests) or the path of a file.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from device import distributed
 from errors import DataError
 from pretrained.weights import Published
 
 WIDTH = 512                                             # channels of these layers
+LAYERS_OF_D = {"relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}       # modules up to the layer, channels, stride
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # the number of `load_vgg`'s modules up to that layer
 FILE = Published(
     "--vgg_weights", "imagenet", "torchvision's vgg16", "VGG16", "vgg16-397923af.pth",
@@ -21,6 +26,49 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet, in [0
 
 _PLAN = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool")
 _SEED = 16                                              # of the random weights, so that they are the same in every run
+
+
+# -------------------------------------------------------------------------------------- features that D is trained on
+
+
+class FrozenMaps(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> [feature maps of relu3_3, of relu4_3], of the images at `features_size(H)`.
+
+    Nothing in it is trained, but gradients flow through it to the images. `net` is the network of `load_vgg`.
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        ends = [LAYERS_OF_D[layer][0] for layer in LAYERS_OF_D]
+        self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
+
+    def forward(self, images):
+        images = F.avg_pool2d(images, images.size(-1) // features_size(images.size(-1)))
+        maps = [imagenet_normalize(images)]                             # (B, 3, side, side)
+        for part in self.parts:
+            maps.append(part(maps[-1]))
+        return maps[1:]                                                 # (B, 256, side / 4, side / 4), ...
+
+
+def features_size(imsize):
+    """Return the height at which images of `imsize` enter `FrozenMaps`: half of it, at most 128."""
+    return min(imsize // 2, 128)
+
+
+def features_shapes(imsize):
+    """Return [(channels, height), ...] of the maps that `FrozenMaps` returns for images of `imsize`."""
+    return [(channels, features_size(imsize) // stride) for _, channels, stride in LAYERS_OF_D.values()]
+
+
+def load_maps_on_every_rank(weights, device, fallback_hint):
+    """Return `FrozenMaps` with these weights on `device`, on every rank: rank 0 loads first, as it may download them.
+
+    Raise what `load_vgg` does.
+    """
+    def load():
+        return FrozenMaps(load_vgg(weights, fallback_hint))
+
+    return distributed.after_first(load, load).to(device, memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------- the network

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from losses import Hinge, WassersteinGP, gradient_penalty
+from layers import FeatureHeads
+from losses import Hinge, OnFeatures, WassersteinGP, gradient_penalty, hinge
+from pretrained import vgg
 from sagan_models import Discriminator
 
 
@@ -53,6 +55,26 @@ def test_wgan_gp_is_one_loss():
     loss, stats = WassersteinGP(10.0).d_loss(D, real, [fake])
     assert stats["gp"].item() == pytest.approx(4)
     assert loss.item() == pytest.approx(2.5 - 4 + 10 * 4)
+
+
+def test_d_is_trained_on_the_features_beside_its_own_loss_and_the_frozen_network_is_not():
+    torch.manual_seed(0)
+    maps = vgg.FrozenMaps(vgg.load_vgg("random", ""))
+    real, fake = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_(True)
+    assert [tuple(x.shape[1:3]) for x in maps(real)] == vgg.features_shapes(64) == [(256, 8), (512, 4)]
+
+    D, own = LinearD(torch.full((3, 64, 64), 1e-4)), Hinge()
+    D.feature_heads = FeatureHeads(vgg.features_shapes(64), lambda layer: layer)
+    both = OnFeatures(own, maps, label_noise=0)
+    on_real, on_fake = (D.feature_heads(maps(images)) for images in (real, fake))
+    assert on_real.shape == (2, 25 + 1)
+    loss, stats = both.d_loss(D, real, [fake])
+    assert loss.item() == pytest.approx((own.d_loss(D, real, [fake])[0] + hinge(on_real, on_fake, 0)[0]).item())
+    assert {"d_real", "features/d_real", "features/d_fake"} <= stats.keys()
+    loss, _ = both.g_loss(D, real, [fake])
+    assert loss.item() == pytest.approx(-(D(fake).mean() + on_fake.mean()).item(), abs=1e-6)
+    loss.backward()
+    assert fake.grad.abs().sum() > 0 and all(weight.grad is None for weight in maps.parameters())
 
 
 def test_the_penalty_reaches_through_large_attention():

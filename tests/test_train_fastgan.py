@@ -63,7 +63,7 @@ def test_without_slae_there_is_no_mask_to_draw(fastgan):
     assert not Path("cache/metadata").exists(), "nothing was asked of VGG"
 
 
-@pytest.mark.parametrize("flags", [(), ("--slae", "false", "--metadata", "false"),
+@pytest.mark.parametrize("flags", [(), ("--slae", "false", "--metadata", "false", "--d_features", "vgg16"),
                                    ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")])
 def test_six_steps_are_three_and_three_bit_for_bit(fastgan, flags):
     fastgan("--version", "straight", "--total_step", 6, *flags)
@@ -74,9 +74,26 @@ def test_six_steps_are_three_and_three_bit_for_bit(fastgan, flags):
     assert_same_state(state("straight", 6), state("resumed", 6))
 
 
+def test_a_d_with_features_learns_by_its_heads_and_a_checkpoint_holds_no_vgg(fastgan):
+    for version, name in (("plain", "none"), ("features", "vgg16")):
+        code, out, err = fastgan("--version", version, "--total_step", 3, "--log_step", 1, "--metadata", "false",
+                                 "--d_features", name)
+        assert code == 0, err
+    plain, features = state("plain", 3), state("features", 3)
+    own = {key: weight for key, weight in features["D"].items() if not key.startswith("feature_heads")}
+    assert own.keys() == plain["D"].keys() and len(own) < len(features["D"]) < len(own) + 30
+    assert sum(weight.numel() for weight in features["D"].values()) < 2e6, "no network of 15 million"
+    first, *_, last = [line for line in lines("features") if "features/d_real" in line]
+    assert first["features/d_real"] != last["features/d_real"]
+    assert not any("features/d_real" in line for line in lines("plain"))
+    assert (features["G"]["to_rgb.parametrizations.weight.original"]
+            != plain["G"]["to_rgb.parametrizations.weight.original"]).any(), "G is trained by the heads, too"
+    assert fastgan("--version", "features", "--total_step", 4, "--d_features", "none")[0] == 2, "a setting of the run"
+
+
 @pytest.mark.gpu
 def test_the_same_on_cuda(fastgan):
-    flags = ("--device", "cuda", "--deterministic", "true")
+    flags = ("--device", "cuda", "--deterministic", "true", "--d_features", "vgg16")
     fastgan("--version", "straight", "--total_step", 6, *flags)
     fastgan("--version", "resumed", "--total_step", 3, "--sample_step", 1, *flags)
     code, _, _ = fastgan("--version", "resumed", "--total_step", 6, *flags)
