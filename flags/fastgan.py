@@ -49,18 +49,21 @@ FLAGS = (
 
 _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
               "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
+_CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
+_SMALL = {"slae": False, "metadata": False, "d_features": "vgg16"}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
-    "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
-            "num_workers": 0},
+    "cpu": _CPU,
+    "small": {**_CPU, **_SMALL, "batch_size": 16, "g_lr": 4e-4},
 }
+SMALL_ABOVE_64 = {**_PUBLISHED, **_SMALL}       # batch, rates and widths of "small" were measured at 64 px alone
 
-PRESETS_DEPEND_ON = ({},)           # for docs/flags.md
+PRESETS_DEPEND_ON = ({}, {"imsize": 256})       # for docs/flags.md
 
 
 def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
-    return PRESETS[name]
+    return SMALL_ABOVE_64 if name == "small" and values["imsize"] not in (None, 64) else PRESETS[name]
 
 
 IMSIZES = (64, 128, 256, 512, 1024)
@@ -74,8 +77,9 @@ BASELINES = {"baseline": ("baseline: FastGAN without SLAE and metadata", {"slae"
 def fill_in(values, weights_there):
     """Replace the defaults that depend on other flags, in place."""
     if values["recon"] is None:
-        # metadata with the ImageNet weights downloads them first, or ends the run
-        available = values["metadata"] and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
+        # what else needs the ImageNet weights downloads them first, or ends the run
+        needed = values["metadata"] or values["d_features"] == "vgg16"
+        available = needed and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
         values["recon"] = "lpips" if available else "l1"
 
 
