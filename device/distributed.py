@@ -27,18 +27,26 @@ class Place:
 def start(config):
     """Join the process group if torchrun started this process. Return its Place."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    on_cuda = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     if world_size == 1:
-        name = ("cuda" if on_cuda else "cpu") if config.device == "auto" else config.device
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)               # CUDA graphs are captured on the current device
-        return Place(device)
+        return place_alone(config)
+    on_cuda = _on_cuda(config)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
     return Place(device, dist.get_rank(), world_size)
+
+
+def place_alone(config):
+    """Return the Place of one process on `--device`, whoever started it."""
+    device = torch.device(("cuda" if _on_cuda(config) else "cpu") if config.device == "auto" else config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                   # CUDA graphs are captured on the current device
+    return Place(device)
+
+
+def _on_cuda(config):
+    return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
 
 
 def launched():

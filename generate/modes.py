@@ -1,4 +1,5 @@
-"""The modes that load a checkpoint: samples, a video of an interpolation in latent space, a grid of mixed styles.
+"""The modes that load a checkpoint: samples, a video of an interpolation in latent space, a grid of mixed styles; and
+`load`, which draws samples in one's own code.
 
 They need neither the data set nor, for metadata, VGG-16: the output depends on the seed and the checkpoint alone.
 """
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import parameter
+from device.distributed import place_alone
+from device.precision import Precision
 from errors import UsageError
 from families import FAMILIES
 from gallery import grid
@@ -20,6 +24,8 @@ from generate.draw import draw
 from generate.latents import Inputs
 from generate.samples import sample
 from generate.trained import load_generator
+from pretrained import vgg
+from storage import checkpoint
 from utils import write_atomically
 
 FRAMES_PER_SECOND = 20
@@ -124,6 +130,64 @@ def style_mix(config, place, precision):
     trained.finish(config, f"a grid of mixed styles of step {trained.step} in {path}: "
                    "the first row gives the styles, the first column the contents")
     return 0
+
+
+# -------------------------------------------------------------------------------------------------- in one's own code
+
+
+class Sampler:
+    """A run's generator G_ema, to draw pictures with in one's own code: what `load` returns.
+
+    `step` is that of its checkpoint, `imsize` the side of its pictures in pixels, `classes` the names of its classes,
+    () if it has none.
+    """
+
+    def __init__(self, typed):
+        self._typed, self._loaded = typed, {}
+        self.step = self._load(None).step
+        latents, config = self._loaded[None].latents, self._config
+        self.imsize, self.classes = config.imsize, tuple(latents.classes.names if latents.classes else ())
+
+    def _load(self, truncation):
+        """Return the TrainedGenerator for a truncation, whose batch-norm statistics belong to it."""
+        if truncation not in self._loaded:
+            of_step = {"pretrained_model": self.step} if self._loaded else {}       # a run in training has newer ones
+            truncated = {} if truncation is None else {"truncation": truncation}
+            self._config = parameter.resolve({**self._typed, **of_step, **truncated}, checkpoint.saved_config,
+                                             vgg.FILE.is_available)
+            place = place_alone(self._config)
+            precision = Precision(self._config.precision, place.device)
+            self._loaded[truncation] = load_generator(self._config, place, precision)
+        return self._loaded[truncation]
+
+    def sample(self, seeds, classes=None, truncation=None):
+        """Return pictures (N, imsize, imsize, 3), uint8, one for each of `seeds`: those of `--mode sample --seeds`.
+
+        `classes`: a name or number for all, or a list of one for each seed; None: each seed has a class of its own, as
+        frequent as in the data. `truncation` as in --truncation. Raises UsageError.
+        """
+        trained = self._load(truncation)
+        wanted = classes if isinstance(classes, (list, tuple)) else [classes] * len(seeds)
+        if len(wanted) != len(seeds):
+            raise UsageError(f"{len(seeds)} seeds, but {len(wanted)} classes: give one class, or one for each seed")
+        pictures = []
+        for seed, name in zip(seeds, wanted, strict=True):
+            inputs = trained.latents.of_seed(seed)
+            if name is not None:
+                (label,) = require_classes(trained.latents.classes).choose([str(name)])
+                inputs = replace(inputs, labels=torch.tensor([label]))
+            pictures.append(grid.to_uint8(trained.draw(inputs))[0])
+        return np.stack(pictures) if pictures else np.zeros((0, self.imsize, self.imsize, 3), np.uint8)
+
+
+def load(version, step=None, device="auto", model_save_path="models"):
+    """Return the Sampler of a run: of its newest checkpoint, of that of `step`, or of the "best" one.
+
+    `device` as in --device; `model_save_path` is the folder of all runs. Needs neither the pictures nor VGG-16. Raises
+    UsageError if there is no such run, CheckpointError if it has no such checkpoint that can be read.
+    """
+    typed = {"version": version, "mode": "sample", "device": device, "model_save_path": str(model_save_path)}
+    return Sampler(typed if step is None else {**typed, "pretrained_model": step})
 
 
 MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix}      # --mode

@@ -4,9 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from errors import CheckpointError, UsageError
+from generate.modes import load
 
 CLASSES = ("--arch", "resnet", "--g_lr", "0.1")     # so that the tables of the classes differ at once
 METADATA = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--recon", "l1", "--vgg_weights", "random",
@@ -25,6 +29,31 @@ def test_a_seed_draws_the_same_picture_alone_and_among_others(run, pictures, fla
     shutil.rmtree(folder)
     run("--version", "a", "--mode", "sample", "--seeds", "9000000000000000000", tiny=False)
     assert [path.read_bytes() for path in folder.iterdir()] == [among["seed9000000000000000000.png"]]
+
+
+def test_own_code_draws_the_pictures_of_the_command(run):
+    run("--version", "a", "--total_step", 2, "--model_save_step", 1, *CLASSES)
+    run("--version", "a", "--mode", "sample", "--seeds", "3,8", tiny=False)
+    run("--version", "a", "--mode", "sample", "--seeds", "3,8", "--classes", "bob", "--truncation", 0.5, tiny=False)
+    mine = load("a", device="cpu")
+    assert (mine.step, mine.imsize, "bob" in mine.classes) == (2, 32, True)
+
+    def written(folder):
+        return np.stack([np.asarray(Image.open(path)) for path in sorted(Path("samples/a", folder).glob("seed*.png"))])
+
+    assert (mine.sample([3, 8]) == written("0000002_seeds")).all()
+    truncated = written("0000002_seeds_truncation0.5/bob")
+    assert (mine.sample([3, 8], "bob", truncation=0.5) == truncated).all()
+    mixed = mine.sample([3, 8], [mine.classes.index("bob"), "beard"], truncation=0.5)
+    assert (mixed[0] == truncated[0]).all() and (mixed[1] != truncated[1]).any()
+    assert mine.sample([]).shape == (0, 32, 32, 3) and mixed.dtype == np.uint8
+    assert (load("a", step=1, device="cpu").sample([3]) != mine.sample([3])).any()
+    for wrong in (lambda: load("b"), lambda: mine.sample([1], "all"), lambda: mine.sample([1, 2], ["bob"]),
+                  lambda: mine.sample([1], truncation=-1)):
+        with pytest.raises(UsageError):
+            wrong()
+    with pytest.raises(CheckpointError):
+        load("a", step=7)
 
 
 def test_a_picture_is_drawn_again_from_what_its_file_says(run):
