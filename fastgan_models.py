@@ -12,6 +12,7 @@ shrink with the image, and G's three skip connections lead to its last three map
 
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -364,6 +365,17 @@ class Discriminator(nn.Module):
         deep = output.logits.chunk(2, dim=1)[0]                         # (B, 25)
         change = self.projection(output.features, others) - self.projection(output.features, labels)
         return deep + change[:, None]
+
+    def stages(self):
+        """Return [[module, ...], ...]: the layers of each block from the image on, for `--freeze_d`.
+
+        Those of the small path, one convolution each, belong to the deep path's of the same number.
+        """
+        convolutions = [layer for layer in self.small_path if isinstance(layer, nn.Conv2d)]
+        deep = [[self.stem], *([block, *([self.skips[size]] if size in self.skips else [])]
+                               for size, block in self.blocks.items())]
+        small = [[layer] for layer in convolutions]
+        return [[*stage, *other] for stage, other in zip_longest(deep, small, fillvalue=())]
 
     def reconstruct(self, output, real, quadrant=None):
         """Return {name: (reconstruction, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].

@@ -15,8 +15,9 @@ import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
-from errors import UsageError
+from errors import CheckpointError, UsageError
 from flags import common
 from flags.common import METRICS, MODELS, boolean, boolean_or_auto, one_of, written
 
@@ -139,7 +140,8 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     version = f"{values['model']}_{values['dataset']}" if values["version"] is None else values["version"]
     _check_version(version)
     saved = _find_run(values, version, find_saved) if find_saved else None
-    known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or {}).items()
+    source = _find_source(values, given, find_saved) if find_saved and saved is None else None
+    known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or source or {}).items()
              if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
@@ -151,7 +153,8 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     _fill_in(values, weights_there)
     validate(values)
     _check_effect(values, typed)
-    if values["dataset"] == "folder" and "image_path" not in {**(saved or {}), **given} and not values["real_dir"]:
+    told = {**(saved or source or {}), **given}
+    if values["dataset"] == "folder" and "image_path" not in told and not values["real_dir"]:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
     if saved:
         _check_fixed(values, saved, values["version"])
@@ -166,16 +169,53 @@ def _find_run(values, version, find_saved):
     saved = find_saved(runs / version)
     reads_a_checkpoint = values["mode"] not in ("train", "clean_data") and not values["fake_dir"]
     if saved is None and reads_a_checkpoint and not (runs / version).exists():
-        there = sorted({path.parent.name for path in runs.glob("*/*.pth")})
-        near = difflib.get_close_matches(version, there, n=3)
-        if near:
-            hint = f"did you mean {' or '.join(near)}?"
-        elif there:
-            hint = f"there are {', '.join(there[:NAMED])}" + f" and {len(there) - NAMED} more" * (len(there) > NAMED)
-        else:
-            hint = "there is none at all; train one first, or name their folder with --model_save_path"
-        raise UsageError(f"--version {version}: there is no such run in {runs}; {hint}")
+        raise _no_such_run("version", version, runs)
     return saved
+
+
+def _no_such_run(flag, name, runs):
+    """Return the UsageError for a name that no run in the folder `runs` has, with the nearest ones."""
+    there = sorted({path.parent.name for path in runs.glob("*/*.pth")})
+    near = difflib.get_close_matches(name, there, n=3)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif there:
+        hint = f"there are {', '.join(there[:NAMED])}" + f" and {len(there) - NAMED} more" * (len(there) > NAMED)
+    else:
+        hint = "there is none at all; train one first, or name their folder with --model_save_path"
+    return UsageError(f"--{flag} {name}: there is no such run in {runs}; {hint}")
+
+
+def source_of(config):
+    """Return the path of what `--init_from` names: a checkpoint FILE.pth, or a run's folder."""
+    name = config.init_from
+    return Path(name) if name.endswith(".pth") else Path(config.model_save_path, name)
+
+
+def _find_source(values, given, find_saved):
+    """Return the settings of the run that `--init_from` names, as far as they apply to a new one; None without it.
+
+    A typed `--preset` wins over them; with another `--imsize` what follows from it is left out. Raise UsageError,
+    CheckpointError.
+    """
+    name = values["init_from"]
+    if not name or values["mode"] != "train":
+        return None
+    try:
+        settings = find_saved(source_of(SimpleNamespace(**values)))
+    except CheckpointError as error:
+        raise CheckpointError(f"--init_from {name}: {error}") from None
+    if settings is None:
+        raise _no_such_run("init_from", name, Path(values["model_save_path"]))
+    model = settings.get("model")
+    if given.get("model", model) != model:
+        raise UsageError(f"--init_from {name}: is a run of --model {model}, this is {given['model']}")
+    own = {"init_from", "freeze_d"}
+    if "preset" in given and model in FAMILIES:
+        own |= FAMILIES[model].find_preset(given["preset"], {**values, **settings, "imsize": None, **given}).keys()
+    if given.get("imsize", settings.get("imsize")) != settings.get("imsize"):
+        own |= {flag.name for flag in FLAGS.values() if flag.default is common.DERIVED}
+    return {key: value for key, value in settings.items() if key not in own or key == "model"}
 
 
 def _read_file(path):

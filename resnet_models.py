@@ -157,6 +157,12 @@ class Discriminator(Attentive):
             logits = logits + self.projection(features, labels)         # (B,)
         return logits
 
+    def stages(self):
+        """Return [[module, ...], ...]: the layers of each block from the image on, for `--freeze_d`."""
+        after = self.attention_after
+        return [[block, *(self.attention[after[number]] for _ in range(number in after))]
+                for number, block in enumerate(self.blocks)]
+
 
 def build(config, classes=0):
     """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""

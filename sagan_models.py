@@ -91,6 +91,11 @@ class Discriminator(Attentive):
             logits = logits + self.projection(sum_pool(x), labels)      # (B,)
         return logits
 
+    def stages(self):
+        """Return [[module, ...], ...]: the layers of each block from the image on, for `--freeze_d`."""
+        return [[block, *(self.attention[name] for name in (f"d{size}",) if name in self.attention)]
+                for size, block in self.blocks.items()]
+
 
 def build(config, classes=0):
     """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""

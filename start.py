@@ -19,10 +19,12 @@ from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
 from loop import Run, find_standing, find_undone
 from metrics.meter import Meter, of_run, refuse_few
-from parameter import RUN_SETTINGS, as_json
+from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
+
+LISTED = 6          # tensors that do not fit are named, at most
 
 
 def train(config, place, precision, interrupt):
@@ -39,6 +41,7 @@ def train(config, place, precision, interrupt):
     restart = _is_restart(config, folders)
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
                                                       partial(families.find_mismatch, config))
+    source = checkpoint.load_source(source_of(config)) if state is None and config.init_from else None
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
     reason = state and not any(undone) and distributed.on_first(partial(_find_end, config, folders, state["step"]))
     if reason:
@@ -55,6 +58,7 @@ def train(config, place, precision, interrupt):
     for line in lines_on_classes(config, dataset, classes):
         say(line)
     trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state), classes)
+    _initialize(trainer, source)
     if meter:
         meter.prepare(of_run(config, dataset))
 
@@ -62,7 +66,7 @@ def train(config, place, precision, interrupt):
     try:
         _restore(trainer, state, folders)
         run = Run(trainer, meter, dataset, data, folders, interrupt, undone, unlogged)
-        del state                                       # frees the checkpoint's memory
+        del state, source                               # frees the checkpoints' memory
         run.try_to("write the lists of pictures", lambda: write_lists(found, config))
         return run.loop()
     finally:
@@ -183,11 +187,29 @@ def _compare(config, state, dataset, tell=lambda line: None):
     if other or changed_classes:
         fix = "Use" if other else f"{_cure(config, dataset, old_classes, classes)}, or use"
         raise UsageError(f"--version {config.version}: this run was trained on "
-                         f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version; or --restart "
-                         "true, which moves this run aside and begins again.")
+                         f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version, with "
+                         f"--init_from {config.version} to begin from its weights; or --restart true, which moves this "
+                         "run aside and begins again.")
     if changes:
         tell(f"note: {changes}")
     return data, classes
+
+
+def _initialize(trainer, source):
+    """Take the weights of the state `source`, that of `--init_from`; report what did not fit. None: nothing to do.
+
+    Raise UsageError if nothing of G fits.
+    """
+    if source is None:
+        return
+    name = trainer.config.init_from
+    taken, left = trainer.initialize_from(source)
+    if not any(key.startswith("G.") for key in taken):
+        raise UsageError(f"--init_from {name}: nothing of its G fits this one; use its --g_conv_dim and --arch")
+    say(f"initialized from '{name}', step {source['step']}: {len(taken)} of {len(taken) + len(left)} tensors")
+    if left:
+        more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
+        say(f"  new, as they do not fit: {', '.join(left[:LISTED])}{more}")
 
 
 def _restore(trainer, state, folders):

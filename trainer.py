@@ -19,6 +19,7 @@ from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
 from device.replicas import GradientAverage, check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
+from errors import UsageError
 from families import FAMILIES, build_networks, build_objective
 from gallery.grid import grid_side
 from generate.draw import BN_STATS_IMAGES, batch_for, recompute_bn_stats
@@ -52,8 +53,9 @@ class Trainer:
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
-        self.g_average, self.d_average = (GradientAverage(net.parameters(), config.accumulate)
-                                          for net in (self.G, self.D))
+        self._trained_of_d = self._freeze(config.freeze_d)
+        self.g_average, self.d_average = (GradientAverage(parameters, config.accumulate)
+                                          for parameters in (self.G.parameters(), self._trained_of_d))
         # a separate generator: a run's fixed inputs depend on the seed alone
         generator = torch.Generator().manual_seed(config.seed)
         side = grid_side(config.imsize)
@@ -97,7 +99,7 @@ class Trainer:
         power_iterate(self.G)
 
         # D phase: minimize d_loss(D)
-        self.D.requires_grad_(True)
+        self._train_d(True)
         for batch in zip(images, labels, strict=True) if labels else zip(images):
             power_iterate(self.D)
             reals, d_stats = [], []
@@ -113,7 +115,7 @@ class Trainer:
             self._optimize(self.d_optimizer, self.d_average)
 
         # G phase: minimize g_loss(G). Freezing D skips its weight gradients, which halves the backward pass.
-        self.D.requires_grad_(False)
+        self._train_d(False)
         g_stats = []
         for real, real_labels in reals:
             if not reuse_fake:
@@ -155,6 +157,23 @@ class Trainer:
         on_gpu = self.place.device.type == "cuda"
         return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=self.place.device) if on_gpu else lr,
                                 (self.config.beta1, self.config.beta2), fused=True, capturable=on_gpu)
+
+    def _freeze(self, count):
+        """Return D's parameters that are trained: all but those of its first `count` blocks (FreezeD, Mo et al. 2020,
+        arXiv 2002.10964). Raise UsageError.
+        """
+        stages = self.D.stages()
+        if count > len(stages):
+            raise UsageError(f"--freeze_d {count}: this D has {len(stages)} blocks")
+        frozen = {weight for stage in stages[:count] for module in stage for weight in module.parameters()}
+        for weight in frozen:
+            weight.requires_grad_(False)
+        return [weight for weight in self.D.parameters() if weight not in frozen]
+
+    def _train_d(self, wanted):
+        """Switch the gradients of D's weights on or off."""
+        for weight in self._trained_of_d:
+            weight.requires_grad_(wanted)
 
     def _set_learning_rates(self):
         factor = self.config.lr_decay ** (self.samples_seen // self.epoch_length)
@@ -239,6 +258,27 @@ class Trainer:
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.fixed_inputs = replace(self.fixed_inputs, z=state["fixed_z"])
         utils.restore_random_states(state["random"][0], self.place.device)      # last: no draws after
+
+    def initialize_from(self, state):
+        """Take from another run's `state` the weights of G, D and G_ema that fit, tensor by tensor.
+
+        Tables of classes fit if the classes are the same. Return ([name, ...] of what was taken, those of what was
+        not). Optimizers, step and random state stay those of a new run.
+        """
+        mine = self.latents.classes and self.latents.classes.state()["names"]
+        same_classes = mine == (state.get("classes") or {"names": None})["names"]
+        taken, left = [], []
+        for name in ("G", "D", "G_ema"):
+            net, source = getattr(self, name), state[name]
+            own = net.state_dict()
+            tables = tuple(f"{key}." for key, module in net.named_modules()
+                           if isinstance(module, torch.nn.Embedding) and not same_classes)
+            fitting = [key for key, weight in own.items() if getattr(source.get(key), "shape", None) == weight.shape
+                       and not key.startswith(tables)]
+            net.load_state_dict(own | {key: source[key] for key in fitting})
+            taken += [f"{name}.{key}" for key in fitting]
+            left += [f"{name}.{key}" for key in own if key not in fitting]
+        return taken, left
 
     def recompute_bn_stats(self, images=BN_STATS_IMAGES):
         """Recompute G_ema's batch-norm statistics, before it is shown or saved. Leaves random states as they are."""

@@ -409,6 +409,10 @@ FLAGS = {
     "from a checkpoint": (
         Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
              "best: best.pth, see --metric_step", 1, per_call=True),
+        Flag("init_from", str, None, "fine-tune: begin a new run with the weights of another one, by its name (its "
+             "newest checkpoint) or by a FILE.pth; what is not typed is as in that run", fixed=always),
+        Flag("freeze_d", int, 0, "with --init_from: the first so many blocks of D keep their weights (FreezeD)", 0,
+             unused=lambda values: not values["init_from"] and "a run without --init_from"),
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True,

@@ -110,7 +110,7 @@ def load(path):
         raise CheckpointError(f"{path} is damaged ({first_line(error)})") from None
 
 
-def load_state(path, find_mismatch=lambda state: None):
+def load_state(path, find_mismatch=lambda state: None, whose="this run"):
     """Return the state of a run in `path`. Raise MissingCheckpoint; CheckpointError if it is damaged or another's.
 
     `find_mismatch(state)` says in words why a state does not fit this run's networks, or returns None.
@@ -118,7 +118,7 @@ def load_state(path, find_mismatch=lambda state: None):
     state = load(path)
     problem = _find_defect(state) or find_mismatch(state)
     if problem:
-        raise CheckpointError(f"{path} is no checkpoint of this run ({problem})")
+        raise CheckpointError(f"{path} is no checkpoint of {whose} ({problem})")
     return state
 
 
@@ -184,8 +184,23 @@ def load_step(folder, step, warn=print, find_mismatch=lambda state: None):
     return load_state(_find_step(folder, step), find_mismatch)
 
 
+def load_source(folder, find_mismatch=lambda state: None):
+    """Return the state that a new run begins from: the newest in `folder`, or the one in a file, `FILE.pth`.
+
+    Raise CheckpointError.
+    """
+    if Path(folder).suffix == ".pth":
+        return load_state(folder, find_mismatch, "this program")
+    state = load_newest(folder, find_mismatch=find_mismatch)
+    if state is None:
+        raise CheckpointError(f"there is no checkpoint in {folder}")
+    return state
+
+
 def saved_config(folder):
-    """Return the saved config of the run in `folder`, or None if it has no checkpoint."""
+    """Return the saved config of the run in `folder`, None if it has no checkpoint; that of a checkpoint FILE.pth."""
+    if Path(folder).suffix == ".pth":
+        return load_source(folder)["config"]
     if not steps_in(folder) and not best_path(folder).is_file():
         return None
     try:

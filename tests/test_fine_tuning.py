@@ -1,0 +1,124 @@
+"""--init_from: a new run with the weights of another one, by the real command; --freeze_d."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same_state, lines, state
+
+SMALL_FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
+                 "--z_dim", "8", "--device", "cpu", "--dataset", "folder", "--image_path", "pictures",
+                 "--vgg_weights", "random")
+
+
+def weights(version, step, net):
+    return state(version, step)[net]
+
+
+def test_a_run_begins_with_the_weights_of_another_and_its_settings(run):
+    run("--version", "a", "--total_step", 3, "--g_lr", 0.01, "--beta1", 0.25)
+    code, out, err = run("--version", "b", "--init_from", "a", "--total_step", 1, "--g_lr", 1e-12, "--d_lr", 1e-12,
+                         tiny=False)
+    assert code == 0 and "initialized from 'a', step 3" in out and "do not fit" not in out, err
+    begun, source = state("b", 1), state("a", 3)
+    assert begun["step"] == 1 and begun["samples_seen"] == begun["config"]["batch_size"]
+    assert begun["config"]["beta1"] == 0.25 and begun["config"]["g_lr"] == 1e-12, "untyped settings are the source's"
+    for net in ("G", "D"):
+        learned = [key for key in source[net] if key.endswith(("original", "gamma"))]
+        assert learned and all(torch.allclose(begun[net][key], source[net][key], atol=1e-6) for key in learned)
+    assert begun["g_optimizer"]["state"][0]["step"] == 1, "a fresh optimizer"
+
+    # it is a run like any other: it goes on by its name alone, also when its source is gone, and not from another
+    shutil.rmtree("models/a")
+    code, out, err = run("--version", "b", "--total_step", 2, tiny=False)
+    assert code == 0 and "resuming 'b' from step 1" in out and "initialized" not in out, err
+    code, _, err = run("--version", "b", "--init_from", "c", "--total_step", 3, tiny=False)
+    assert code == 2 and "--init_from c: run 'b' was started with a" in err
+
+
+def test_straight_or_resumed_a_fine_tuned_run_is_the_same_bit_for_bit(run):
+    run("--version", "a", "--total_step", 2)
+    flags = ("--init_from", Path("models/a/0000002.pth"), "--freeze_d", 1)
+    run("--version", "straight", "--total_step", 4, *flags, tiny=False)
+    run("--version", "resumed", "--total_step", 2, *flags, tiny=False)
+    run("--version", "resumed", "--total_step", 4, *flags, tiny=False)
+    assert_same_state(state("straight", 4), state("resumed", 4))
+
+
+@pytest.mark.parametrize(("flags", "tiny", "first"), [
+    ((), True, "blocks.16."), (("--arch", "resnet"), True, "blocks.0."), (SMALL_FASTGAN, False, "stem.")])
+def test_frozen_blocks_keep_their_weights_and_the_others_learn(run, pictures, flags, tiny, first):
+    run("--version", "a", "--total_step", 1, *flags, tiny=tiny)
+    code, _, err = run("--version", "b", "--init_from", "a", "--freeze_d", 2, "--total_step", 3, tiny=False)
+    assert code == 0, err
+    before, after = weights("a", 1, "D"), weights("b", 3, "D")
+    learned = [key for key in before if key.endswith(("original", ".weight", ".gamma", ".bias"))]
+    kept = {key for key in learned if torch.equal(before[key], after[key])}
+    assert {key for key in learned if key.startswith(first)} <= kept
+    assert any(key.startswith("to_logit") and key not in kept for key in learned)
+    assert 0 < len(kept) < len(learned)
+    code, _, err = run("--version", "c", "--init_from", "a", "--freeze_d", 40, tiny=False)
+    assert code == 2 and "--freeze_d 40: this D has" in err and not Path("models/c").exists()
+
+
+def test_another_width_takes_what_fits_and_says_what_does_not(run):
+    run("--version", "a", "--total_step", 2, "--g_lr", 0.1)
+    code, out, err = run("--version", "b", "--init_from", "a", "--d_conv_dim", 8, "--total_step", 1, "--g_lr", 1e-12,
+                         tiny=False)
+    assert code == 0 and "new, as they do not fit: D.blocks" in out and "G." not in out.split("do not fit")[1], err
+    for key in (key for key in weights("a", 2, "G") if key.endswith("original")):
+        assert torch.allclose(weights("a", 2, "G")[key], weights("b", 1, "G")[key], atol=1e-5)
+    code, out, _ = run("--version", "c", "--init_from", "a", "--imsize", 64, "--total_step", 1, tiny=False)
+    assert code == 0 and state("c", 1)["config"]["d_attn"] == [4, 8], "what follows from the size is not the source's"
+
+
+def test_tables_of_other_classes_begin_anew(run):
+    classes = ("--arch", "resnet", "--conditional", "true", "--g_lr", 0.1)
+    run("--version", "a", "--total_step", 2, *classes)
+    tables = [key for key in weights("a", 2, "G") if "scale.weight" in key]
+    assert tables and all((weights("a", 2, "G")[key] != 1).any() for key in tables)
+    again = ("--init_from", "a", "--total_step", 1, "--g_lr", 1e-12)
+    _, out, _ = run("--version", "same", *again, tiny=False)
+    assert "do not fit" not in out
+    assert all(torch.allclose(weights("same", 1, "G")[key], weights("a", 2, "G")[key]) for key in tables)
+    whole = torch.load("models/a/0000002.pth", weights_only=True)
+    whole["classes"]["names"] = whole["classes"]["names"][::-1]
+    torch.save(whole, "other.pth")
+    _, out, _ = run("--version", "other", "--init_from", "other.pth", "--total_step", 1, "--g_lr", 1e-12, tiny=False)
+    assert "scale.weight" in out.split("do not fit")[1]
+    assert all(torch.allclose(weights("other", 1, "G")[key], torch.ones(())) for key in tables)
+
+
+def test_the_metadata_are_those_of_the_new_pictures(run, pictures):
+    run("--version", "a", "--total_step", 1, *SMALL_FASTGAN, tiny=False)
+    others = pictures.parent / "others"
+    shutil.copytree(pictures, others)
+    for path in sorted(others.iterdir())[:6]:
+        path.unlink()
+    code, _, err = run("--version", "b", "--init_from", "a", "--image_path", others, "--total_step", 1, tiny=False)
+    assert code == 0, err
+    assert len(state("a", 1)["metadata"]["rows"]) == 12 and len(state("b", 1)["metadata"]["rows"]) == 6
+    assert lines("b")
+
+
+@pytest.mark.parametrize(("flags", "code", "told"), [
+    (("--init_from", "aa"), 2, "--init_from aa: there is no such run in models; did you mean a?"),
+    (("--init_from", "gone.pth"), 5, "--init_from gone.pth: there is no checkpoint"),
+    (("--init_from", "other.pth"), 5, "--init_from other.pth: other.pth is no checkpoint of this program (it has no"),
+    (("--init_from", "a", "--model", "fastgan"), 2, "--init_from a: is a run of --model sagan, this is fastgan"),
+])
+def test_what_cannot_be_begun_from_is_refused_in_a_line(run, flags, code, told):
+    run("--version", "a", "--total_step", 1)
+    torch.save({"g": {}, "d": {}, "g_ema": [], "opt_g": {}, "opt_d": {}}, "other.pth")      # the published FastGAN's
+    found, _, err = run("--version", "b", *flags, tiny=False)
+    assert found == code and told in err and err.count("\n") <= 2 and not Path("models/b").exists()
+
+
+def test_freezing_belongs_to_fine_tuning(run):
+    code, _, err = run("--version", "b", "--freeze_d", 2)
+    assert code == 2 and "--freeze_d" in err and "--init_from" in err
+    run("--version", "a", "--total_step", 1)
+    run("--version", "b", "--init_from", "a", "--total_step", 1, tiny=False)
+    assert json.loads(Path("models/b/config.json").read_text())["init_from"] == "a"
