@@ -100,10 +100,12 @@ def parse(argv):
         group = parser.add_argument_group(f"--model {title} only" if title in FAMILIES else title)
         for flag in flags:
             # a boolean flag without a value, such as a bare `--dry_run`, means true
-            optional_value = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
+            values = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
+            if flag.several:
+                values = {"nargs": "+"}
             default = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=flag.metavar,
-                               help=(flag.help + default).replace("%", "%%"), **optional_value)
+                               help=(flag.help + default).replace("%", "%%"), **values)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]

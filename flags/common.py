@@ -205,7 +205,8 @@ class Flag:
     """One flag: its converter, default and help; for a number the closed range [low, high], or [low, below).
 
     `fixed(values)` returns whether this setting cannot change within a run, as its checkpoints depend on it.
-    `per_call`: the flag describes one call, not the run, and is never read from a saved config. `unused(values)`
+    `per_call`: the flag describes one call, not the run, and is never read from a saved config. `several`: it takes one
+    or more values. `unused(values)`
     returns the setting with which the flag has no effect, such as `--adv_loss hinge`, or a false value. In `help`,
     `{families}` is replaced by the text of each family's `HELP`.
     """
@@ -219,6 +220,7 @@ class Flag:
     below: float | None = None
     fixed: Callable | None = None
     per_call: bool = False
+    several: bool = False
     unused: Callable | None = None
 
     @property
@@ -253,6 +255,11 @@ def _not_sampling(values):
     return values["mode"] != "sample" and f"--mode {values['mode']} (--mode sample draws pictures)"
 
 
+def _with_latents(values):
+    """For `Flag.unused`: the latents come from files."""
+    return values["latents"] and f"--latents {written(values['latents'])}"
+
+
 def no_classes(values):
     """For `Flag.unused`: a run without classes."""
     return values["conditional"] is False and "--conditional false (true trains with classes)"
@@ -279,10 +286,10 @@ FLAGS = {
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
-        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "evaluate", "clean_data"), "train",
-             "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
-             "skip layers) | evaluate (--metrics); or clean_data: delete the pictures that the last check of this "
-             "version found damaged", per_call=True),
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "evaluate", "clean_data"),
+             "train", "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; "
+             "where G has skip layers) | project (the closest to --target that G draws) | evaluate (--metrics); or "
+             "clean_data: delete the pictures that the last check of this version found damaged", per_call=True),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
@@ -403,7 +410,7 @@ FLAGS = {
         Flag("fake_dir", str, None, "score the pictures in this folder, from any generator, instead of a run's samples",
              per_call=True),
         Flag("real_dir", str, None, "score against the pictures in this folder instead of the data set", per_call=True),
-        Flag("backtrack_steps", int, 300, "lpips: steps of Adam on the latent of each held-out picture", 1,
+        Flag("backtrack_steps", int, 300, "--mode project and lpips: steps of Adam on the latent of each picture", 1,
              per_call=True),
     ),
     "from a checkpoint": (
@@ -416,12 +423,18 @@ FLAGS = {
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True,
-             unused=lambda values: values["seeds"] and f"--seeds {written(values['seeds'])}"),
+             unused=lambda values: _with_latents(values) or values["seeds"] and f"--seeds {written(values['seeds'])}"),
         Flag("seeds", seeds, None, "--mode sample: one picture for each of these seeds, such as 3,5,9-20, whatever "
-             "else is drawn", per_call=True, unused=_not_sampling),
+             "else is drawn", per_call=True, unused=lambda values: _not_sampling(values) or _with_latents(values)),
         Flag("like", str, None, "draw a picture of --mode sample again: a PNG file, which says how it was drawn; typed "
              "flags change that: --truncation, --classes, --pretrained_model, --version", per_call=True,
              unused=_not_sampling),
+        Flag("target", str, None, "--mode project: the pictures to come close to, any size and shape, one or more",
+             per_call=True, several=True,
+             unused=lambda values: values["mode"] != "project" and f"--mode {values['mode']}"),
+        Flag("latents", str, None, "draw these instead of random ones, .npz files that --mode project wrote: --mode "
+             "sample, or interpolate between them", per_call=True, several=True,
+             unused=lambda values: values["mode"] not in ("sample", "interpolate") and f"--mode {values['mode']}"),
         Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
              "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
              unused=lambda values: values["mode"] == "train" and "--mode train"),

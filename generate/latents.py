@@ -1,11 +1,15 @@
 """G's inputs: noise z, metadata appended to it if there is a bank, and labels if the run has classes."""
 
+import zipfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from device.replicas import draw_rows
+from errors import DataError, UsageError
 from pretrained import vgg
+from utils import write_atomically
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,46 @@ class Inputs:
     def cat(cls, parts):
         """Concatenate several Inputs."""
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].as_arguments()})
+
+
+def save_latents(inputs, path, classes=None):
+    """Write Inputs as .npz, for `read_latents`: the array z (N, width), and `classes`, the names of their classes."""
+    arrays = {"z": inputs.z.numpy()}
+    if inputs.labels is not None:
+        arrays["classes"] = np.array([classes.names[label] for label in inputs.labels.tolist()])
+    write_atomically(path, lambda temporary: _save_npz(temporary, arrays))
+
+
+def _save_npz(path, arrays):
+    with open(path, "wb") as file:          # given a name, numpy appends .npz to it
+        np.savez(file, **arrays)
+
+
+def read_latents(paths, latents):
+    """Return the Inputs in `.npz` files of `save_latents`, in order, for a G with these Latents.
+
+    Raise DataError for a file that is none of them, UsageError if they do not fit this G.
+    """
+    rows, names = [], []
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                z = arrays["z"]
+                names += arrays["classes"].tolist() if "classes" in arrays else [None] * len(z)
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or "holds no array z"
+            raise DataError(f"--latents {path}: {reason}; give files that --mode project wrote") from None
+        if z.ndim != 2 or z.dtype.kind != "f" or not np.isfinite(z).all():
+            raise DataError(f"--latents {path}: z is no array of finite numbers, one row a picture")
+        if z.shape[1] != latents.width:
+            raise UsageError(f"--latents {path}: has latents of {z.shape[1]} numbers, this run's have {latents.width}")
+        rows.append(torch.from_numpy(z.astype(np.float32)))
+    if latents.classes is None:
+        return Inputs(torch.cat(rows))
+    unknown = [name for name in names if name not in latents.classes.names]
+    if unknown:
+        raise UsageError(f"--latents: the class {unknown[0] or '(none)'} is none of this run's")
+    return Inputs(torch.cat(rows), torch.tensor([latents.classes.names.index(name) for name in names]))
 
 
 class Latents:

@@ -4,7 +4,6 @@
 They need neither the data set nor, for metadata, VGG-16: the output depends on the seed and the checkpoint alone.
 """
 
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -18,17 +17,16 @@ from device.distributed import place_alone
 from device.precision import Precision
 from errors import UsageError
 from families import FAMILIES
-from gallery import grid
+from gallery import film, grid
 from generate.classes import require_classes
 from generate.draw import draw
-from generate.latents import Inputs
+from generate.latents import Inputs, read_latents
+from generate.project import project
 from generate.samples import sample
 from generate.trained import load_generator
 from pretrained import vgg
 from storage import checkpoint
-from utils import write_atomically
 
-FRAMES_PER_SECOND = 20
 FRAMES_PER_LEG = 30             # from one latent to the next, about
 STYLES = 5                      # styles and contents in a style grid
 
@@ -52,6 +50,24 @@ def walk_classes(labels, classes, frames):
     return torch.lerp(corners[leg], corners[(leg + 1) % len(labels)], t)
 
 
+def _corners(config, latents, generator):
+    """Return the Inputs between which a video walks: those of `--latents`, or random ones. Its labels may be others in
+    number: those of `--classes`, or a spread.
+    """
+    if config.latents:
+        corners = read_latents(config.latents, latents)
+        if len(corners) < 2:
+            raise UsageError("--latents: --mode interpolate walks between two or more; give several files")
+    else:
+        count = max(2, round(config.num_frames / FRAMES_PER_LEG))
+        corners = Inputs(latents.sampling(count, generator).z)
+    if config.classes is None and (latents.classes is None or corners.labels is not None):
+        return corners
+    classes = require_classes(latents.classes)
+    chosen = classes.choose(config.classes, None if config.classes else len(corners))
+    return replace(corners, labels=torch.tensor(chosen))
+
+
 @torch.no_grad()
 def interpolate(config, place, precision):
     """Write a looping video of an interpolation between random latents: G_ema's image and its attention maps.
@@ -59,16 +75,13 @@ def interpolate(config, place, precision):
     With classes it walks between them, too: a spread, or those of `--classes`. Return exit code 0. Raises
     CheckpointError, UsageError.
     """
-    if config.film == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
+    film.require(config.film)
     trained = load_generator(config, place, precision)
     generator = torch.Generator().manual_seed(config.seed)
-    count = max(2, round(config.num_frames / FRAMES_PER_LEG))
-    inputs = Inputs(walk(trained.latents.sampling(count, generator).z, config.num_frames))
-    if trained.latents.classes is not None or config.classes is not None:
-        classes = require_classes(trained.latents.classes)
-        chosen = torch.tensor(classes.choose(config.classes, None if config.classes else count))
-        inputs = replace(inputs, labels=walk_classes(chosen, len(classes), config.num_frames))
+    corners = _corners(config, trained.latents, generator)
+    inputs = Inputs(walk(corners.z, config.num_frames))
+    if corners.labels is not None:
+        inputs = replace(inputs, labels=walk_classes(corners.labels, len(trained.latents.classes), config.num_frames))
     trained.create_folder()
     frames = []
     for part in tqdm(inputs.split(1), unit="frame", dynamic_ncols=True):
@@ -78,29 +91,11 @@ def interpolate(config, place, precision):
         names = () if part.labels is None else trained.latents.classes.captions(part.labels)
         sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step, names)
         frames.append(sheet or Image.fromarray(grid.to_uint8(image)[0]))
-    path = trained.path(f"interpolation_seed{config.seed}", config.truncation, f".{config.film}")
-    write_atomically(path, lambda temporary: _save_video(frames, temporary, config.film))
+    name = "interpolation_latents" if config.latents else f"interpolation_seed{config.seed}"
+    path = trained.path(name, config.truncation, f".{config.film}")
+    film.save(frames, path, config.film)
     trained.finish(config, f"a video of {len(frames)} frames of step {trained.step} in {path}")
     return 0
-
-
-def _save_video(frames, path, kind):
-    """Write Pillow images as a video in format `kind`; all are cropped or padded to the size of the first."""
-    frames = [frame if frame.size == frames[0].size else frame.crop((0, 0, *frames[0].size)) for frame in frames]
-    if kind == "mp4":
-        import imageio_ffmpeg
-
-        width, height = (side + side % 2 for side in frames[0].size)    # H.264 needs even sides
-        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1,
-                                             output_params=["-f", "mp4"])
-        writer.send(None)
-        for frame in frames:
-            writer.send(np.ascontiguousarray(np.asarray(frame.crop((0, 0, width, height)))))
-        writer.close()
-    else:
-        options = {"quality": 80, "method": 4} if kind == "webp" else {}
-        frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0,
-                       **options)
 
 
 # --------------------------------------------------------------------------------------------------------- style_mix
@@ -190,4 +185,5 @@ def load(version, step=None, device="auto", model_save_path="models"):
     return Sampler(typed if step is None else {**typed, "pretrained_model": step})
 
 
-MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix}      # --mode
+MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix,
+         "project": project}      # --mode

@@ -19,6 +19,7 @@ from device.distributed import progress
 from errors import UsageError
 from gallery import grid
 from generate.classes import require_classes
+from generate.latents import read_latents
 from generate.trained import load_generator
 from utils import spread_indices
 
@@ -36,8 +37,9 @@ def sample(config, place, precision):
     trained = load_generator(config, place, precision)
     if recipe:
         return _sample_like(config, trained, recipe)
-    side, count = grid.grid_side(config.imsize), len(config.seeds or range(config.num_samples))
-    folder = trained.path("seeds" if config.seeds else f"generated_seed{config.seed}", config.truncation)
+    side, count = grid.grid_side(config.imsize), _count(config, trained)
+    kind = "latents" if config.latents else "seeds" if config.seeds else f"generated_seed{config.seed}"
+    folder = trained.path(kind, config.truncation)
     if config.classes is not None:
         return _sample_classes(config, trained, folder, side, count)
     trained.create_folder()
@@ -47,6 +49,13 @@ def sample(config, place, precision):
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
                    f"{_first(side**2, count)} as a grid in {folder}.png{_older(folder, count)}")
     return 0
+
+
+def _count(config, trained):
+    """Return how many pictures are drawn, of each class with `--classes`. Raise what `read_latents` does."""
+    if config.latents:
+        return len(read_latents(config.latents, trained.latents))
+    return len(config.seeds or range(config.num_samples))
 
 
 def _sample_classes(config, trained, folder, side, count):
@@ -89,6 +98,11 @@ def _batches(config, trained, label=None):
 
     Each of `--seeds` is a batch of its own: its picture has the same bytes whatever is drawn beside it.
     """
+    if config.latents:
+        chosen = read_latents(config.latents, trained.latents)
+        for row in range(len(chosen)):
+            yield _of_class(chosen[row:row + 1], label), [{"row": row}]
+        return
     if config.seeds:
         for seed in config.seeds:
             yield _of_class(trained.latents.of_seed(seed), label), [{"seed": seed}]
@@ -110,12 +124,18 @@ def _write(trained, batches, folder, shown, done):
     for inputs, origins in batches:
         images = trained.draw(inputs)
         for index, origin in enumerate(origins):
-            name = f"{origin['number']:06d}" if "number" in origin else f"seed{origin['seed']:06d}"
-            _save(trained, images[index], inputs[index:index + 1], origin, folder / f"{name}.png")
+            _save(trained, images[index], inputs[index:index + 1], origin, folder / f"{_file_name(origin)}.png")
         first.append(images[:max(0, shown - count)])
         count += len(images)
         done.update(len(images))
     return torch.cat(first)
+
+
+def _file_name(origin):
+    """Return the name of a picture's file, without its ending."""
+    if "row" in origin:
+        return f"{origin['row']:06d}"
+    return f"{origin['number']:06d}" if "number" in origin else f"seed{origin['seed']:06d}"
 
 
 def _save(trained, image, inputs, origin, path):

@@ -17,6 +17,7 @@ from device import distributed
 from device.distributed import is_first, say
 from gallery.sheets import save_reconstructions
 from generate.latents import Inputs
+from generate.project import MSE_WEIGHT, RATE, search
 from metrics.nearest import CHUNK, FALLBACK_HINT, PER_ROW, SCALE, pictures_at, reduced, weights_in_words
 from parameter import dataset_name
 from pretrained import lpips
@@ -28,7 +29,6 @@ HELD_OUT = 0.1          # share of the pictures that is back-tracked if the run 
 BACKTRACKED = 100       # pictures that are back-tracked, at most
 STARTS = 256            # samples; each search starts at the one nearest to its target
 LEAST_STARTS = 16       # of each class, in a run with classes
-RATE, MSE_WEIGHT = 0.1, 0.2
 
 
 def require(config):
@@ -135,8 +135,8 @@ def backtrack(G, latents, pictures, net, steps, free, seed, place, labels=None):
             target = to_images(pictures_at(pictures, group).to(place.device))
             allowed = None if labels is None else labels[group, None] == starts.labels.cpu()    # (B, starts)
             nearest = starts[_nearest_samples(net, embeddings, target, allowed)]
-            best = _search(G, net, nearest, target, steps, free, progress)
-            for number, *each in zip(group, *best, strict=True):
+            found = search(G, net, nearest, target, steps, free, progress.update)
+            for number, *each in zip(group, found.images, found.lpips, found.mse, strict=True):
                 results[number] = [tensor.clone() for tensor in each]   # gathering a view would send its whole batch
     return Backtracked(*map(torch.stack, zip(*distributed.gather_in_order(results), strict=True)))
 
@@ -174,29 +174,3 @@ def _nearest_samples(net, samples, target, allowed=None):
                  for part in samples.split(CHUNK)]
     distances = torch.cat(distances, 1)                                 # (B, samples)
     return (distances if allowed is None else distances.masked_fill(~allowed, torch.inf)).argmin(1)
-
-
-def _search(G, net, start, target, steps, free, progress):
-    """Return (images, LPIPS, MSE) of the step of lowest LPIPS for each target image, on the CPU."""
-    with torch.no_grad():
-        target_embedding = net.embed(target)                            # (B, D)
-    optimized, fixed = start.z[:, :free].clone().requires_grad_(True), start.z[:, free:]
-    optimizer = torch.optim.Adam([optimized], RATE)
-    best = torch.full((len(target),), torch.inf, device=target.device)
-    images, errors = torch.zeros_like(target), torch.zeros_like(best)
-    for _ in range(steps):
-        latent = Inputs(torch.cat([optimized, fixed], 1), start.labels)
-        fake = G(**latent.as_arguments())[0]                            # (B, 3, S, S)
-        distance = (net.embed(fake) - target_embedding).square().sum(1)     # (B,): LPIPS
-        error = (fake - target).square().mean((1, 2, 3))                # (B,): MSE
-        with torch.no_grad():
-            better = distance < best
-            best = torch.where(better, distance, best)
-            errors = torch.where(better, error, errors)
-            images = torch.where(better[:, None, None, None], fake, images)
-        # sum, not mean: a picture's gradient does not depend on the batch size
-        (gradient,) = torch.autograd.grad((distance + MSE_WEIGHT * error).sum(), optimized)
-        optimized.grad = gradient
-        optimizer.step()
-        progress.update()
-    return images.cpu(), best.cpu(), errors.cpu()

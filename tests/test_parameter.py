@@ -325,7 +325,9 @@ def test_docs_and_help_list_the_same_flags_and_defaults(run, capsys, monkeypatch
     for flag in flags:
         default = parameter.defaults(flag)
         words = flag.help + (f" (default: {default})" if default else "")
-        assert any(f"--{flag.name} {value} {words}" in shown for value in (flag.metavar, f"[{flag.metavar}]")), words
+        kind = flag.metavar
+        values = (f"{kind} [{kind} ...]",) if flag.several else (kind, f"[{kind}]")
+        assert any(f"--{flag.name} {value} {words}" in shown for value in values), words
         assert f"| `--{flag.name}` | {f'`{default}`' if default else '–'} | {generator['cell'](flag.help)} |" in page
 
 

@@ -1,0 +1,175 @@
+"""--mode project: the closest that G can draw to a given picture, and the latent of it.
+
+Adam optimizes latents from the nearest of some samples, on LPIPS + 0.2 MSE (FastGAN section 4). `search` serves
+`--metrics lpips`, too.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from data_loader import to_images
+from dataset.decode import picture_size, printable, read_picture
+from dataset.table import CELEBA_CROP
+from device.distributed import progress, say
+from errors import UsageError
+from gallery import film, grid, sheets
+from generate.classes import require_classes
+from generate.latents import Inputs, save_latents
+from generate.trained import load_generator
+from pretrained import lpips
+
+FALLBACK_HINT = "--vgg_weights PATH"
+CANDIDATES = 256        # samples whose nearest ones are starts
+STARTS = 4              # searches for each target; the best one counts
+RATE, MSE_WEIGHT = 0.1, 0.2
+FRAMES = 60             # of the film of a search, about
+CHUNK = 16              # candidates at once
+CELEBA_SIZE = 178, 218  # of an aligned picture of CelebA, in pixels
+
+
+@dataclass
+class Found:
+    """G's best image for each of B targets: its `inputs`, `images` (B, 3, S, S) in [-1, 1], their `lpips` (B,) and mean
+    squared error `mse` (B,), on the scale of [-1, 1]. On the CPU.
+    """
+
+    inputs: Inputs
+    images: torch.Tensor
+    lpips: torch.Tensor
+    mse: torch.Tensor
+
+
+def search(G, net, start, target, steps, free, advance, watch=lambda step, images: None):
+    """Optimize the first `free` dimensions of the latents of `start`, B Inputs, each for its target (B, 3, S, S).
+
+    G is frozen, in eval mode; `net` is an Lpips. Return `Found`, the step of lowest LPIPS of each. Each step calls
+    `advance()` and `watch(step, images)`.
+    """
+    with torch.no_grad():
+        target_embedding = net.embed(target)                            # (B, D)
+    optimized, fixed = start.z[:, :free].clone().requires_grad_(True), start.z[:, free:]
+    optimizer = torch.optim.Adam([optimized], RATE)
+    best = torch.full((len(target),), torch.inf, device=target.device)
+    images, errors, latents = torch.zeros_like(target), torch.zeros_like(best), start.z.clone()
+    for step in range(steps):
+        latent = Inputs(torch.cat([optimized, fixed], 1), start.labels)
+        fake = G(**latent.as_arguments())[0]                            # (B, 3, S, S)
+        distance = (net.embed(fake) - target_embedding).square().sum(1)     # (B,): LPIPS
+        error = (fake - target).square().mean((1, 2, 3))                # (B,): MSE
+        with torch.no_grad():
+            better = distance < best
+            best = torch.where(better, distance, best)
+            errors = torch.where(better, error, errors)
+            images = torch.where(better[:, None, None, None], fake, images)
+            latents = torch.where(better[:, None], latent.z, latents)
+            watch(step, fake)
+        # sum, not mean: a picture's gradient does not depend on the batch size
+        (gradient,) = torch.autograd.grad((distance + MSE_WEIGHT * error).sum(), optimized)
+        optimized.grad = gradient
+        optimizer.step()
+        advance()
+    return Found(replace(start, z=latents).to("cpu"), images.cpu(), best.cpu(), errors.cpu())
+
+
+def project(config, place, precision):
+    """Find what G draws closest to each `--target`: write a picture target | found | difference, a film of the search
+    and the latent as .npz, for `--latents`. Return exit code 0.
+
+    Raise UsageError, DataError, CheckpointError.
+    """
+    if not config.target:
+        raise UsageError("--mode project: say which pictures, with --target a.jpg b.jpg ...")
+    film.require(config.film)
+    targets = {path: _read(path, config) for path in config.target}
+    trained = load_generator(config, place, precision)
+    trained.G.requires_grad_(False)
+    candidates = _candidates(config, trained)
+    net = lpips.load_lpips(config.vgg_weights, FALLBACK_HINT).to(place.device)
+    trained.create_folder()
+    with progress(len(targets) * config.backtrack_steps, "step", "projecting") as bar:
+        paths = [_project(config, trained, net, candidates, *target, bar) for target in targets.items()]
+    trained.finish(config, f"{len(paths)} picture{'s' * (len(paths) > 1)} projected by step {trained.step}: "
+                   f"{', '.join(map(str, paths))}; as pictures, and as latents for --latents, beside them")
+    return 0
+
+
+def _read(path, config):
+    """Return a target (1, 3, S, S) in [-1, 1], decoded as training pictures are. Raise DataError."""
+    of_celeba = False
+    if config.dataset == "celeb":                       # an aligned one is cropped, other photographs are not
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            of_celeba = picture_size(file) == CELEBA_SIZE
+    return to_images(read_picture(path, config.imsize, CELEBA_CROP if of_celeba else None, config.max_pixels)[None])
+
+
+def _candidates(config, trained):
+    """Return the Inputs of CANDIDATES samples of `--seed`, of all classes or of those of `--classes`."""
+    batches = trained.latents.seeded_batches(config.seed)
+    candidates = Inputs.cat([next(batches) for _ in range(CANDIDATES // 64)])
+    if config.classes is None:
+        return candidates
+    chosen = torch.tensor(require_classes(trained.latents.classes).choose(config.classes))
+    return replace(candidates, labels=chosen.repeat(-(-CANDIDATES // len(chosen)))[:CANDIDATES])
+
+
+def _project(config, trained, net, candidates, path, target, bar):
+    """Search for one target (1, 3, S, S) and write what was found. Return the path of the picture."""
+    device, frames = trained.precision.device, []
+    target = target.to(device)
+    start = candidates[_nearest(trained, net, candidates, target)].to(device)
+    every = max(1, config.backtrack_steps // FRAMES)
+
+    def watch(step, images):
+        if step % every == 0:
+            frames.append(images.cpu())
+
+    found = search(trained.G, net, start, target.expand(len(start), -1, -1, -1), config.backtrack_steps,
+                   trained.latents.width, bar.update, watch)
+    best = found.lpips.argmin().item()
+    latent = found.inputs[best:best + 1]
+    image, target = trained.draw(latent), target.cpu()                  # as --latents will draw it
+    out = _unused(trained.path(f"project_{_name(path)}", None, ".png"))
+    sheets.save_reconstructions(
+        {"target": target, "closest image of G": image, "difference": (image - target).abs() - 1}, out,
+        f"projection of {printable(Path(path).name)}", trained.step,
+        {"closest image of G": [f"LPIPS {found.lpips[best].item():.3f}"]}, "difference: black where they are equal")
+    film.save([_frame(target, frame[best:best + 1]) for frame in frames], out.with_suffix(f".{config.film}"),
+              config.film)
+    save_latents(latent, out.with_suffix(".npz"), trained.latents.classes)
+    say(f"{printable(path)}: LPIPS {found.lpips[best].item():.3f}, MSE {found.mse[best].item():.4f}")
+    return out
+
+
+def _frame(target, image):
+    """Return target and image (1, 3, S, S) side by side, as a Pillow image of at least 256 px in height."""
+    zoom = max(1, 256 // image.size(-1))
+    pixels = grid.to_uint8(torch.cat([target, image], 3))[0]            # (S, 2S, 3)
+    return Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
+
+
+@torch.no_grad()
+def _nearest(trained, net, candidates, target):
+    """Return the numbers of the STARTS candidates whose images are nearest to the target by LPIPS."""
+    wanted = net.embed(target)
+    distances = [(net.embed(trained.G(**part.to(target.device).as_arguments())[0]) - wanted).square().sum(1).cpu()
+                 for part in candidates.split(CHUNK)]
+    return torch.cat(distances).argsort()[:STARTS]
+
+
+def _name(path):
+    """Return a file's name, without its ending, as a part of other files' names."""
+    return re.sub(r"[^\w.-]", "_", Path(path).stem)[:60]
+
+
+def _unused(path):
+    """Return the path, with a number behind its name if it is taken."""
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_stem(f"{path.stem}_{number}"), number + 1
+    return free

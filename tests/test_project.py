@@ -1,0 +1,86 @@
+"""--mode project and --latents, by the real command, with a random VGG-16."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from generate import project
+
+RUN = ("--version", "a", "--vgg_weights", "random", "--device", "cpu")
+
+
+@pytest.fixture
+def trained(run, monkeypatch):
+    """trained(*flags): a run of two steps, and searches from few samples."""
+    monkeypatch.setattr(project, "CANDIDATES", 64)
+
+    def command(*flags):
+        run(*RUN, "--total_step", 2, *flags)
+        return lambda *more: run(*RUN, *more, tiny=False)
+
+    return command
+
+
+def as_array(path):
+    return np.asarray(Image.open(path).convert("RGB"), int)
+
+
+def test_a_search_comes_nearer_and_its_latent_draws_what_it_found(trained):
+    command = trained()
+    command("--mode", "sample", "--num_samples", 2)
+    target = Path("samples/a/0000002_generated_seed0/000001.png")
+    code, out, err = command("--mode", "project", "--target", target, "--seed", 3, "--backtrack_steps", 40)
+    assert code == 0 and "1 picture projected by step 2" in out, err
+    found = Path("samples/a/0000002_project_000001.png")
+    assert found.is_file()
+    with Image.open(found.with_suffix(".webp")) as film:
+        assert 2 <= film.n_frames <= 40 and film.height >= 256
+    code, _, err = command("--mode", "sample", "--latents", found.with_suffix(".npz"))
+    assert code == 0, err
+    drawn = as_array("samples/a/0000002_latents/000000.png")
+    command("--mode", "sample", "--seed", 3, "--num_samples", 64)
+    others = [as_array(path) for path in Path("samples/a/0000002_generated_seed3").glob("*.png")]
+    nearest = min(abs(other - as_array(target)).mean() for other in others)
+    assert abs(drawn - as_array(target)).mean() < nearest, "nearer than any sample that it began with"
+
+
+def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
+    command = trained("--arch", "resnet", "--conditional", "true", "--g_lr", 0.1)
+    rng = np.random.default_rng(0)
+    for name, size in (("a b.png", (300, 41)), ("c.jpg", (20, 70))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(name)
+    Path("x").mkdir()
+    Image.open("c.jpg").save("x/c.jpg")
+    code, out, err = command("--mode", "project", "--target", "a b.png", "c.jpg", "x/c.jpg", "--backtrack_steps", 2,
+                             "--classes", "bob,beard")
+    assert code == 0 and "3 pictures projected" in out, err
+    latents = sorted(Path("samples/a").glob("*.npz"))
+    assert [path.name for path in latents] == [f"0000002_project_{name}.npz" for name in ("a_b", "c", "c_2")]
+    assert all(np.load(path)["classes"][0] in ("bob", "beard") for path in latents)
+    code, _, err = command("--mode", "interpolate", "--latents", *latents, "--num_frames", 6)
+    assert code == 0 and Path("samples/a/0000002_interpolation_latents.webp").is_file(), err
+    assert command("--mode", "sample", "--latents", *latents)[0] == 0
+    assert len(list(Path("samples/a/0000002_latents").iterdir())) == 3
+
+
+@pytest.mark.parametrize(("flags", "code", "told"), [
+    (("--mode", "project"), 2, "--mode project: say which pictures, with --target"),
+    (("--mode", "project", "--target", "gone.png"), 3, "cannot read gone.png"),
+    (("--mode", "project", "--target", "text.png"), 3, "text.png: it is not a JPEG"),
+    (("--mode", "sample", "--target", "text.png"), 2, "--target text.png: has no effect with --mode sample"),
+    (("--mode", "sample", "--latents", "text.png"), 3, "--latents text.png: "),
+    (("--mode", "sample", "--latents", "wide.npz"), 2, "has latents of 999 numbers, this run's have 8"),
+    (("--mode", "sample", "--latents", "nan.npz"), 3, "no array of finite numbers"),
+    (("--mode", "sample", "--latents", "wide.npz", "--seeds", "3"), 2, "--seeds 3: has no effect with --latents"),
+    (("--mode", "interpolate", "--latents", "one.npz"), 2, "walks between two or more"),
+])
+def test_what_cannot_be_done_is_said_in_a_line(trained, flags, code, told):
+    command = trained()
+    Path("text.png").write_text("text")
+    np.savez("wide.npz", z=np.zeros((1, 999), np.float32))
+    np.savez("nan.npz", z=np.full((1, 4), np.nan))
+    np.savez("one.npz", z=np.zeros((1, 8), np.float32))
+    found, _, err = command(*flags)
+    assert found == code and told in err and err.count("\n") <= 2
