@@ -49,7 +49,7 @@ _SMALL = {"augment": ("translation",), "hflip": True}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published settings are the flags' defaults
     "published": {},
     "cpu": _CPU,
-    "small": {**_CPU, **_SMALL},
+    "small": {**_CPU, **_SMALL, "d_features": "vgg16"},
 }
 RESNET = {      # the same with --arch resnet, by image size; None: all others
     # section 4 of the paper; G_ema as in the best public recipe, mmgeneration's "BigGAN schedule"
