@@ -117,7 +117,7 @@ class Noise(nn.Module):
             noise = draw_rows(lambda B: torch.randn(B, 1, H, W, device=x.device, dtype=x.dtype), B)
         else:
             with exact(x.device):
-                maps = _fixed_normal(self.number, self.RANK, H * W, x.device)           # (RANK, H * W)
+                maps = _fixed_normal(self.number, self.RANK, int(H * W), x.device)      # (RANK, H * W)
                 noise = (coefficients @ maps.to(coefficients.dtype)).view(B, 1, H, W).to(x.dtype)
         return x + self.weight.to(x.dtype) * noise
 
@@ -129,12 +129,14 @@ def noise_coefficients(z):
     would leave the same stripes and specks in every one of them.
     """
     with exact(z.device):
-        return F.normalize(z @ _fixed_normal(0, z.size(1), Noise.RANK, z.device).to(z.dtype))
+        return F.normalize(z @ _fixed_normal(0, int(z.size(1)), Noise.RANK, z.device).to(z.dtype))
 
 
 @lru_cache(maxsize=16)
 def _fixed_normal(seed, rows, columns, device):
-    """N(0, 1) numbers (rows, columns), always the same."""
+    """N(0, 1) numbers (rows, columns), always the same. Plain ints find them in the cache, so that exports hold them as
+    constants: TorchScript's tracer has sizes of a kind of its own.
+    """
     with torch.inference_mode(False):           # also for a later search by gradients
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)

@@ -109,7 +109,7 @@ class Generator(Attentive):
         self.to_rgb = _conv(wrap, channels, 3, 3)
 
     def forward(self, z, labels=None):
-        x = self.start(z).view(len(z), -1, 4, 4)                        # (B, width, 4, 4)
+        x = self.start(z).unflatten(1, (-1, 4, 4))                      # (B, width, 4, 4)
         x = x.contiguous(memory_format=torch.channels_last)
         for size, block in self.blocks.items():
             x = block(x, labels)                                        # (B, width, size, size)

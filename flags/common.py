@@ -286,10 +286,12 @@ FLAGS = {
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
-        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "evaluate", "clean_data"),
-             "train", "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; "
-             "where G has skip layers) | project (the closest to --target that G draws) | evaluate (--metrics); or "
-             "clean_data: delete the pictures that the last check of this version found damaged", per_call=True),
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "export", "evaluate",
+                            "clean_data"), "train",
+             "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
+             "skip layers) | project (the closest to --target that G draws) | export (G for other programs: ONNX, "
+             "safetensors, TorchScript) | evaluate (--metrics); or clean_data: delete the pictures that the last check "
+             "of this version found damaged", per_call=True),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "

@@ -5,6 +5,7 @@ They need neither the data set nor, for metadata, VGG-16: the output depends on 
 """
 
 import math
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -20,12 +21,12 @@ from families import FAMILIES
 from gallery import film, grid
 from generate.classes import require_classes
 from generate.draw import draw
-from generate.latents import Inputs, read_latents
+from generate.latents import Inputs, read_latents, save_latents
 from generate.project import project
 from generate.samples import sample
 from generate.trained import load_generator
 from pretrained import vgg
-from storage import checkpoint
+from storage import checkpoint, export
 
 FRAMES_PER_LEG = 30             # from one latent to the next, about
 STYLES = 5                      # styles and contents in a style grid
@@ -127,6 +128,29 @@ def style_mix(config, place, precision):
     return 0
 
 
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def export_files(config, place, precision):
+    """Write G_ema for other programs: a folder with G.onnx, G.safetensors, G.ts.pt and a README. Return exit code 0.
+
+    Raise CheckpointError, UsageError, OSError.
+    """
+    export.require()
+    trained = load_generator(config, place, precision)
+    latents, folder = trained.latents, trained.path("export", config.truncation)
+    inputs = next(latents.seeded_batches(config.seed))
+    trained.create_folder()
+    folder.mkdir(exist_ok=True)
+    save_latents(inputs, folder / "latents.npz", latents.classes)
+    names = list(latents.classes.names) if latents.classes else []
+    export.write(trained.G.cpu(), inputs.as_arguments(), folder, {
+        "version": config.version, "step": trained.step, "model": config.model, "imsize": config.imsize,
+        "z_dim": config.z_dim, "config": parameter.as_json(config), "classes": names})
+    trained.finish(config, f"the generator of step {trained.step} in {folder}{os.sep}; README.md says how to use it")
+    return 0
+
+
 # -------------------------------------------------------------------------------------------------- in one's own code
 
 
@@ -186,4 +210,4 @@ def load(version, step=None, device="auto", model_save_path="models"):
 
 
 MODES = {"sample": sample, "interpolate": interpolate, "style_mix": style_mix,
-         "project": project}      # --mode
+         "project": project, "export": export_files}      # --mode

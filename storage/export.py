@@ -1,0 +1,125 @@
+"""A trained generator as files for other programs: safetensors, ONNX, TorchScript, and a README on their use.
+
+All are in float32, without spectral norm's parametrization (W / sigma is computed once) in ONNX and TorchScript.
+"""
+
+import copy
+import importlib.util
+import json
+import warnings
+
+import numpy as np
+import torch
+from torch.nn.utils import parametrize
+
+from device.distributed import say
+from errors import Failure, UsageError, first_line
+from utils import write_atomically
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime", "safetensors")
+TOLERANCE = 1e-4        # largest difference of ONNX's images, in [-1, 1], from torch's
+OTHER_BATCH = 3         # images of the check; the export itself sees two
+
+README = """\
+The generator of '{version}', step {step} ({model}), for other programs.
+
+G.onnx          ONNX, dynamic batch. onnxruntime: InferenceSession("G.onnx").run(None, {{{feeds}}})[0]
+G.ts.pt         TorchScript. torch.jit.load("G.ts.pt")({arguments}){missing}
+G.safetensors   the weights of this program's network, with its settings as metadata ("config", JSON)
+latents.npz     z{and_labels} of {samples} samples: what to feed, and latents for this program's --latents
+
+z: float32 (N, {width}){what_z}
+{labels}image, the output: float32 (N, 3, {imsize}, {imsize}), RGB in [-1, 1]; (image + 1) * 127.5 are 8-bit values.
+"""
+
+
+class _Images(torch.nn.Module):
+    """(z, labels) -> G's largest image."""
+
+    def __init__(self, G):
+        super().__init__()
+        self.G = G
+
+    def forward(self, z, labels=None):
+        return (self.G(z) if labels is None else self.G(z, labels))[0]
+
+
+def require():
+    """Raise UsageError if packages are missing."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--mode export needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write(G, inputs, folder, facts):
+    """Write G.safetensors, G.onnx, G.ts.pt, latents.npz and README.md of a G in eval mode, on the CPU.
+
+    `inputs` is {"z": (N, width)}, with "labels" (N,) if G takes them, of some samples, three or more; `facts` has
+    version, step, model, imsize, z_dim, config (JSON) and classes (their names). Raise Failure if ONNX's images are not
+    torch's, OSError.
+    """
+    import onnxruntime
+    from safetensors.torch import save
+
+    weights = {name: tensor.contiguous() for name, tensor in G.state_dict().items()}
+    said = {"config": facts["config"], "version": facts["version"], "step": str(facts["step"]),
+            "classes": json.dumps(facts["classes"])}
+    write_atomically(folder / "G.safetensors", lambda path: path.write_bytes(save(weights, said)))
+    net = _Images(_plain(G))
+    two, other = ({name: rows[:count] for name, rows in inputs.items()} for count in (2, OTHER_BATCH))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # of deprecated names inside torch
+        wanted = net(*other.values())
+        write_atomically(folder / "G.onnx", lambda path: _save_onnx(net, two, path))
+        traced = _trace(net, two, other, wanted)
+    session = onnxruntime.InferenceSession(str(folder / "G.onnx"), providers=["CPUExecutionProvider"])
+    (images,) = session.run(None, {name: rows.numpy() for name, rows in other.items()})
+    difference = float(np.abs(images - wanted.numpy()).max())
+    if not difference <= TOLERANCE:
+        raise Failure(f"{folder / 'G.onnx'}: its images differ from torch's by {difference:.2g}")
+    say(f"G.onnx: {OTHER_BATCH} images by onnxruntime equal torch's to {difference:.1g}")
+    if traced is not None:
+        write_atomically(folder / "G.ts.pt", lambda path: torch.jit.save(traced, str(path)))
+    text = _readme(inputs, facts, traced)
+    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _plain(G):
+    """Return a copy of G whose weights are W / sigma themselves."""
+    G = copy.deepcopy(G).requires_grad_(False)
+    for layer in G.modules():
+        if parametrize.is_parametrized(layer):
+            for name in list(layer.parametrizations):
+                parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
+    return G
+
+
+def _save_onnx(net, inputs, path):
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    program = torch.onnx.export(net, tuple(inputs.values()), dynamo=True, input_names=list(inputs),
+                                output_names=["image"], dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False)
+    program.save(str(path))
+
+
+def _trace(net, inputs, other, wanted):
+    """Return the TorchScript of `net`; None, which is said, if it does not compute the same for another batch."""
+    try:
+        traced = torch.jit.trace(net, tuple(inputs.values()), check_trace=False)
+        if torch.allclose(traced(*other.values()), wanted, atol=TOLERANCE, rtol=0):
+            return traced
+        reason = "other images"
+    except Exception as error:                          # whatever the tracer raises
+        reason = first_line(error)
+    say(f"note: no G.ts.pt, as TorchScript does not serve here ({reason})")
+    return None
+
+
+def _readme(inputs, facts, traced):
+    width, names = inputs["z"].shape[1], facts["classes"]
+    metadata = width - facts["z_dim"]
+    return README.format(
+        **facts, width=width, samples=len(inputs["z"]), and_labels=" and classes" * bool(names),
+        feeds=", ".join(f'"{name}": {name}' for name in inputs), arguments=", ".join(inputs),
+        missing="" if traced is not None else " -- not written: it does not serve for this network",
+        what_z=" from N(0, 1)" + f"; its last {metadata} numbers are metadata, as in latents.npz" * (metadata > 0),
+        labels=f"labels: int64 (N,), the numbers of the classes: {', '.join(names)}\n" if names else "")

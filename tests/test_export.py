@@ -1,0 +1,65 @@
+"""--mode export by the real command: what onnxruntime, TorchScript and safetensors make of its files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import families
+import parameter
+from storage import export
+
+FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
+           "--z_dim", "8", "--device", "cpu", "--dataset", "folder", "--image_path", "pictures",
+           "--vgg_weights", "random")
+FOLDER = Path("samples/a/0000002_export")
+
+
+@pytest.mark.parametrize(("flags", "tiny"), [
+    ((), True), (("--arch", "resnet", "--conditional", "true"), True), (FASTGAN, False)])
+def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, tiny):
+    import onnxruntime
+    from safetensors import safe_open
+
+    run("--version", "a", "--total_step", 2, "--g_lr", 0.01, *flags, tiny=tiny)
+    code, out, err = run("--version", "a", "--mode", "export", tiny=False)
+    assert code == 0 and "README.md says how to use it" in out and "note" not in out, err
+    run("--version", "a", "--mode", "sample", "--num_samples", 5, tiny=False)
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted(
+        Path("samples/a/0000002_generated_seed0").glob("*.png"))])
+
+    arrays = np.load(FOLDER / "latents.npz")
+    feeds = {"z": arrays["z"][:5]}
+    text = (FOLDER / "README.md").read_text()
+    if "classes" in arrays:
+        names = text.split("numbers of the classes: ")[1].splitlines()[0].split(", ")
+        feeds["labels"] = np.array([names.index(name) for name in arrays["classes"][:5]])
+    (by_onnx,) = onnxruntime.InferenceSession(FOLDER / "G.onnx").run(None, feeds)
+    by_torch = torch.jit.load(FOLDER / "G.ts.pt")(*map(torch.from_numpy, feeds.values())).numpy()
+    for images in (by_onnx, by_torch):
+        pixels = ((images + 1) * 127.5).round().clip(0, 255).transpose(0, 2, 3, 1)
+        assert abs(pixels - drawn).max() <= 1
+    assert len(text.splitlines()) <= 12 and f"float32 (N, {arrays['z'].shape[1]})" in text
+
+    with safe_open(FOLDER / "G.safetensors", "pt") as file:
+        config = parameter.Config.of(json.loads(file.metadata()["config"]))
+        G, _ = families.build(config, len(json.loads(file.metadata()["classes"])))
+        G.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    with torch.no_grad():
+        ours = G.eval()(**{name: torch.from_numpy(rows) for name, rows in feeds.items()})[0]
+    assert torch.allclose(ours, torch.from_numpy(by_onnx), atol=1e-4)
+    code, _, err = run("--version", "a", "--mode", "sample", "--latents", FOLDER / "latents.npz", tiny=False)
+    assert code == 0, err
+
+
+def test_missing_packages_are_named_before_anything_is_written(run, monkeypatch):
+    run("--version", "a", "--total_step", 2)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if "onnx" in name else real(name))
+    code, _, err = run("--version", "a", "--mode", "export", tiny=False)
+    assert code == 2 and "pip install onnx onnxscript onnxruntime" in err and "safetensors" not in err
+    assert not FOLDER.exists()
