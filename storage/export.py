@@ -72,14 +72,14 @@ def write(G, inputs, folder, facts):
         wanted = net(*other.values())
         write_atomically(folder / "G.onnx", lambda path: _save_onnx(net, two, path))
         traced = _trace(net, two, other, wanted)
+        if traced is not None:
+            write_atomically(folder / "G.ts.pt", lambda path: torch.jit.save(traced, str(path)))
     session = onnxruntime.InferenceSession(str(folder / "G.onnx"), providers=["CPUExecutionProvider"])
     (images,) = session.run(None, {name: rows.numpy() for name, rows in other.items()})
     difference = float(np.abs(images - wanted.numpy()).max())
     if not difference <= TOLERANCE:
         raise Failure(f"{folder / 'G.onnx'}: its images differ from torch's by {difference:.2g}")
     say(f"G.onnx: {OTHER_BATCH} images by onnxruntime equal torch's to {difference:.1g}")
-    if traced is not None:
-        write_atomically(folder / "G.ts.pt", lambda path: torch.jit.save(traced, str(path)))
     text = _readme(inputs, facts, traced)
     write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
