@@ -102,7 +102,7 @@ def parse(argv):
             # a boolean flag without a value, such as a bare `--dry_run`, means true
             values = {"nargs": "?", "const": True} if flag.type in (boolean, boolean_or_auto) else {}
             if flag.several:
-                values = {"nargs": "+"}
+                values = {"nargs": "+", "action": "extend"}
             default = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=flag.metavar,
                                help=(flag.help + default).replace("%", "%%"), **values)
@@ -194,30 +194,53 @@ def source_of(config):
     return Path(name) if name.endswith(".pth") else Path(config.model_save_path, name)
 
 
+# What is not taken over from the run of --init_from if this flag is typed and differs: it follows from it.
+FOLLOWS = {"imsize": ("g_attn", "d_attn"), "arch": ("g_attn", "d_attn", "attn_pool", "conditional"),
+           "adv_loss": ("d_iters", "sn"), "dataset": ("image_path", "conditional")}
+
+
 def _find_source(values, given, find_saved):
     """Return the settings of the run that `--init_from` names, as far as they apply to a new one; None without it.
 
-    A typed `--preset` wins over them; with another `--imsize` what follows from it is left out. Raise UsageError,
-    CheckpointError.
+    A typed `--preset` wins over them. Raise UsageError, CheckpointError.
     """
     name = values["init_from"]
     if not name or values["mode"] != "train":
         return None
+    if values["version"] is None:
+        raise UsageError(f"--init_from {name}: name the new run with --version")
+    settings = _settings_of_source(values, name, find_saved)
+    model = settings.get("model")
+    if given.get("model", model) != model or model not in FAMILIES:
+        raise UsageError(f"--init_from {name}: is a run of --model {model}, this is {given.get('model')}")
+    before = settings.get("dataset")
+    if "image_path" in given and "dataset" not in given and before != "folder":
+        raise UsageError(f"--image_path {given['image_path']}: run '{name}' was trained on --dataset {before}; say "
+                         "--dataset folder for a folder of pictures")
+    own = {"init_from", "freeze_d"}
+    if "preset" in given:
+        known = {**values, **settings, **given}
+        own |= {key for preset in FAMILIES[model].PRESETS for key in FAMILIES[model].find_preset(preset, known)}
+    for flag, following in FOLLOWS.items():
+        if flag in given and given[flag] != settings.get(flag):
+            own.update(following)
+    return {key: value for key, value in settings.items() if key not in own}
+
+
+def _settings_of_source(values, name, find_saved):
+    """Return the saved settings of what `--init_from` names. Raise UsageError, CheckpointError."""
+    source = source_of(SimpleNamespace(**values))
     try:
-        settings = find_saved(source_of(SimpleNamespace(**values)))
+        if name.endswith(".pth") and not source.is_file():
+            raise CheckpointError(f"there is no file {source}")
+        settings = find_saved(source)
     except CheckpointError as error:
         raise CheckpointError(f"--init_from {name}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"--init_from {name[:40]}: {error.strerror}") from None
     if settings is None:
         raise _no_such_run("init_from", name, Path(values["model_save_path"]))
-    model = settings.get("model")
-    if given.get("model", model) != model:
-        raise UsageError(f"--init_from {name}: is a run of --model {model}, this is {given['model']}")
-    own = {"init_from", "freeze_d"}
-    if "preset" in given and model in FAMILIES:
-        own |= FAMILIES[model].find_preset(given["preset"], {**values, **settings, "imsize": None, **given}).keys()
-    if given.get("imsize", settings.get("imsize")) != settings.get("imsize"):
-        own |= {flag.name for flag in FLAGS.values() if flag.default is common.DERIVED}
-    return {key: value for key, value in settings.items() if key not in own or key == "model"}
+    return settings
 
 
 def _read_file(path):
@@ -400,6 +423,9 @@ def _check_device(values):
 
 def _check_fixed(values, saved, version):
     """Raise UsageError if a setting that a run keeps for good differs from its saved config."""
+    if values["init_from"] not in (None, saved.get("init_from")) and not saved.get("init_from"):
+        raise UsageError(f"--init_from {values['init_from']}: run '{version}' has checkpoints of its own and goes on "
+                         "from them; leave the flag out, or use another --version, or --restart true")
     for name, flag in FLAGS.items():
         if (flag.fixed is not None and flag.fixed(values) and name in saved
                 and written(values[name]) != written(saved[name])):

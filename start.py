@@ -13,7 +13,7 @@ from dataset import table
 from dataset.check import write_lists
 from device import distributed
 from device.distributed import say
-from errors import LockedError, UsageError
+from errors import CheckpointError, LockedError, UsageError, first_line
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
@@ -41,7 +41,7 @@ def train(config, place, precision, interrupt):
     restart = _is_restart(config, folders)
     state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
                                                       partial(families.find_mismatch, config))
-    source = checkpoint.load_source(source_of(config)) if state is None and config.init_from else None
+    source = _load_source(config) if state is None and config.init_from else None
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
     reason = state and not any(undone) and distributed.on_first(partial(_find_end, config, folders, state["step"]))
     if reason:
@@ -195,17 +195,31 @@ def _compare(config, state, dataset, tell=lambda line: None):
     return data, classes
 
 
+def _load_source(config):
+    """Return the state of the checkpoint that `--init_from` names. Raise CheckpointError."""
+    try:
+        return checkpoint.load_source(source_of(config), say)
+    except CheckpointError as error:
+        raise CheckpointError(f"--init_from {config.init_from}: {first_line(error)}") from None
+
+
 def _initialize(trainer, source):
     """Take the weights of the state `source`, that of `--init_from`; report what did not fit. None: nothing to do.
 
-    Raise UsageError if nothing of G fits.
+    Raise UsageError if no weights of G fit, or not all of the blocks that `--freeze_d` keeps.
     """
     if source is None:
         return
     name = trainer.config.init_from
     taken, left = trainer.initialize_from(source)
-    if not any(key.startswith("G.") for key in taken):
-        raise UsageError(f"--init_from {name}: nothing of its G fits this one; use its --g_conv_dim and --arch")
+    shapes = {f"G.{key}": weight.ndim for key, weight in trainer.G.state_dict().items()}
+    if not any(shapes.get(key, 0) > 1 for key in taken):
+        raise UsageError(f"--init_from {name}: no weights of its G fit this one; use its --arch, --imsize and "
+                         "--g_conv_dim")
+    random = sorted(set(trainer.frozen_of_d()) & set(left))
+    if random:
+        raise UsageError(f"--freeze_d {trainer.config.freeze_d}: {random[0]} does not fit, and would stay random; use "
+                         "the --d_conv_dim and --imsize of that run, or freeze fewer blocks")
     say(f"initialized from '{name}', step {source['step']}: {len(taken)} of {len(taken) + len(left)} tensors")
     if left:
         more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""

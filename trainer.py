@@ -170,6 +170,11 @@ class Trainer:
             weight.requires_grad_(False)
         return [weight for weight in self.D.parameters() if weight not in frozen]
 
+    def frozen_of_d(self):
+        """Return the names "D.…" of the weights that `--freeze_d` keeps."""
+        trained = set(self._trained_of_d)
+        return [f"D.{name}" for name, weight in self.D.named_parameters() if weight not in trained]
+
     def _train_d(self, wanted):
         """Switch the gradients of D's weights on or off."""
         for weight in self._trained_of_d:

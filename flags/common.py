@@ -6,6 +6,7 @@ the command line by these tables. Nothing here imports torch, so that --help and
 
 import argparse
 import difflib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -139,6 +140,11 @@ def policies(text):
     return tuple(_AUGMENTATION(part) for part in text.split(","))
 
 
+def run_or_file(text):
+    """'models/a/' -> "models/a": the name of a run or the path of a file, written in one way."""
+    return os.path.normpath(text) if text else text
+
+
 def seeds(text):
     """'3,9-11' -> (3, 9, 10, 11), each once."""
     found = []
@@ -228,7 +234,7 @@ class Flag:
         """The placeholder of its value in --help."""
         kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
                  sizes: "SIZES", policies: "NAMES", metrics: "NAMES", names: "NAMES", points: "POINTS",
-                 step_or_best: "STEP", seeds: "SEEDS"}
+                 step_or_best: "STEP", seeds: "SEEDS", run_or_file: "TEXT"}
         return kinds.get(self.type, "NAME")
 
 
@@ -368,6 +374,8 @@ FLAGS = {
              "memory; the same updates, except that batch norm's statistics are those of a part", 1),
         Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
         Flag("d_lr", float, 4e-4, "learning rate of D (Adam); TTUR: larger than G's", 1e-12, 1.0),
+        Flag("freeze_d", int, 0, "with --init_from: the first so many blocks of D keep their weights (FreezeD)", 0,
+             unused=lambda values: not values["init_from"] and "a run without --init_from"),
         Flag("lr_decay", float, 1.0, "factor on both learning rates after each epoch", 1e-6, 1.0),
         Flag("beta1", float, 0.0, "Adam's decay of the first moment, in [0, 1)", low=0.0, below=1.0),
         Flag("beta2", float, 0.9, "Adam's decay of the second moment, in [0, 1)", low=0.0, below=1.0),
@@ -418,10 +426,8 @@ FLAGS = {
     "from a checkpoint": (
         Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
              "best: best.pth, see --metric_step", 1, per_call=True),
-        Flag("init_from", str, None, "fine-tune: begin a new run with the weights of another one, by its name (its "
-             "newest checkpoint) or by a FILE.pth; what is not typed is as in that run", fixed=always),
-        Flag("freeze_d", int, 0, "with --init_from: the first so many blocks of D keep their weights (FreezeD)", 0,
-             unused=lambda values: not values["init_from"] and "a run without --init_from"),
+        Flag("init_from", run_or_file, None, "fine-tune: begin a new run with the weights of another one, by its name "
+             "(its newest checkpoint) or by a FILE.pth; what is not typed is as in that run", fixed=always),
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True,
@@ -439,7 +445,7 @@ FLAGS = {
              unused=lambda values: values["mode"] not in ("sample", "interpolate") and f"--mode {values['mode']}"),
         Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
              "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
-             unused=lambda values: values["mode"] == "train" and "--mode train"),
+             unused=lambda values: values["mode"] in ("train", "project") and f"--mode {values['mode']}"),
         Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "
              "imageio-ffmpeg)", per_call=True),

@@ -1,6 +1,8 @@
 """G's inputs: noise z, metadata appended to it if there is a bank, and labels if the run has classes."""
 
+import hashlib
 import zipfile
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,31 +67,43 @@ def _save_npz(path, arrays):
         np.savez(file, **arrays)
 
 
-def read_latents(paths, latents):
+def read_latents(paths, latents, typed_classes=None):
     """Return the Inputs in `.npz` files of `save_latents`, in order, for a G with these Latents.
 
-    Raise DataError for a file that is none of them, UsageError if they do not fit this G.
+    With `typed_classes`, the value of `--classes`, those of the files are not needed. Raise DataError for a file that
+    is none of them, UsageError if they do not fit this G.
     """
     rows, names = [], []
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 z = arrays["z"]
-                names += arrays["classes"].tolist() if "classes" in arrays else [None] * len(z)
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+                classes = arrays["classes"].tolist() if "classes" in arrays else [None] * len(z)
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
             reason = getattr(error, "strerror", None) or "holds no array z"
             raise DataError(f"--latents {path}: {reason}; give files that --mode project wrote") from None
-        if z.ndim != 2 or z.dtype.kind != "f" or not np.isfinite(z).all():
-            raise DataError(f"--latents {path}: z is no array of finite numbers, one row a picture")
+        with np.errstate(over="ignore"):
+            z = z.astype(np.float32) if z.dtype.kind == "f" else z
+        if z.ndim != 2 or not len(z) or z.dtype.kind != "f" or not np.isfinite(z).all() or len(classes) != len(z):
+            raise DataError(f"--latents {path}: z is no array of finite numbers, a row and, with classes, a name a "
+                            "picture")
+        names += classes
         if z.shape[1] != latents.width:
             raise UsageError(f"--latents {path}: has latents of {z.shape[1]} numbers, this run's have {latents.width}")
-        rows.append(torch.from_numpy(z.astype(np.float32)))
-    if latents.classes is None:
+        rows.append(torch.from_numpy(z))
+    if latents.classes is None or typed_classes is not None:
         return Inputs(torch.cat(rows))
     unknown = [name for name in names if name not in latents.classes.names]
     if unknown:
-        raise UsageError(f"--latents: the class {unknown[0] or '(none)'} is none of this run's")
+        what = "they name no classes" if unknown[0] is None else f"{unknown[0]} is no class of this run"
+        raise UsageError(f"--latents: {what}; choose with --classes")
     return Inputs(torch.cat(rows), torch.tensor([latents.classes.names.index(name) for name in names]))
+
+
+def digest_of(inputs):
+    """Return eight hex digits that tell these Inputs from others, for the names of what is drawn from them."""
+    labels = b"" if inputs.labels is None else inputs.labels.numpy().tobytes()
+    return hashlib.sha256(inputs.z.numpy().tobytes() + labels).hexdigest()[:8]
 
 
 class Latents:

@@ -5,6 +5,7 @@ They need neither the data set nor, for metadata, VGG-16: the output depends on 
 """
 
 import math
+import operator
 import os
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from families import FAMILIES
 from gallery import film, grid
 from generate.classes import require_classes
 from generate.draw import draw
-from generate.latents import Inputs, read_latents, save_latents
+from generate.latents import Inputs, digest_of, read_latents, save_latents
 from generate.project import project
 from generate.samples import sample
 from generate.trained import load_generator
@@ -35,12 +36,16 @@ STYLES = 5                      # styles and contents in a style grid
 def walk(latents, frames):
     """latents (K, C) ~ N(0, 1) -> (frames, C): interpolate through all of them in a closed loop.
 
-    From a to b along cos(t) a + sin(t) b, t from 0 to pi/2, which keeps the variance at 1. Linear interpolation would
-    pass through points of smaller variance, on which G was not trained.
+    From a to b along cos(t) a + sin(t) b, t from 0 to pi/2, which keeps the variance at 1, divided by what the two have
+    in common: those of --latents may be alike. Linear interpolation would pass through points of smaller variance, on
+    which G was not trained.
     """
     position = torch.arange(frames) * len(latents) / frames             # in legs
     leg, t = position.long(), ((position % 1) * math.pi / 2)[:, None]
-    return torch.cos(t) * latents[leg] + torch.sin(t) * latents[(leg + 1) % len(latents)]
+    a, b = latents[leg], latents[(leg + 1) % len(latents)]
+    common = torch.nn.functional.cosine_similarity(a, b, dim=1)[:, None]
+    length = (1 + 2 * torch.cos(t) * torch.sin(t) * common).clamp(min=0.01).sqrt()
+    return (torch.cos(t) * a + torch.sin(t) * b) / length
 
 
 def walk_classes(labels, classes, frames):
@@ -56,9 +61,11 @@ def _corners(config, latents, generator):
     number: those of `--classes`, or a spread.
     """
     if config.latents:
-        corners = read_latents(config.latents, latents)
+        corners = read_latents(config.latents, latents, config.classes)
         if len(corners) < 2:
             raise UsageError("--latents: --mode interpolate walks between two or more; give several files")
+        if len(corners) > config.num_frames:
+            raise UsageError(f"--num_frames {config.num_frames}: fewer than the {len(corners)} latents to walk between")
     else:
         count = max(2, round(config.num_frames / FRAMES_PER_LEG))
         corners = Inputs(latents.sampling(count, generator).z)
@@ -92,7 +99,7 @@ def interpolate(config, place, precision):
         names = () if part.labels is None else trained.latents.classes.captions(part.labels)
         sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step, names)
         frames.append(sheet or Image.fromarray(grid.to_uint8(image)[0]))
-    name = "interpolation_latents" if config.latents else f"interpolation_seed{config.seed}"
+    name = f"interpolation_latents_{digest_of(corners)}" if config.latents else f"interpolation_seed{config.seed}"
     path = trained.path(name, config.truncation, f".{config.film}")
     film.save(frames, path, config.film)
     trained.finish(config, f"a video of {len(frames)} frames of step {trained.step} in {path}")
@@ -146,7 +153,7 @@ def export_files(config, place, precision):
     names = list(latents.classes.names) if latents.classes else []
     export.write(trained.G.cpu(), inputs.as_arguments(), folder, {
         "version": config.version, "step": trained.step, "model": config.model, "imsize": config.imsize,
-        "z_dim": config.z_dim, "config": parameter.as_json(config), "classes": names})
+        "z_dim": config.z_dim, "truncation": config.truncation, "config": parameter.as_json(config), "classes": names})
     trained.finish(config, f"the generator of step {trained.step} in {folder}{os.sep}; README.md says how to use it")
     return 0
 
@@ -185,6 +192,13 @@ class Sampler:
         `classes`: a name or number for all, or a list of one for each seed; None: each seed has a class of its own, as
         frequent as in the data. `truncation` as in --truncation. Raises UsageError.
         """
+        try:
+            seeds = [operator.index(seed) for seed in seeds]
+            truncation = None if truncation is None else float(truncation)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"sample(): seeds are a list of whole numbers, truncation is a number ({error})") from None
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise UsageError("sample(): seeds are from 0 to 2**63 - 1")
         trained = self._load(truncation)
         wanted = classes if isinstance(classes, (list, tuple)) else [classes] * len(seeds)
         if len(wanted) != len(seeds):

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from data_loader import to_images
-from dataset.decode import picture_size, printable, read_picture
+from dataset.decode import UnusablePicture, picture_size, printable, read_picture
 from dataset.table import CELEBA_CROP
 from device.distributed import progress, say
-from errors import UsageError
+from errors import DataError, UsageError
 from gallery import film, grid, sheets
 from generate.classes import require_classes
 from generate.latents import Inputs, save_latents
@@ -104,7 +104,13 @@ def _read(path, config):
     if config.dataset == "celeb":                       # an aligned one is cropped, other photographs are not
         with contextlib.suppress(OSError), open(path, "rb") as file:
             of_celeba = picture_size(file) == CELEBA_SIZE
-    return to_images(read_picture(path, config.imsize, CELEBA_CROP if of_celeba else None, config.max_pixels)[None])
+    try:
+        picture = read_picture(path, config.imsize, CELEBA_CROP if of_celeba else None, config.max_pixels)
+    except UnusablePicture as error:
+        raise DataError(f"--target {printable(path)}: {error.reason}") from None
+    except DataError as error:
+        raise DataError(f"--target {printable(path) or repr(path)}: {error}") from None
+    return to_images(picture[None])
 
 
 def _candidates(config, trained):
@@ -163,13 +169,12 @@ def _nearest(trained, net, candidates, target):
 
 def _name(path):
     """Return a file's name, without its ending, as a part of other files' names."""
-    return re.sub(r"[^\w.-]", "_", Path(path).stem)[:60]
+    return re.sub(r"[^\w.-]", "_", Path(path).stem).encode(errors="replace")[:60].decode(errors="ignore")
 
 
 def _unused(path):
-    """Return the path, with a number behind its name if it is taken."""
-    number = 2
-    free = path
-    while free.exists():
+    """Return the path, with a number behind its name if a file of it is there, whatever the ending."""
+    number, free = 2, path
+    while any(free.with_suffix(ending).exists() for ending in (".png", ".npz", ".webp", ".gif", ".mp4")):
         free, number = path.with_stem(f"{path.stem}_{number}"), number + 1
     return free

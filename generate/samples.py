@@ -19,7 +19,7 @@ from device.distributed import progress
 from errors import UsageError
 from gallery import grid
 from generate.classes import require_classes
-from generate.latents import read_latents
+from generate.latents import digest_of, read_latents
 from generate.trained import load_generator
 from utils import spread_indices
 
@@ -37,8 +37,9 @@ def sample(config, place, precision):
     trained = load_generator(config, place, precision)
     if recipe:
         return _sample_like(config, trained, recipe)
-    side, count = grid.grid_side(config.imsize), _count(config, trained)
-    kind = "latents" if config.latents else "seeds" if config.seeds else f"generated_seed{config.seed}"
+    chosen = read_latents(config.latents, trained.latents, config.classes) if config.latents else None
+    side, count = grid.grid_side(config.imsize), len(chosen or config.seeds or range(config.num_samples))
+    kind = (f"latents_{digest_of(chosen)}" if chosen else "seeds" if config.seeds else f"generated_seed{config.seed}")
     folder = trained.path(kind, config.truncation)
     if config.classes is not None:
         return _sample_classes(config, trained, folder, side, count)
@@ -49,13 +50,6 @@ def sample(config, place, precision):
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
                    f"{_first(side**2, count)} as a grid in {folder}.png{_older(folder, count)}")
     return 0
-
-
-def _count(config, trained):
-    """Return how many pictures are drawn, of each class with `--classes`. Raise what `read_latents` does."""
-    if config.latents:
-        return len(read_latents(config.latents, trained.latents))
-    return len(config.seeds or range(config.num_samples))
 
 
 def _sample_classes(config, trained, folder, side, count):
@@ -99,7 +93,7 @@ def _batches(config, trained, label=None):
     Each of `--seeds` is a batch of its own: its picture has the same bytes whatever is drawn beside it.
     """
     if config.latents:
-        chosen = read_latents(config.latents, trained.latents)
+        chosen = read_latents(config.latents, trained.latents, config.classes)
         for row in range(len(chosen)):
             yield _of_class(chosen[row:row + 1], label), [{"row": row}]
         return
@@ -159,6 +153,9 @@ def read_recipe(path):
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "is no picture, or a damaged one"
         raise UsageError(f"--like {path}: {reason}") from None
+    if isinstance(recipe, dict) and "row" in recipe:
+        raise UsageError(f"--like {path}: was drawn from latents, which it does not hold; give their file again: "
+                         "--mode sample --latents FILE.npz")
     if not isinstance(recipe, dict) or not _is_whole(recipe):
         raise UsageError(f"--like {path}: does not say how it was drawn; pictures that --mode sample writes do, unless "
                          "another program has saved them again")

@@ -184,14 +184,14 @@ def load_step(folder, step, warn=print, find_mismatch=lambda state: None):
     return load_state(_find_step(folder, step), find_mismatch)
 
 
-def load_source(folder, find_mismatch=lambda state: None):
+def load_source(folder, warn=print):
     """Return the state that a new run begins from: the newest in `folder`, or the one in a file, `FILE.pth`.
 
     Raise CheckpointError.
     """
-    if Path(folder).suffix == ".pth":
-        return load_state(folder, find_mismatch, "this program")
-    state = load_newest(folder, find_mismatch=find_mismatch)
+    if Path(folder).is_file():
+        return load_state(folder, whose="this program")
+    state = load_newest(folder, warn)
     if state is None:
         raise CheckpointError(f"there is no checkpoint in {folder}")
     return state
@@ -199,7 +199,7 @@ def load_source(folder, find_mismatch=lambda state: None):
 
 def saved_config(folder):
     """Return the saved config of the run in `folder`, None if it has no checkpoint; that of a checkpoint FILE.pth."""
-    if Path(folder).suffix == ".pth":
+    if Path(folder).is_file():
         return load_source(folder)["config"]
     if not steps_in(folder) and not best_path(folder).is_file():
         return None

@@ -55,8 +55,8 @@ def write(G, inputs, folder, facts):
     """Write G.safetensors, G.onnx, G.ts.pt, latents.npz and README.md of a G in eval mode, on the CPU.
 
     `inputs` is {"z": (N, width)}, with "labels" (N,) if G takes them, of some samples, three or more; `facts` has
-    version, step, model, imsize, z_dim, config (JSON) and classes (their names). Raise Failure if ONNX's images are not
-    torch's, OSError.
+    version, step, model, imsize, z_dim, truncation, config (JSON) and classes (their names). Raise Failure if ONNX's
+    images are not torch's, OSError.
     """
     import onnxruntime
     from safetensors.torch import save
@@ -81,7 +81,7 @@ def write(G, inputs, folder, facts):
         raise Failure(f"{folder / 'G.onnx'}: its images differ from torch's by {difference:.2g}")
     say(f"G.onnx: {OTHER_BATCH} images by onnxruntime equal torch's to {difference:.1g}")
     text = _readme(inputs, facts, traced)
-    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(folder / "README.md", lambda path: path.write_bytes(text.encode(errors="backslashreplace")))
 
 
 def _plain(G):
@@ -116,10 +116,11 @@ def _trace(net, inputs, other, wanted):
 
 def _readme(inputs, facts, traced):
     width, names = inputs["z"].shape[1], facts["classes"]
-    metadata = width - facts["z_dim"]
+    metadata, truncation = width - facts["z_dim"], facts["truncation"]
     return README.format(
         **facts, width=width, samples=len(inputs["z"]), and_labels=" and classes" * bool(names),
         feeds=", ".join(f'"{name}": {name}' for name in inputs), arguments=", ".join(inputs),
         missing="" if traced is not None else " -- not written: it does not serve for this network",
-        what_z=" from N(0, 1)" + f"; its last {metadata} numbers are metadata, as in latents.npz" * (metadata > 0),
+        what_z=" from N(0, 1)" + (f", cut off at +-{truncation:g}" if truncation else "")
+        + f"; its last {metadata} numbers are metadata, as in latents.npz" * (metadata > 0),
         labels=f"labels: int64 (N,), the numbers of the classes: {', '.join(names)}\n" if names else "")

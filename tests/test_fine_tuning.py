@@ -8,6 +8,9 @@ import pytest
 import torch
 from conftest import assert_same_state, lines, state
 
+import parameter
+from errors import UsageError
+
 SMALL_FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
                  "--z_dim", "8", "--device", "cpu", "--dataset", "folder", "--image_path", "pictures",
                  "--vgg_weights", "random")
@@ -70,8 +73,31 @@ def test_another_width_takes_what_fits_and_says_what_does_not(run):
     assert code == 0 and "new, as they do not fit: D.blocks" in out and "G." not in out.split("do not fit")[1], err
     for key in (key for key in weights("a", 2, "G") if key.endswith("original")):
         assert torch.allclose(weights("a", 2, "G")[key], weights("b", 1, "G")[key], atol=1e-5)
-    code, out, _ = run("--version", "c", "--init_from", "a", "--imsize", 64, "--total_step", 1, tiny=False)
-    assert code == 0 and state("c", 1)["config"]["d_attn"] == [4, 8], "what follows from the size is not the source's"
+    code, _, err = run("--version", "c", "--init_from", "a", "--g_conv_dim", 5, "--z_dim", 7, "--total_step", 1,
+                       tiny=False)
+    assert code == 2 and "no weights of its G fit" in err and not Path("models/c").exists()
+    code, _, err = run("--version", "c", "--init_from", "a", "--d_conv_dim", 9, "--freeze_d", 1, tiny=False)
+    assert code == 2 and "--freeze_d 1: D.blocks" in err and "would stay random" in err
+
+
+def test_what_follows_from_a_typed_flag_is_not_the_sources():
+    source = json.loads(parameter.as_json(parameter.resolve({"d_iters": 2, "arch": "dcgan", "dataset": "toy"})))
+
+    def begun(**typed):
+        return parameter.resolve({"version": "b", "init_from": "a", **typed},
+                                 lambda path: source if path.name == "a" else None)
+
+    assert begun(imsize=128).d_attn == (8, 16) and begun(imsize=128).d_iters == 2
+    assert (begun(adv_loss="wgan-gp").d_iters, begun(adv_loss="wgan-gp").sn) == (5, "none")
+    assert begun(arch="resnet").g_attn == (32,)
+    source = json.loads(parameter.as_json(parameter.resolve({"preset": "small", "dataset": "toy"})))
+    assert (begun().d_features, begun(preset="cpu").d_features, begun(preset="cpu").augment) == ("vgg16", "none", ())
+    with pytest.raises(UsageError, match="--image_path x: run 'a' was trained on --dataset toy; say --dataset"):
+        begun(image_path="x")
+    with pytest.raises(UsageError, match="say where the pictures are"):
+        begun(dataset="folder")
+    with pytest.raises(UsageError, match="name the new run with --version"):
+        begun(version=None)
 
 
 def test_tables_of_other_classes_begin_anew(run):
@@ -105,13 +131,18 @@ def test_the_metadata_are_those_of_the_new_pictures(run, pictures):
 
 @pytest.mark.parametrize(("flags", "code", "told"), [
     (("--init_from", "aa"), 2, "--init_from aa: there is no such run in models; did you mean a?"),
-    (("--init_from", "gone.pth"), 5, "--init_from gone.pth: there is no checkpoint"),
+    (("--init_from", "gone.pth"), 5, "--init_from gone.pth: there is no file"),
+    (("--init_from", "z" * 300), 2, "--init_from zzz"),
+    (("--init_from", "damaged"), 5, "--init_from damaged: "),
+    (("--version", "a", "--init_from", "other"), 2, "run 'a' has checkpoints of its own"),
     (("--init_from", "other.pth"), 5, "--init_from other.pth: other.pth is no checkpoint of this program (it has no"),
     (("--init_from", "a", "--model", "fastgan"), 2, "--init_from a: is a run of --model sagan, this is fastgan"),
 ])
 def test_what_cannot_be_begun_from_is_refused_in_a_line(run, flags, code, told):
     run("--version", "a", "--total_step", 1)
     torch.save({"g": {}, "d": {}, "g_ema": [], "opt_g": {}, "opt_d": {}}, "other.pth")      # the published FastGAN's
+    shutil.copytree("models/a", "models/damaged")
+    Path("models/damaged/0000001.pth").write_bytes(b"damaged")
     found, _, err = run("--version", "b", *flags, tiny=False)
     assert found == code and told in err and err.count("\n") <= 2 and not Path("models/b").exists()
 

@@ -39,7 +39,10 @@ def test_a_search_comes_nearer_and_its_latent_draws_what_it_found(trained):
         assert 2 <= film.n_frames <= 40 and film.height >= 256
     code, _, err = command("--mode", "sample", "--latents", found.with_suffix(".npz"))
     assert code == 0, err
-    drawn = as_array("samples/a/0000002_latents/000000.png")
+    folder, = Path("samples/a").glob("0000002_latents_????????")
+    drawn = as_array(folder / "000000.png")
+    code, _, err = command("--like", folder / "000000.png")
+    assert code == 2 and "was drawn from latents" in err
     command("--mode", "sample", "--seed", 3, "--num_samples", 64)
     others = [as_array(path) for path in Path("samples/a/0000002_generated_seed3").glob("*.png")]
     nearest = min(abs(other - as_array(target)).mean() for other in others)
@@ -53,26 +56,33 @@ def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(name)
     Path("x").mkdir()
     Image.open("c.jpg").save("x/c.jpg")
-    code, out, err = command("--mode", "project", "--target", "a b.png", "c.jpg", "x/c.jpg", "--backtrack_steps", 2,
-                             "--classes", "bob,beard")
+    code, out, err = command("--mode", "project", "--target", "a b.png", "c.jpg", "--target", "x/c.jpg",
+                             "--backtrack_steps", 2, "--classes", "bob,beard")
     assert code == 0 and "3 pictures projected" in out, err
     latents = sorted(Path("samples/a").glob("*.npz"))
     assert [path.name for path in latents] == [f"0000002_project_{name}.npz" for name in ("a_b", "c", "c_2")]
     assert all(np.load(path)["classes"][0] in ("bob", "beard") for path in latents)
     code, _, err = command("--mode", "interpolate", "--latents", *latents, "--num_frames", 6)
-    assert code == 0 and Path("samples/a/0000002_interpolation_latents.webp").is_file(), err
+    assert code == 0 and list(Path("samples/a").glob("0000002_interpolation_latents_????????.webp")), err
     assert command("--mode", "sample", "--latents", *latents)[0] == 0
-    assert len(list(Path("samples/a/0000002_latents").iterdir())) == 3
+    folder, = Path("samples/a").glob("0000002_latents_????????")
+    assert len(list(folder.iterdir())) == 3
+    assert command("--mode", "sample", "--latents", latents[0])[0] == 0
+    assert len(list(folder.iterdir())) == 3, "other latents have a folder of their own"
 
 
 @pytest.mark.parametrize(("flags", "code", "told"), [
     (("--mode", "project"), 2, "--mode project: say which pictures, with --target"),
-    (("--mode", "project", "--target", "gone.png"), 3, "cannot read gone.png"),
-    (("--mode", "project", "--target", "text.png"), 3, "text.png: it is not a JPEG"),
+    (("--mode", "project", "--target", "gone.png"), 3, "--target gone.png: cannot read gone.png"),
+    (("--mode", "project", "--target", "text.png"), 3, "--target text.png: it is not a JPEG"),
     (("--mode", "sample", "--target", "text.png"), 2, "--target text.png: has no effect with --mode sample"),
     (("--mode", "sample", "--latents", "text.png"), 3, "--latents text.png: "),
     (("--mode", "sample", "--latents", "wide.npz"), 2, "has latents of 999 numbers, this run's have 8"),
     (("--mode", "sample", "--latents", "nan.npz"), 3, "no array of finite numbers"),
+    (("--mode", "sample", "--latents", "large.npz"), 3, "no array of finite numbers"),
+    (("--mode", "sample", "--latents", "none.npz"), 3, "no array of finite numbers"),
+    (("--mode", "sample", "--latents", "damaged.npz"), 3, "--latents damaged.npz: "),
+    (("--mode", "interpolate", "--latents", "one.npz", "one.npz", "one.npz", "--num_frames", 2), 2, "--num_frames 2: "),
     (("--mode", "sample", "--latents", "wide.npz", "--seeds", "3"), 2, "--seeds 3: has no effect with --latents"),
     (("--mode", "interpolate", "--latents", "one.npz"), 2, "walks between two or more"),
 ])
@@ -82,5 +92,11 @@ def test_what_cannot_be_done_is_said_in_a_line(trained, flags, code, told):
     np.savez("wide.npz", z=np.zeros((1, 999), np.float32))
     np.savez("nan.npz", z=np.full((1, 4), np.nan))
     np.savez("one.npz", z=np.zeros((1, 8), np.float32))
+    np.savez("large.npz", z=np.full((1, 8), 1e300))
+    np.savez("none.npz", z=np.zeros((0, 8), np.float32))
+    np.savez_compressed("damaged.npz", z=np.zeros((50, 8), np.float32))
+    whole = bytearray(Path("damaged.npz").read_bytes())
+    whole[60:70] = bytes(10)
+    Path("damaged.npz").write_bytes(whole)
     found, _, err = command(*flags)
     assert found == code and told in err and err.count("\n") <= 2

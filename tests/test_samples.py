@@ -46,10 +46,12 @@ def test_own_code_draws_the_pictures_of_the_command(run):
     assert (mine.sample([3, 8], "bob", truncation=0.5) == truncated).all()
     mixed = mine.sample([3, 8], [mine.classes.index("bob"), "beard"], truncation=0.5)
     assert (mixed[0] == truncated[0]).all() and (mixed[1] != truncated[1]).any()
+    assert (mine.sample(np.array([8])) == mine.sample([8])).all()
     assert mine.sample([]).shape == (0, 32, 32, 3) and mixed.dtype == np.uint8
     assert (load("a", step=1, device="cpu").sample([3]) != mine.sample([3])).any()
     for wrong in (lambda: load("b"), lambda: mine.sample([1], "all"), lambda: mine.sample([1, 2], ["bob"]),
-                  lambda: mine.sample([1], truncation=-1)):
+                  lambda: mine.sample([1], truncation=-1), lambda: mine.sample([-1]), lambda: mine.sample([1.5]),
+                  lambda: mine.sample(3)):
         with pytest.raises(UsageError):
             wrong()
     with pytest.raises(CheckpointError):
