@@ -29,9 +29,8 @@ _DEFAULTS = {flag.name: flag.default for flag in parameter.FLAGS.values()}
 PRESETS = """\
 ## Presets
 
-`published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores, `small` what gave
-the best pictures of a hundred ([results.md](results.md#a-hundred-pictures)). Flags that are not listed are the same
-with every preset; – follows from other flags.
+`published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores. Flags that are not
+listed are the same with every preset; – follows from other flags.
 """
 
 

@@ -285,9 +285,8 @@ DERIVED = None      # the default of a flag whose value depends on other flags: 
 FLAGS = {
     "run": (
         Flag("model", one_of(*MODELS), DERIVED, "{families}", fixed=always),
-        Flag("preset", one_of("published", "cpu", "small"), "published",
-             "values of the flags left unset: published | cpu (what learns fastest on two CPU cores) | small (for some "
-             "hundred pictures, on any hardware)",
+        Flag("preset", one_of("published", "cpu"), "published",
+             "values of the flags left unset: published settings, or those that learn fastest on two CPU cores",
              fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
@@ -355,8 +354,8 @@ FLAGS = {
         Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, fixed=always),
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
-        Flag("d_features", one_of("none", "vgg16"), "none", "D judges features of this frozen network, too, which "
-             "helps most with few pictures: none | vgg16 (of --vgg_weights)", fixed=always),
+        Flag("d_features", one_of("none", "vgg16"), "none", "D judges features of this frozen network, too; helps on "
+             "varied pictures such as paintings, not on faces: none | vgg16 (of --vgg_weights)", fixed=always),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),

@@ -49,21 +49,18 @@ FLAGS = (
 
 _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
               "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
-_CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
-_SMALL = {"slae": False, "metadata": False, "d_features": "vgg16"}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
-    "cpu": _CPU,
-    "small": {**_CPU, **_SMALL, "batch_size": 16, "g_lr": 4e-4},
+    "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
+            "num_workers": 0},
 }
-SMALL_ABOVE_64 = {**_PUBLISHED, **_SMALL}       # batch, rates and widths of "small" were measured at 64 px alone
 
-PRESETS_DEPEND_ON = ({}, {"imsize": 256})       # for docs/flags.md
+PRESETS_DEPEND_ON = ({},)           # for docs/flags.md
 
 
 def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
-    return SMALL_ABOVE_64 if name == "small" and values["imsize"] not in (None, 64) else PRESETS[name]
+    return PRESETS[name]
 
 
 IMSIZES = (64, 128, 256, 512, 1024)

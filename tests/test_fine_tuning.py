@@ -90,8 +90,8 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
     assert begun(imsize=128).d_attn == (8, 16) and begun(imsize=128).d_iters == 2
     assert (begun(adv_loss="wgan-gp").d_iters, begun(adv_loss="wgan-gp").sn) == (5, "none")
     assert begun(arch="resnet").g_attn == (32,)
-    source = json.loads(parameter.as_json(parameter.resolve({"preset": "small", "dataset": "toy"})))
-    assert (begun().d_features, begun(preset="cpu").d_features, begun(preset="cpu").augment) == ("vgg16", "none", ())
+    source = json.loads(parameter.as_json(parameter.resolve({"preset": "cpu", "dataset": "toy", "beta1": 0.3})))
+    assert (begun().g_conv_dim, begun(preset="published").g_conv_dim, begun(preset="published").beta1) == (32, 64, 0.3)
     with pytest.raises(UsageError, match="--image_path x: run 'a' was trained on --dataset toy; say --dataset"):
         begun(image_path="x")
     with pytest.raises(UsageError, match="say where the pictures are"):

@@ -214,7 +214,7 @@ def test_what_belongs_to_one_model_is_unset_with_the_other():
     ({"vgg_weights": "my.pth"}, False, "l1"),
     ({"recon": "l1"}, True, "l1"),
     ({"preset": "cpu"}, True, "l1"),
-    ({"preset": "small", "imsize": 256}, False, "lpips"),       # D's features do, too
+    ({"metadata": False, "d_features": "vgg16"}, False, "lpips"),           # D's features do, too
 ])
 def test_reconstructions_are_compared_by_lpips_where_its_weights_are(flags, there, recon):
     assert resolve({"model": "fastgan", **flags}, weights_there=lambda weights: there).recon == recon
@@ -250,12 +250,6 @@ def test_a_preset_fills_only_what_was_left_unset():
     config = resolve({"preset": "cpu", "g_lr": 0.5})
     assert config.g_lr == 0.5
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
-
-
-def test_the_preset_of_few_pictures_keeps_published_widths_above_64_px():
-    small, large = (resolve({"model": "fastgan", "preset": "small", **size}) for size in ({}, {"imsize": 256}))
-    assert (small.imsize, small.g_conv_dim, small.batch_size, small.d_features) == (64, 16, 16, "vgg16")
-    assert (large.imsize, large.g_conv_dim, large.batch_size, large.d_features) == (256, 64, 8, "vgg16")
 
 
 def test_a_folder_of_pictures_may_be_called_data():
