@@ -258,9 +258,9 @@ class Launched:
         return self.process.exitcode
 
     def wait_for(self, path, seconds=60):
-        """Wait until a file is there."""
+        """Wait until a file is there and has content: an empty log says only that rank 0 has begun."""
         end = time.monotonic() + seconds
-        while not Path(path).exists():
+        while not Path(path).exists() or not Path(path).stat().st_size:
             assert self.process.is_alive() and time.monotonic() < end, self.err.read_text()
             time.sleep(0.005)
 
