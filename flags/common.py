@@ -212,9 +212,8 @@ class Flag:
 
     `fixed(values)` returns whether this setting cannot change within a run, as its checkpoints depend on it.
     `per_call`: the flag describes one call, not the run, and is never read from a saved config. `several`: it takes one
-    or more values. `unused(values)`
-    returns the setting with which the flag has no effect, such as `--adv_loss hinge`, or a false value. In `help`,
-    `{families}` is replaced by the text of each family's `HELP`.
+    or more values. `unused(values)` returns the setting with which the flag has no effect, such as `--adv_loss hinge`,
+    or a false value. In `help`, `{families}` is replaced by the text of each family's `HELP`.
     """
 
     name: str

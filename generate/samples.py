@@ -42,17 +42,17 @@ def sample(config, place, precision):
     kind = (f"latents_{digest_of(chosen)}" if chosen else "seeds" if config.seeds else f"generated_seed{config.seed}")
     folder = trained.path(kind, config.truncation)
     if config.classes is not None:
-        return _sample_classes(config, trained, folder, side, count)
+        return _sample_classes(config, trained, folder, side, count, chosen)
     trained.create_folder()
     folder.mkdir(exist_ok=True)
     with progress(count, "picture") as done:
-        grid.save_grid(_write(trained, _batches(config, trained), folder, side**2, done), f"{folder}.png")
+        grid.save_grid(_write(trained, _batches(config, trained, chosen), folder, side**2, done), f"{folder}.png")
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
                    f"{_first(side**2, count)} as a grid in {folder}.png{_older(folder, count)}")
     return 0
 
 
-def _sample_classes(config, trained, folder, side, count):
+def _sample_classes(config, trained, folder, side, count, latents):
     """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
     classes = require_classes(trained.latents.classes)
     chosen, rows = classes.choose(config.classes), {}
@@ -61,7 +61,7 @@ def _sample_classes(config, trained, folder, side, count):
     with progress(count * len(chosen), "picture") as done:
         for label, name in zip(chosen, classes.folder_names(chosen), strict=True):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            rows[label] = _write(trained, _batches(config, trained, label), folder / name, side, done)
+            rows[label] = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
     grid.save_grid(torch.cat([rows[label] for label in shown]), f"{folder}.png", min(side, count),
                    [classes.names[label] for label in shown])
     which = f"of each of {len(chosen)} classes" if chosen[1:] else f"of class {printable(classes.names[chosen[0]])}"
@@ -87,15 +87,15 @@ def _older(folder, count):
 # -------------------------------------------------------------------------------------------------- what is drawn
 
 
-def _batches(config, trained, label=None):
-    """Yield (Inputs, [{"seed", ...} of each picture]) of all pictures, all of class `label` if there is one.
+def _batches(config, trained, latents, label=None):
+    """Yield (Inputs, [{"seed", ...} of each picture]) of all pictures, all of class `label` if there is one;
+    `latents` are the Inputs of `--latents`, or None.
 
     Each of `--seeds` is a batch of its own: its picture has the same bytes whatever is drawn beside it.
     """
-    if config.latents:
-        chosen = read_latents(config.latents, trained.latents, config.classes)
-        for row in range(len(chosen)):
-            yield _of_class(chosen[row:row + 1], label), [{"row": row}]
+    if latents:
+        for row in range(len(latents)):
+            yield _of_class(latents[row:row + 1], label), [{"row": row}]
         return
     if config.seeds:
         for seed in config.seeds:

@@ -39,7 +39,7 @@ class FrozenMaps(nn.Module):
 
     def __init__(self, net):
         super().__init__()
-        ends = [LAYERS_OF_D[layer][0] for layer in LAYERS_OF_D]
+        ends = [end for end, _, _ in LAYERS_OF_D.values()]
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
 
     def forward(self, images):
