@@ -23,6 +23,7 @@ from dataset.images import ImageDataset, split
 from dataset.table import DATASETS
 from device.distributed import say
 from errors import DataError, first_line
+from flags.pictures import PictureShape
 
 ON_DEVICE = 1 / 8  # the share of a GPU's free memory that the pictures may take
 
@@ -42,7 +43,7 @@ def find_dataset(config) -> ImageDataset:
 
 def open_dataset(config, found: ImageDataset | None = None) -> ImageDataset:
     """Return the data set of `config` without its unusable pictures: `len()`, and `[index]` -> uint8
-    (3, imsize, imsize). `found` is it as `find_dataset` returned it. All ranks must call this.
+    (C, H, W). `found` is it as `find_dataset` returned it. All ranks must call this.
 
     Raise DataError if it is missing or unreadable, CheckpointError if `--cache on` cannot write to disk.
     """
@@ -89,7 +90,7 @@ def to_images(pictures: torch.Tensor) -> torch.Tensor:
 
 
 class Batch(NamedTuple):
-    """The input of a step: `images` float32 (B, 3, imsize, imsize) in [-1, 1]; `labels` (B,) or None."""
+    """The input of a step: `images` float32 (B, C, H, W) in [-1, 1]; `labels` (B,) or None."""
 
     images: torch.Tensor
     labels: torch.Tensor | None = None
@@ -156,7 +157,7 @@ class Samples(Dataset):
         return [self.order[n] for n in numbers]
 
     def fetch(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return uint8 (len(indices), 3, imsize, imsize). Raise DataError if a picture cannot be read."""
+        """Return uint8 (len(indices), C, H, W). Raise DataError if a picture cannot be read."""
         try:
             return self.dataset.load_batch(indices)
         except UnusablePicture as error:
@@ -190,7 +191,7 @@ class RealBatches:
         self.samples_seen = first_sample  # over all ranks; prefetched samples do not count until the caller has them
         self.samples = Samples(dataset, config.seed, labelled and config.balance)
         self.labels = torch.from_numpy(dataset.labels.numbers) if labelled else None    # (N,), or None
-        self.seed, self.hflip, self.imsize = config.seed, config.hflip, config.imsize
+        self.seed, self.hflip, self.shape = config.seed, config.hflip, PictureShape.of_config(config)
         self.batch_size, self.device = config.batch_size, device
         # CRUCIAL: this rank's rows of each part, not a part of its rows. So the parts of all ranks together are those
         # of one process, and meet the same random numbers and batch statistics.
@@ -227,14 +228,14 @@ class RealBatches:
     def _use_decoded(self):
         """Once all pictures are decoded: stop the workers, and copy the pictures to the GPU if they fit."""
         dataset = self.samples.dataset
-        size = len(dataset) * 3 * self.imsize**2
+        size = len(dataset) * self.shape.values
         # workers prefetch from a cache file that does not fit into memory
         if not dataset.is_decoded() or size > available_memory() // 2:
             return
         self._decoded = True
         self.close()
         if self.device.type == "cuda" and size < ON_DEVICE * torch.cuda.mem_get_info(self.device)[0]:
-            self._loaded = load_to_device(dataset, self.imsize, self.device)
+            self._loaded = load_to_device(dataset, self.device)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -282,9 +283,9 @@ class RealBatches:
         workers.stop(batches)
 
 
-def load_to_device(dataset: ImageDataset, imsize: int, device: torch.device) -> torch.Tensor:
-    """Return all pictures on the device, uint8 (N, 3, imsize, imsize); copied in parts to save main memory."""
-    pictures = torch.empty(len(dataset), 3, imsize, imsize, dtype=torch.uint8, device=device)
+def load_to_device(dataset: ImageDataset, device: torch.device) -> torch.Tensor:
+    """Return all pictures on the device, uint8 (N, C, H, W); copied in parts to save main memory."""
+    pictures = torch.empty(len(dataset), *dataset[0].shape, dtype=torch.uint8, device=device)
     for part in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
         pictures[part[0]:part[-1] + 1] = dataset.load_batch(part).to(device)
     return pictures

@@ -1,7 +1,7 @@
 """DiffAugment: the same kinds of differentiable augmentation on real and fake images (Zhao et al. 2020,
 arXiv 2006.10738), which keeps D from memorizing a small training set without G learning the augmentations.
 
-    augment(images, ("color", "translation"))      images (B, 3, H, W) in [-1, 1]; same shape, gradient kept
+    augment(images, ("color", "translation"))      images (B, C, H, W) in [-1, 1]; same shape, gradient kept
 
 Each image is augmented by amounts of its own, drawn from the global random state. `draw_rows(draw, B)` returns those of
 B images, `draw(B)`; the trainer's draws them for the whole batch of several processes. A new policy is one function and
@@ -20,7 +20,10 @@ def _simply(draw, count):
 
 
 def color(x, draw_rows=_simply):
-    """Add up to ±0.5 to brightness; scale saturation by 0 to 2 and contrast by 0.5 to 1.5."""
+    """Add up to ±0.5 to brightness; scale saturation by 0 to 2 and contrast by 0.5 to 1.5. A fourth channel,
+    transparency, stays.
+    """
+    x, transparency = x[:, :3], x[:, 3:]
     amounts = draw_rows(
         lambda B: torch.rand(3, B, 1, 1, 1, device=x.device, dtype=x.dtype).transpose(0, 1), len(x))    # (B, 3, 1, ...)
     brightness, saturation, contrast = amounts.unbind(1)                # (B, 1, 1, 1) each
@@ -28,20 +31,21 @@ def color(x, draw_rows=_simply):
     grey = x.mean(1, keepdim=True)                                      # (B, 1, H, W)
     x = (x - grey) * (2 * saturation) + grey
     level = x.mean((1, 2, 3), keepdim=True)                             # (B, 1, 1, 1)
-    return (x - level) * (contrast + 0.5) + level
+    x = (x - level) * (contrast + 0.5) + level
+    return torch.cat([x, transparency], 1) if transparency.size(1) else x
 
 
 def translation(x, draw_rows=_simply):
     """Shift by up to 1/8 of each side; pad with 0, mid grey."""
     B, _, H, W = x.size()
     down, right = round(H * SHIFT), round(W * SHIFT)
-    padded = F.pad(x, (right, right, down, down))                       # (B, 3, H + 2 down, W + 2 right)
+    padded = F.pad(x, (right, right, down, down))                       # (B, C, H + 2 down, W + 2 right)
     top = draw_rows(lambda B: torch.randint(0, 2 * down + 1, (B, 1), device=x.device), B)
     left = draw_rows(lambda B: torch.randint(0, 2 * right + 1, (B, 1), device=x.device), B)
     rows = top + torch.arange(H, device=x.device)                       # (B, H)
     columns = left + torch.arange(W, device=x.device)                   # (B, W)
     image = torch.arange(B, device=x.device)
-    # the indexed axes come first: (B, H, W, 3)
+    # the indexed axes come first: (B, H, W, C)
     return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 

@@ -5,7 +5,8 @@ G upsamples from 4x4 to imsize in blocks of factor 2; skip-layer excitations let
 of high-resolution ones. D has a deep path for the image and an independent small path for the downscaled image. Three
 decoders reconstruct real images from D's feature maps, which keeps D from memorizing a small training set.
 
-Both networks support 64, 128, 256, 512 and 1024 px. Below 256 the first blocks of D, the small path and the decoders
+Both networks support 64, 128, 256, 512 and 1024 px, and rectangles of which the shorter side is one of these. A size is
+the shorter side of a map. Below 256 the first blocks of D, the small path and the decoders
 shrink with the image, and G's three skip connections lead to its last three maps. At 256 px and width 64, without
 `slae` and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
 """
@@ -21,32 +22,39 @@ from torch.nn import functional as F
 
 from device.precision import exact
 from device.replicas import draw_rows
+from flags.pictures import CHANNELS, FIRST, short_side, sides_at
 from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture, sum_pool
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
-LAST = 8                # height of the last map of D's deep path
+LAST = 8                # size of the last map of D's deep path
 
-# Channels of a map by its height, in units of conv_dim: conv_dim 64 gives the published 1024, 512, ..., 8.
+# Channels of a map by its size, in units of conv_dim: conv_dim 64 gives the published 1024, 512, ..., 8.
 G_WIDTHS = {4: 16, 8: 8, 16: 4, 32: 2, 64: 2, 128: 1, 256: 1 / 2, 512: 1 / 4, 1024: 1 / 8}
 D_WIDTHS = {8: 8, 16: 4, 32: 2, 64: 1, 128: 1 / 2, 256: 1 / 4, 512: 1 / 8}
 
 
 def small_size(imsize):
-    """Height of G's second image, of D's small input and of the reconstructions: half the image, at most 128."""
-    return min(imsize, 256) // 2
+    """Size of G's second image, of D's small input and of the reconstructions: half the image's, at most 128."""
+    return min(short_side(imsize), 256) // 2
 
 
 def downscale(images, size):
-    """(B, 3, H, W) -> (B, 3, size, size), anti-aliased; returns images of that size unchanged."""
-    if images.size(-1) == size:
+    """(B, C, H, W) -> the same with a shorter side of `size`, anti-aliased; returns images of that size unchanged."""
+    short, smaller = size_of(images), [side * size // size_of(images) for side in images.shape[2:]]
+    if short == size:
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(images, smaller, mode="bilinear", antialias=True, align_corners=False)
 
 
 def both_sizes(images):
-    """Real images (B, 3, imsize, imsize) -> D's input: [images, the same downscaled to `small_size`]."""
-    return [images, downscale(images, small_size(images.size(-1)))]
+    """Real images (B, C, H, W) -> D's input: [images, the same downscaled to `small_size`]."""
+    return [images, downscale(images, small_size(size_of(images)))]
+
+
+def size_of(x):
+    """Return the shorter side of x (B, C, H, W)."""
+    return min(x.size(-2), x.size(-1))
 
 
 def _width(table, size, conv_dim):
@@ -172,41 +180,44 @@ class SpatialAttention(nn.Module):
 
 
 class SkipExcitation(nn.Module):
-    """source (B, C, h, w), target (B, C', H, W) -> target, each channel scaled by a gate computed from source.
+    """source (B, C, h, w), target (B, C', H, W) -> target, each channel scaled by a gate computed from source, which is
+    pooled to the sides `first` of G's first map.
 
     Skip-layer excitation (Liu et al. 2021, section 3.1); with a `kernel` the source is first multiplied by its
     spatial attention mask, which makes it SLAE (Wu and Xu 2023, section 3.1).
     """
 
-    def __init__(self, layers, channels, out, kernel=None):
+    def __init__(self, layers, channels, out, first, kernel=None):
         super().__init__()
+        self.first = first
         self.attention = SpatialAttention(kernel) if kernel else None
         self.gate = nn.Sequential(
-            layers.wrap(ToVector(channels, out, 4, bias=False)), nn.SiLU(),
+            layers.wrap(ToVector(channels, out, first, bias=False)), nn.SiLU(),
             layers.wrap(ToVector(out, out, 1, bias=False)), nn.Sigmoid(),
         )
 
     def forward(self, source, target):
         if self.attention is not None:
             source = source * self.attention(source)
-        return target * self.gate(_to_4x4(source))                      # (B, C', 1, 1) * (B, C', H, W)
+        return target * self.gate(_pool_to(self.first, source))         # (B, C', 1, 1) * (B, C', H, W)
 
 
-def _to_4x4(x):
-    """(B, C, H, H) -> (B, C, 4, 4), average pooling. Adaptive pooling has no deterministic backward on CUDA."""
+def _pool_to(sides, x):
+    """(B, C, H, W) -> (B, C, *sides), average pooling. Adaptive pooling has no deterministic backward on CUDA."""
+    height, width = sides
     if x.is_cuda:           # avg_pool2d is slow there: one thread reads a whole window
-        return x.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5))
-    return F.avg_pool2d(x, x.size(-1) // 4)
+        return x.unflatten(3, (width, -1)).unflatten(2, (height, -1)).mean((3, 5))
+    return F.avg_pool2d(x, x.size(-1) // width)
 
 
-def _skips(layers, sources, width, slae):
-    """{"<height of the target>": SkipExcitation} for {height of the target: height of the source}."""
-    return nn.ModuleDict({f"{target}": SkipExcitation(layers, width[source], width[target], slae)
+def _skips(layers, sources, width, first, slae):
+    """{"<size of the target>": SkipExcitation} for {size of the target: size of the source}."""
+    return nn.ModuleDict({f"{target}": SkipExcitation(layers, width[source], width[target], first, slae)
                           for target, source in sources.items()})
 
 
 class Generator(nn.Module):
-    """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, 3, imsize, imsize), the same at `small_size`].
+    """(B, z_dim) or, with metadata, (B, z_dim + 512) -> [image (B, channels, H, W), the same at `small_size`].
 
     Both in [-1, 1]. With `classes` it takes labels (B,), too, for class-conditional batch norm. `slae` is the
     kernel size of the spatial attention, None for no attention; `metadata_weight`, in [0, 1), the share of the latent's
@@ -214,31 +225,31 @@ class Generator(nn.Module):
     """
 
     def __init__(self, imsize, z_dim, conv_dim, slae=7, metadata=True, sn=True, metadata_weight=0.5,
-                 classes=0):
+                 classes=0, channels=3):
         super().__init__()
-        layers = _Layers(sn, classes)
-        self.imsize, self.z_dim = imsize, z_dim
-        width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= imsize}
+        layers, first = _Layers(sn, classes), sides_at(imsize, FIRST)
+        self.size, self.small_size, self.z_dim = short_side(imsize), small_size(imsize), z_dim
+        width = {size: _width(G_WIDTHS, size, conv_dim) for size in G_WIDTHS if size <= self.size}
         self.mix, self.metadata_weight = None, metadata_weight
         if metadata:
             with initialized_apart():
                 self.mix = nn.Linear(METADATA, z_dim, bias=False)
                 nn.init.normal_(self.mix.weight, std=METADATA**-0.5)    # maps metadata of variance 1 to variance 1
         self.start = Block(
-            layers.wrap(FromVector(z_dim, 2 * width[4], 4, bias=False)), layers.norm(2 * width[4]), GLU(dim=1),
+            layers.wrap(FromVector(z_dim, 2 * width[4], first, bias=False)), layers.norm(2 * width[4]), GLU(dim=1),
         )
         self.blocks = nn.ModuleDict()
         for size in (size for size in width if size > 4):
             # deep at 8, 32, 128, 512; plain at 16, 64, 256, 1024
             block = layers.deep_up if size.bit_length() % 2 == 0 else layers.up
             self.blocks[f"{size}"] = block(width[size // 2], width[size])
-        top = min(imsize, 256)
-        self.sources = {top // 4: 4, top // 2: 8, top: 16}              # {height of the skip's target: of its source}
-        if imsize > 256:
+        top = min(self.size, 256)
+        self.sources = {top // 4: 4, top // 2: 8, top: 16}              # {size of the skip's target: of its source}
+        if self.size > 256:
             self.sources[512] = 32
-        self.skips = _skips(layers, self.sources, width, slae)
-        self.to_small = layers.conv(width[small_size(imsize)], 3, 1)
-        self.to_rgb = layers.conv(width[imsize], 3, 3, padding=1)
+        self.skips = _skips(layers, self.sources, width, first, slae)
+        self.to_small = layers.conv(width[self.small_size], channels, 1)
+        self.to_rgb = layers.conv(width[self.size], channels, 3, padding=1)
 
     has_noise = True        # maps, which in evaluation depend on z
 
@@ -248,12 +259,12 @@ class Generator(nn.Module):
         With `noise`, latents like z, the noise maps of evaluation are those of `noise`.
         """
         maps = self._maps(z, labels, None if style is None else self._maps(style, labels), noise)
-        x = maps[self.imsize]                                           # (B, width, imsize, imsize)
-        small = self.to_small(maps[small_size(self.imsize)])            # (B, 3, imsize / 2, imsize / 2)
+        x = maps[self.size]                                             # (B, width, imsize, imsize)
+        small = self.to_small(maps[self.small_size])                    # (B, channels, imsize / 2, imsize / 2)
         return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]
 
     def _maps(self, z, labels=None, sources=None, noise=None):
-        """Return {height: (B, width, height, height)}. The skips read `sources`, by default these maps themselves."""
+        """Return {size: (B, width, size, size)}. The skips read `sources`, by default these maps themselves."""
         source = z if noise is None else noise
         coefficients = None if self.training else noise_coefficients(source[:, :self.z_dim])        # (B, RANK)
         arguments = {"coefficients": coefficients, "labels": labels}
@@ -294,7 +305,7 @@ class DiscriminatorOutput(NamedTuple):
     that the projection takes.
     """
 
-    logits: torch.Tensor        # (B, 50): 5 x 5 from each path
+    logits: torch.Tensor        # (B, 50): 5 x 5 from each path; of images that are not square more, as of all maps
     middle: torch.Tensor        # (B, C / 2, 16, 16)
     last: torch.Tensor          # (B, C, 8, 8)
     small: torch.Tensor         # (B, C / 2, 8, 8)
@@ -304,24 +315,24 @@ class DiscriminatorOutput(NamedTuple):
 class Discriminator(nn.Module):
     """Images in [-1, 1] -> DiscriminatorOutput.
 
-    Takes [image (B, 3, imsize, imsize), the same at `small_size`] as G returns them, or the image alone for real ones.
+    Takes [image (B, channels, H, W), the same at `small_size`] as G returns them, or the image alone for real ones.
     With `classes` it takes labels (B,), too, and adds a projection of the deep path's features, those before its
     logits, to these; labels of None leave it out. `slae` is the kernel size of the spatial attention in the skip
     excitations, None for no attention.
     """
 
-    def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0):
+    def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0, channels=3):
         super().__init__()
         layers = _Layers(sn)
-        top = min(imsize, 256)                                          # the stem's output, whatever the imsize
+        top = min(short_side(imsize), 256)                              # the stem's output, whatever the imsize
         sizes = [size for size in sorted(D_WIDTHS, reverse=True) if size < 2 * top]
         width = {size: _width(D_WIDTHS, size, conv_dim) for size in sizes}
-        self.stem = nn.Sequential(*_stem(layers, imsize, conv_dim, width[top]))
+        self.stem = nn.Sequential(*_stem(layers, channels, short_side(imsize), conv_dim, width[top]))
         self.blocks = nn.ModuleDict({
             f"{size}": _ResidualDown(layers, width[2 * size], width[size]) for size in sizes if size < top
         })
         self.sources = {size // 8: size for size in sizes if size // 8 >= LAST}
-        self.skips = _skips(layers, self.sources, width, slae)
+        self.skips = _skips(layers, self.sources, width, sides_at(imsize, FIRST), slae)
         last = width[LAST]
         self.to_logits = nn.Sequential(
             layers.conv(last, 2 * last, 1), nn.BatchNorm2d(2 * last), _leaky(), layers.conv(2 * last, 1, 4)
@@ -334,19 +345,19 @@ class Discriminator(nn.Module):
         steps = [size for size in sizes if LAST <= size < half]         # half / 2, ..., 8
         small = [width[2 * size] for size in steps]                     # ends with half the deep path's width
         self.small_path = nn.Sequential(
-            layers.conv(3, small[0], 4, 2, 1), _leaky(),
+            layers.conv(channels, small[0], 4, 2, 1), _leaky(),
             *(layer for i, out in enumerate(small[1:]) for layer in _down(layers, small[i], out)),
         )
         self.small_to_logits = layers.conv(small[-1], 1, 4)
         middle = width[2 * LAST]
-        self.decode_last = _decoder(layers, last, half, conv_dim)
-        self.decode_middle = _decoder(layers, middle, half, conv_dim)
-        self.decode_small = _decoder(layers, small[-1], half, conv_dim)
+        self.decode_last = _decoder(layers, last, channels, half, conv_dim)
+        self.decode_middle = _decoder(layers, middle, channels, half, conv_dim)
+        self.decode_small = _decoder(layers, small[-1], channels, half, conv_dim)
 
     def forward(self, images, labels=None):
         image, small = both_sizes(images) if isinstance(images, torch.Tensor) else images
         x = self.stem(image)                                            # (B, width, top, top)
-        maps = {x.size(-1): x}
+        maps = {size_of(x): x}
         for name, block in self.blocks.items():
             x = block(x)                                                # (B, width, size, size)
             size = int(name)
@@ -380,14 +391,13 @@ class Discriminator(nn.Module):
         return [[*stage, *other] for stage, other in zip_longest(deep, small, fillvalue=())]
 
     def reconstruct(self, output, real, quadrant=None):
-        """Return {name: (reconstruction, target)}, pairs of (B, 3, small_size, small_size) in [-1, 1].
+        """Return {name: (reconstruction, target)}, pairs of (B, channels, small_size, small_size) in [-1, 1].
 
-        `output` is D's on the images `real` (B, 3, imsize, imsize). "last" and "small" reconstruct the whole image,
+        `output` is D's on the images `real` (B, channels, H, W). "last" and "small" reconstruct the whole image,
         "middle" one quadrant from that quadrant of the 16x16 map: `quadrant` (B,), or drawn from the global random
         state.
         """
-        B, _, S, _ = real.size()
-        size = small_size(S)
+        B, size = len(real), small_size(size_of(real))
         whole = downscale(real, size)
         if quadrant is None:
             quadrant = draw_rows(lambda B: torch.randint(0, 4, (B,), device=real.device), B)
@@ -399,17 +409,20 @@ class Discriminator(nn.Module):
         }
 
     def reconstructions(self, real):
-        """Return {caption: images (B, 3, small_size, small_size)}: targets and the reconstruction by each decoder."""
+        """Return {caption: images (B, channels, small_size, small_size)}: targets and what each decoder makes of them.
+        """
         quadrant = torch.arange(len(real), device=real.device) % 4      # the same in every record
-        rebuilt = self.reconstruct(self(real), real, quadrant)
+        output = self(real)
+        rebuilt = self.reconstruct(output, real, quadrant)
+        last, middle = ("x".join(map(str, maps.shape[2:])) for maps in (output.last, output.middle))
         return {
-            "real": rebuilt["last"][1], "from D's 8x8 map": rebuilt["last"][0],
+            "real": rebuilt["last"][1], f"from D's {last} map": rebuilt["last"][0],
             "from the small path": rebuilt["small"][0],
-            "one quadrant": rebuilt["middle"][1], "from its part of the 16x16 map": rebuilt["middle"][0],
+            "one quadrant": rebuilt["middle"][1], f"from its part of the {middle} map": rebuilt["middle"][0],
         }
 
     def attention_maps(self, images, queries=None):
-        """Return {"slae_d<size>": mask (B, 1, size, size)} for images (B, 3, imsize, imsize); {} without `slae`."""
+        """Return {"slae_d<size>": mask (B, 1, size, size)} for images (B, channels, H, W); {} without `slae`."""
         return _attention_masks(self, lambda: self(images), "slae_d")
 
 
@@ -421,14 +434,14 @@ def take_quadrant(x, quadrant):
     return x[image, :, quadrant // 2, :, quadrant % 2]                  # the indexed axes come first: (B, C, H/2, W/2)
 
 
-def _stem(layers, imsize, conv_dim, out):
+def _stem(layers, channels, size, conv_dim, out):
     """The layers from the image to the first map, 256 px at most: 512 px are halved once, 1024 px twice."""
-    if imsize <= 256:
-        return [layers.conv(3, out, 3, padding=1), _leaky()]
-    if imsize == 512:
-        return [layers.conv(3, out, 4, 2, 1), _leaky()]
+    if size <= 256:
+        return [layers.conv(channels, out, 3, padding=1), _leaky()]
+    if size == 512:
+        return [layers.conv(channels, out, 4, 2, 1), _leaky()]
     first = _width(D_WIDTHS, 512, conv_dim)
-    return [layers.conv(3, first, 4, 2, 1), _leaky(), *_down(layers, first, out)]
+    return [layers.conv(channels, first, 4, 2, 1), _leaky(), *_down(layers, first, out)]
 
 
 def _leaky():
@@ -456,15 +469,15 @@ class _ResidualDown(nn.Module):
         return (self.convolved(x) + self.pooled(x)) / 2
 
 
-def _decoder(layers, channels, size, conv_dim):
-    """(B, channels, 8, 8) -> (B, 3, size, size) in [-1, 1]."""
-    blocks, height = [], LAST
-    while height < size:
-        height *= 2
-        out = max(1, round({16: 2, 32: 1, 64: 1, 128: 1 / 2}[height] * conv_dim))
-        blocks.append(layers.up(channels, out))
-        channels = out
-    return nn.Sequential(*blocks, layers.conv(channels, 3, 3, padding=1), nn.Tanh())
+def _decoder(layers, width, channels, size, conv_dim):
+    """(B, width, 8, 8) -> (B, channels, size, size) in [-1, 1]."""
+    blocks, reached = [], LAST
+    while reached < size:
+        reached *= 2
+        out = max(1, round({16: 2, 32: 1, 64: 1, 128: 1 / 2}[reached] * conv_dim))
+        blocks.append(layers.up(width, out))
+        width = out
+    return nn.Sequential(*blocks, layers.conv(width, channels, 3, padding=1), nn.Tanh())
 
 
 def _attention_masks(net, run, prefix):
@@ -476,9 +489,9 @@ def _attention_masks(net, run, prefix):
 
 def build(config, classes=0):
     """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""
-    kernel = config.slae_kernel
+    kernel, channels = config.slae_kernel, CHANNELS[config.channels]
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
-                  config.sn in ("both", "g"), config.metadata_weight, classes)
+                  config.sn in ("both", "g"), config.metadata_weight, classes, channels)
     D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"),
-                      classes)
+                      classes, channels)
     return G, D

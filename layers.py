@@ -22,28 +22,30 @@ ONE_BY_ONE_FROM = 50_000
 
 
 class FromVector(nn.ConvTranspose2d):
-    """(B, in_channels, 1, 1) -> (B, out_channels, k, k), channels-last: `ConvTranspose2d` on a 1x1 input."""
+    """(B, in_channels, 1, 1) -> (B, out_channels, h, w), channels-last: `ConvTranspose2d` with a kernel of h x w on a
+    1x1 input.
+    """
 
     def __init__(self, channels, out, kernel, bias=True):
         super().__init__(channels, out, kernel, bias=bias)
 
     def forward(self, x):
-        weight = self.weight.permute(0, 2, 3, 1)                        # (in, k, k, out)
-        maps = x.flatten(1) @ weight.flatten(1)                         # (B, k * k * out)
-        maps = maps.unflatten(1, weight.shape[1:])                      # (B, k, k, out)
+        weight = self.weight.permute(0, 2, 3, 1)                        # (in, h, w, out)
+        maps = x.flatten(1) @ weight.flatten(1)                         # (B, h * w * out)
+        maps = maps.unflatten(1, weight.shape[1:])                      # (B, h, w, out)
         if self.bias is not None:
             maps = maps + self.bias.to(maps.dtype)
-        return maps.permute(0, 3, 1, 2)                                 # (B, out, k, k)
+        return maps.permute(0, 3, 1, 2)                                 # (B, out, h, w)
 
 
 class ToVector(nn.Conv2d):
-    """(B, in_channels, k, k) -> (B, out_channels, 1, 1): `Conv2d` whose kernel covers the whole input."""
+    """(B, in_channels, h, w) -> (B, out_channels, 1, 1): `Conv2d` whose kernel, h x w, covers the whole input."""
 
     def __init__(self, channels, out, kernel, bias=True):
         super().__init__(channels, out, kernel, bias=bias)
 
     def forward(self, x):
-        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.weight))        # (B or out, k * k * in)
+        x, weight = (t.permute(0, 2, 3, 1).flatten(1) for t in (x, self.weight))        # (B or out, h * w * in)
         return F.linear(x, weight, self.bias)[:, :, None, None]
 
 
@@ -265,8 +267,8 @@ class FeatureHeads(nn.Module):
     """Feature maps [(B, C, h, w), ...] of a frozen network -> logits (B, L): a small convolutional D on each map.
 
     A discriminator on features learned elsewhere, at several depths (Sauer et al. 2021, arXiv 2111.01007, section 3;
-    here without their random projections). `shapes`: (channels, height) of each map; convolutions of stride 2 bring it
-    to height 8. `wrap(layer)` adds spectral norm.
+    here without their random projections). `shapes`: (channels, shorter side) of each map; convolutions of stride 2
+    bring that to 8. `wrap(layer)` adds spectral norm.
     """
 
     WIDTH, HEIGHT = 64, 8

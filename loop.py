@@ -391,7 +391,7 @@ class Run:
 
     @cached_property
     def real_images(self):
-        """Real images for a grid, spread evenly over the data set: (N, 3, imsize, imsize) in [-1, 1], on the CPU.
+        """Real images for a grid, spread evenly over the data set: (N, C, H, W) in [-1, 1], on the CPU.
 
         With classes, each row of the grid has those of its class; fewer than a row are repeated.
         """

@@ -4,7 +4,7 @@
     objective.g_loss(D, real, fake, labels) -> (scalar, {...})
     objective.logits(D, images, labels)     -> (B,), one logit per image, for records
 
-`real` is (B, 3, imsize, imsize) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both already
+`real` is (B, C, H, W) in [-1, 1]; `fake` is what G returns, a list of images, largest first; both already
 augmented. `labels` is the pair (labels of real, labels of fake), each (B,), or None in a run without classes; D is
 called as D(images, labels). G's loss takes real images too, for losses that compare the two (relativistic ones do).
 Objectives only compute: trainer.py owns every `backward()` and every optimizer step.

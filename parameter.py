@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from errors import CheckpointError, UsageError
 from flags import common
 from flags.common import METRICS, MODELS, boolean, boolean_or_auto, one_of, written
+from flags.pictures import check_size, sides
 
 # {--model: its module in flags/}, the default model first
 FAMILIES = {model: import_module(f"flags.{model}") for model in MODELS}
@@ -300,10 +301,8 @@ def validate(values):
     _check_evaluation(values)
     _check_restart(values)
     model = values["model"]
-    *others, last = FAMILIES[model].IMSIZES
-    imsize = 64 if values["imsize"] is None else values["imsize"]
-    if imsize not in (*others, last) and not values["fake_dir"]:
-        raise UsageError(f"--imsize {imsize}: must be {', '.join(map(str, others))} or {last} with --model {model}")
+    if not values["fake_dir"]:
+        check_size(values["imsize"], FAMILIES[model].IMSIZES, model)
     if values["mode"] in EXTRA_MODES and values["mode"] not in FAMILIES[model].EXTRA_MODES:
         raise UsageError(f"--mode {values['mode']}: swaps the maps that drive skip layers, and {model} has none")
     FAMILIES[model].check(values)
@@ -364,7 +363,7 @@ def _check_evaluation(values):
         if values["num_eval"] < least:
             raise UsageError(f"--num_eval {values['num_eval']}: --metrics {name} needs at least {least}")
     imsize = values["imsize"]
-    if values["fake_dir"] and imsize is not None and not 16 <= imsize <= 4096:
+    if values["fake_dir"] and imsize is not None and not all(16 <= side <= 4096 for side in sides(imsize)):
         raise UsageError(f"--imsize {imsize}: must be from 16 to 4096 with --fake_dir")
 
 

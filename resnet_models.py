@@ -2,15 +2,18 @@
 
 G: residual up-blocks with class-conditional batch norm; D: residual down-blocks, sum pooling, projection (Miyato and
 Koyama 2018, arXiv 1802.05637). Without classes G has plain batch norm and D no projection. imsize is 32 (the paper's
-128-px networks cut down as for CIFAR-10), 64, 128 or 256. At 128 px, width 64, 1,000 classes and attention at 32x32
-they have 42,078,852 (G) and 39,463,618 (D) parameters. Spectral norm on every layer, attention included; on no batch
-norm.
+128-px networks cut down as for CIFAR-10), 64, 128 or 256, or a rectangle whose shorter side is. At 128 px, width 64,
+1,000 classes and attention at 32x32 they have 42,078,852 (G) and 39,463,618 (D) parameters. Spectral norm on every
+layer, attention included; on no batch norm.
 """
+
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from flags.pictures import CHANNELS, FIRST, short_side, sides_at
 from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x, sum_pool
 from spectral import maybe_spectral_norm
 
@@ -84,56 +87,56 @@ class DownBlock(nn.Module):
 
 
 class Generator(Attentive):
-    """z (B, z_dim), labels (B,) if there are `classes` -> [image (B, 3, imsize, imsize) in [-1, 1]].
+    """z (B, z_dim), labels (B,) if there are `classes` -> [image (B, channels, H, W) in [-1, 1]].
 
-    Attention after the blocks whose output height is in `attention`.
+    Attention after the blocks whose output size is in `attention`. A size is the shorter side of a map.
     """
 
     parts = {"z": slice(None)}      # of the input z: {name: slice}
     has_noise = False
 
-    def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True, classes=0):
+    def __init__(self, imsize, z_dim, conv_dim, attention=(), sn=True, classes=0, channels=3):
         super().__init__()
         wrap = _layers(sn)
-        channels, *outs = [width * conv_dim for width in G_WIDTHS[imsize]]
-        self.start = wrap(nn.Linear(z_dim, 4 * 4 * channels))
+        before, *outs = [width * conv_dim for width in G_WIDTHS[short_side(imsize)]]
+        self.first = sides_at(imsize, FIRST)                                # (4, 4) for squares
+        self.start = wrap(nn.Linear(z_dim, math.prod(self.first) * before))
         self.blocks, self.attention = nn.ModuleDict(), nn.ModuleDict()
-        size = 4
+        size = min(self.first)
         for out in outs:
             size *= 2
-            self.blocks[f"{size}"] = UpBlock(channels, out, classes, wrap)
+            self.blocks[f"{size}"] = UpBlock(before, out, classes, wrap)
             if size in attention:
                 self.attention[f"g{size}"] = SelfAttention(out, pool=True, wrap=wrap)
-            channels = out
-        self.norm = nn.BatchNorm2d(channels)
-        self.to_rgb = _conv(wrap, channels, 3, 3)
+            before = out
+        self.norm = nn.BatchNorm2d(before)
+        self.to_rgb = _conv(wrap, before, channels, 3)
 
     def forward(self, z, labels=None):
-        x = self.start(z).unflatten(1, (-1, 4, 4))                      # (B, width, 4, 4)
+        x = self.start(z).unflatten(1, (-1, *self.first))               # (B, width, 4, 4)
         x = x.contiguous(memory_format=torch.channels_last)
         for size, block in self.blocks.items():
             x = block(x, labels)                                        # (B, width, size, size)
             if f"g{size}" in self.attention:
                 x = self.attention[f"g{size}"](x)
         x = F.relu(self.norm(x))                                        # (B, conv_dim, imsize, imsize)
-        return [torch.tanh(self.to_rgb(x).float())]                     # (B, 3, imsize, imsize)
+        return [torch.tanh(self.to_rgb(x).float())]                     # (B, channels, imsize, imsize)
 
 
 class Discriminator(Attentive):
-    """image (B, 3, imsize, imsize) in [-1, 1], labels (B,) if there are `classes` -> logits (B,).
+    """image (B, channels, H, W) in [-1, 1], labels (B,) if there are `classes` -> logits (B,).
 
-    No batch norm; attention after the blocks that halve their maps to a height in `attention`. Labels of None leave out
+    No batch norm; attention after the blocks that halve their maps to a size in `attention`. Labels of None leave out
     the projection: the logits say how real the images are, of whatever class.
     """
 
-    def __init__(self, imsize, conv_dim, attention=(), sn=True, classes=0):
+    def __init__(self, imsize, conv_dim, attention=(), sn=True, classes=0, channels=3):
         super().__init__()
-        wrap = _layers(sn)
-        widths = [width * conv_dim for width in D_WIDTHS[imsize]]
-        halving = len(widths) - D_KEEP_SIZE[imsize]
+        wrap, size = _layers(sn), short_side(imsize)
+        widths = [width * conv_dim for width in D_WIDTHS[size]]
+        halving = len(widths) - D_KEEP_SIZE[size]
         self.blocks, self.attention = nn.ModuleList(), nn.ModuleDict()
         self.attention_after = {}                                       # {number of a block: layer}
-        channels, size = 3, imsize
         for number, out in enumerate(widths):
             down = number < halving
             self.blocks.append(DownBlock(channels, out, wrap, down, first=number == 0))
@@ -166,6 +169,7 @@ class Discriminator(Attentive):
 
 def build(config, classes=0):
     """Return (G, D) of the config for so many classes, newly initialized, on the CPU."""
-    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"), classes)
-    D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"), classes)
+    last = classes, CHANNELS[config.channels]
+    G = Generator(config.imsize, config.z_dim, config.g_conv_dim, config.g_attn, config.sn in ("both", "g"), *last)
+    D = Discriminator(config.imsize, config.d_conv_dim, config.d_attn, config.sn in ("both", "d"), *last)
     return G, D

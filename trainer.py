@@ -71,7 +71,7 @@ class Trainer:
     def train_step(self, batches):
         """Train one step on the next `d_iters` of `batches`, an iterator over Batch. Return {name: 0-d tensor}."""
         batches_of_d = [next(batches) for _ in range(self.config.d_iters)]
-        tensors = [batch.images for batch in batches_of_d]              # each (B, 3, imsize, imsize)
+        tensors = [batch.images for batch in batches_of_d]              # each (B, C, H, W)
         if self.latents.classes is not None:
             tensors += [batch.labels for batch in batches_of_d]         # each (B,)
         self.is_whole = False                               # until the end of the step, the state belongs to no step

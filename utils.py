@@ -1,4 +1,4 @@
-"""Seeding and random states, the averaged generator, new folders, atomic writes, evenly spread indices."""
+"""Seeding and random states, the averaged generator, new folders, atomic writes, evenly spread indices, RGB."""
 
 import contextlib
 import glob
@@ -49,6 +49,21 @@ def forked_random_state(device):
         yield
     finally:
         restore_random_states(states, device)
+
+
+def as_rgb(images):
+    """Images (B, C, H, W), floats in [-1, 1] or uint8, of 1 (grey), 3 (RGB) or 4 channels (RGB and transparency) ->
+    the same kind, (B, 3, H, W), transparent parts on white. Gradients flow.
+    """
+    channels = images.size(1)
+    if channels == 1:
+        return images.expand(-1, 3, -1, -1)
+    if channels == 3:
+        return images
+    if images.dtype == torch.uint8:
+        return ((as_rgb(images.float() / 127.5 - 1) + 1) * 127.5).round().to(torch.uint8)
+    colours, alpha = images[:, :3], (images[:, 3:] + 1) / 2             # (B, 3, H, W), (B, 1, H, W) in [0, 1]
+    return colours * alpha + (1 - alpha)
 
 
 def spread_indices(count, length):

@@ -23,6 +23,7 @@ from dataset.images import EncodedDataset, ImageDataset, Lmdb, Lmdbs, Subset
 from dataset.scan import NAMED
 from device.distributed import is_first, on_first, say
 from errors import DataError
+from flags.pictures import short_side
 from storage.cache import Cache
 from utils import spread_indices, write_atomically
 
@@ -226,7 +227,7 @@ class Check:
         ranges = tuple(levels[kind - 1] for kind in sorted({t.kind for t in traits})) if levels else ()
         intact = frozenset(picture for picture in reasons if not index.level[picture])
         return Findings(reasons, index.groups("digest", "whole"), intact, levels, len(deep), ranges,
-                        int((2 * side < self.config.imsize).sum()))
+                        int((2 * side < short_side(self.config.imsize)).sum()))
 
 
 class _Index:

@@ -1,7 +1,9 @@
 """Decode picture files of any supported format; look at a file's header and end without decoding it.
 
-8-bit pictures are decoded as Pillow does. Values of more than 8 bits are mapped to 0..255 by the `Levels` of their data
-set, because 10 and 12 bits in 16-bit files would come out black.
+A decoded picture has the size and channels of a PictureShape (flags/pictures.py); where functions take a `shape`, a
+number stands for that of square RGB pictures of this side. 8-bit pictures are decoded as Pillow does. Values of more
+than 8 bits are mapped to 0..255 by the `Levels` of their data set, because 10 and 12 bits in 16-bit files would come
+out black.
 """
 
 import io
@@ -20,6 +22,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from errors import DataError
+from flags.pictures import PictureShape
 
 _NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # a library that Pillow may have been built without
 FORMATS = {format: endings for format, endings in {  # what Pillow decodes by itself, in the order of trying
@@ -190,27 +193,28 @@ def _without_text(data: bytes) -> bytes | None:
 # ---- decoding ----
 
 
-def read_picture(path: str, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+def read_picture(path: str, shape: PictureShape | int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
                  levels: Levels = NO_LEVELS) -> torch.Tensor:
-    """Return the decoded file at `path` as `decode` does: uint8 (3, imsize, imsize). Raises DataError naming `path`."""
+    """Return the decoded file at `path` as `decode` does: uint8 (C, H, W). Raises DataError naming `path`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:  # the file itself may be intact, so the message does not advise deleting it
         raise DataError(f"cannot read {printable(path)}: {error.strerror}") from error
-    return decode(data, path, imsize, crop, max_pixels, levels)
+    return decode(data, path, shape, crop, max_pixels, levels)
 
 
-def decode(data: bytes, name: str, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+def decode(data: bytes, name: str, shape: PictureShape | int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
            levels: Levels = NO_LEVELS) -> torch.Tensor:
-    """Decode the encoded picture `data`, center-crop it, Lanczos-resize it; return uint8 (3, imsize, imsize).
+    """Decode the encoded picture `data` and bring it into `shape`, see `to_tensor`; return uint8 (C, H, W).
 
-    The crop is a square of side `crop`, or the largest square if `crop` is None or larger than the picture. EXIF
-    rotation is applied, transparency is composited over white. Of an animation the first frame is taken. A picture of
+    EXIF rotation is applied; transparency is composited over white, unless the shape has it. Of an animation the first
+    frame is taken. A picture of
     more than `max_pixels` (0: no limit) is decoded at a reduced size if the format can. Raises UnusablePicture, whose
     message contains `name`.
     """
     try:
-        return _despite_text(partial(_decode, imsize=imsize, crop=crop, max_pixels=max_pixels, levels=levels), data)
+        return _despite_text(partial(_decode, shape=PictureShape.of(shape), crop=crop, max_pixels=max_pixels,
+                                     levels=levels), data)
     except _UNUSABLE as error:
         raise _unusable(name, error, max_pixels) from None
 
@@ -226,11 +230,11 @@ def _despite_text(read: Callable, data: bytes):
         return read(stripped)
 
 
-def _decode(data: bytes, imsize: int, crop: int | None, max_pixels: int, levels: Levels) -> torch.Tensor:
+def _decode(data: bytes, shape: PictureShape, crop: int | None, max_pixels: int, levels: Levels) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _open(io.BytesIO(data)) as image:
-            _limit(image, imsize, crop, max_pixels)
+            _limit(image, max(shape.height, shape.width), crop, max_pixels)
             kind = _kind(image)
             if kind == REAL or image.mode.startswith("I"):
                 image = _grey(_upright(image), levels)
@@ -238,7 +242,7 @@ def _decode(data: bytes, imsize: int, crop: int | None, max_pixels: int, levels:
                 image = _channels_in_8_bits(data, levels)
             else:
                 image = _upright(image)
-            return to_tensor(_rgb(image), imsize, crop)
+            return to_tensor(image, shape, crop)
 
 
 def _unusable(name: str, error: Exception, max_pixels: int) -> UnusablePicture:
@@ -251,9 +255,9 @@ def _unusable(name: str, error: Exception, max_pixels: int) -> UnusablePicture:
     return UnusablePicture(name, printable(error) or type(error).__name__)
 
 
-def _limit(image: Image.Image, imsize: int, crop: int | None, max_pixels: int):
+def _limit(image: Image.Image, longest: int, crop: int | None, max_pixels: int):
     """Let the decoder scale down, for speed or to stay within `max_pixels`. Raise _TooLarge if it cannot."""
-    side, reduction = 4 * imsize, 1  # what is asked for, and by what each side must be divided
+    side, reduction = 4 * longest, 1  # what is asked for, and by what each side must be divided
     while max_pixels and -(-image.width // reduction) * -(-image.height // reduction) > max_pixels:
         reduction *= 2
     if reduction > 1:
@@ -276,12 +280,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image  # the EXIF tag is damaged, the pixels are intact
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Convert to mode RGB: transparent pixels become white."""
+def _convert(image: Image.Image, channels: str) -> Image.Image:
+    """Convert to mode RGB, L ("grey") or RGBA: where there is no transparency, transparent pixels become white."""
+    if channels == "rgba":
+        return image.convert("RGBA") if image.has_transparency_data else image.convert("RGB").convert("RGBA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    return image.convert("L") if channels == "grey" else image
 
 
 # ---- more than 8 bits ----
@@ -386,20 +393,43 @@ def measure_levels(traits: list[Traits]) -> Levels | None:
 # ---- to tensors ----
 
 
-def to_tensor(image: Image.Image, imsize: int, crop: int | None = None) -> torch.Tensor:
-    """Center-crop an RGB `image` (side `crop` if it is large enough, else the largest square) and Lanczos-resize it.
+def to_tensor(image: Image.Image, shape: PictureShape | int, crop: int | None = None) -> torch.Tensor:
+    """Bring an `image` of any mode into `shape`; return uint8 (C, H, W).
 
-    Returns uint8 (3, imsize, imsize).
+    With `--fit crop` the largest part of the shape's proportions is cut from the middle of the image, or from its
+    central square of side `crop` if that is given and the image is large enough; then it is Lanczos-resized. `pad`
+    resizes the whole image until it fits and fills the rest with white, where there is transparency with transparent
+    pixels; `stretch` resizes it as it is.
     """
-    side = min(image.size)
-    if crop is not None and crop <= side:
-        side = crop
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    image = image.resize((imsize, imsize), Image.Resampling.LANCZOS)
-    return to_chw(image)
+    shape = PictureShape.of(shape)
+    image, size = _convert(image, shape.channels), (shape.width, shape.height)
+    if shape.fit == "crop":
+        image = image.crop(_middle(image.size, size, crop))
+    if shape.fit == "pad":
+        scale = min(wanted / side for wanted, side in zip(size, image.size, strict=True))
+        inner = tuple(max(1, round(scale * side)) for side in image.size)
+        canvas = Image.new(image.mode, size, {"RGBA": (0, 0, 0, 0), "RGB": (255, 255, 255), "L": 255}[image.mode])
+        canvas.paste(image.resize(inner, Image.Resampling.LANCZOS),
+                     tuple((wanted - side) // 2 for wanted, side in zip(size, inner, strict=True)))
+        image = canvas
+    picture = to_chw(image.resize(size, Image.Resampling.LANCZOS))
+    if shape.channels == "rgba":
+        picture *= picture[3:] > 0      # what is invisible is black, so that G has nothing to learn there
+    return picture
+
+
+def _middle(size: tuple[int, int], wanted: tuple[int, int], crop: int | None) -> tuple[int, int, int, int]:
+    """Return the box (left, top, right, bottom) of the largest part of a picture of `size` (width, height) with the
+    proportions of `wanted`, within its central square of side `crop` if it has one.
+    """
+    width, height = (crop, crop) if crop is not None and crop <= min(size) else size
+    scale = min(width / wanted[0], height / wanted[1])
+    width, height = (min(whole, round(scale * side)) for whole, side in zip((width, height), wanted, strict=True))
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return left, top, left + width, top + height
 
 
 def to_chw(picture: Image.Image | np.ndarray) -> torch.Tensor:
-    """Copy an RGB picture, uint8 (H, W, 3), into a contiguous tensor (3, H, W)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    """Copy a picture, uint8 (H, W, C) or (H, W), into a contiguous tensor (C, H, W)."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()

@@ -24,6 +24,7 @@ from dataset.decode import printable
 from dataset.images import EncodedDataset, ImageDataset
 from device.distributed import after_first, on_this_machine, say
 from errors import CheckpointError
+from flags.pictures import PictureShape
 
 FOLDER = ".decoded"  # hidden, so that the search for pictures skips it
 MEMORY = 2**30  # bytes that an in-memory cache may take, at most
@@ -33,7 +34,7 @@ _PAGE = 4096  # bytes: length of the header; the pictures begin at a multiple of
 class DecodedCache(ImageDataset):
     """A data set that decodes each picture on its first use and caches it.
 
-    `pictures` uint8 (N, 3, imsize, imsize) and their checksums `sums` int32 (N,), 0 for not cached, are shared between
+    `pictures` uint8 (N, C, H, W) and their checksums `sums` int32 (N,), 0 for not cached, are shared between
     processes: memory-mapped from `file`, or in shared memory. If not `writable`, nothing is added.
     """
 
@@ -46,9 +47,9 @@ class DecodedCache(ImageDataset):
         self._verified = np.zeros(len(dataset), bool)  # this process knows these to be cached and intact
 
     @classmethod
-    def in_memory(cls, dataset: ImageDataset, imsize: int, shared: bool) -> "DecodedCache":
+    def in_memory(cls, dataset: ImageDataset, shape: PictureShape, shared: bool) -> "DecodedCache":
         """A cache in memory; `shared`: in memory shared with the workers. Raises OSError, RuntimeError."""
-        pictures = torch.empty(len(dataset), 3, imsize, imsize, dtype=torch.uint8)
+        pictures = torch.empty(len(dataset), *shape.size, dtype=torch.uint8)
         sums = torch.zeros(len(dataset), dtype=torch.int32)
         if shared:
             pictures.share_memory_()
@@ -112,17 +113,18 @@ class _File:
     path: Path
     header: bytes
     count: int
-    imsize: int
+    shape: PictureShape
 
     @classmethod
     def of(cls, dataset: EncodedDataset, config, folder: Path) -> "_File":
-        fields = {"pictures": hashlib.sha256(dataset.stamps.tobytes()).hexdigest(), "imsize": config.imsize,
+        shape = PictureShape.of_config(config)
+        fields = {"pictures": hashlib.sha256(dataset.stamps.tobytes()).hexdigest(), "imsize": shape.key,
                   "crop": dataset.crop, "procedure": decode.CACHE_VERSION, "Pillow": PIL.__version__,
                   **dataset.options}
         text = json.dumps(fields).encode()
-        kind = f"{config.imsize}px" + (f"_crop{dataset.crop}" if dataset.crop else "")
+        kind = f"{shape.key}px".replace(" ", "_") + (f"_crop{dataset.crop}" if dataset.crop else "")
         name = f"{kind}_{hashlib.sha256(text).hexdigest()[:16]}.u8"
-        return cls(folder / name, text.ljust(_PAGE), len(dataset), config.imsize)
+        return cls(folder / name, text.ljust(_PAGE), len(dataset), shape)
 
     @property
     def offset(self) -> int:
@@ -132,7 +134,7 @@ class _File:
     @property
     def size(self) -> int:
         """Size of the file, in bytes."""
-        return self.offset + self.count * 3 * self.imsize**2
+        return self.offset + self.count * self.shape.values
 
     def create(self):
         """Create the file, empty but fully allocated, and delete stale versions of it. Raises OSError."""
@@ -166,7 +168,7 @@ class _File:
         # "c" (copy-on-write) instead of "r": PyTorch warns of read-only arrays
         mapped = np.memmap(self.path, np.uint8, "r+" if writable else "c")
         sums = torch.from_numpy(mapped[_PAGE:_PAGE + 4 * self.count].view(np.int32))
-        pictures = torch.from_numpy(mapped[self.offset:]).view(self.count, 3, self.imsize, self.imsize)
+        pictures = torch.from_numpy(mapped[self.offset:]).view(self.count, *self.shape.size)
         return DecodedCache(dataset, pictures, sums, self, writable)
 
     def map_again(self, dataset: ImageDataset) -> ImageDataset:
@@ -261,7 +263,8 @@ def _gb(size: int) -> str:
 
 def _in_memory(dataset: ImageDataset, config) -> ImageDataset:
     """Return `dataset` behind a cache in memory, or `dataset` itself if it does not fit."""
-    size, shared = len(dataset) * 3 * config.imsize**2, config.num_workers != 0
+    shape, shared = PictureShape.of_config(config), config.num_workers != 0
+    size = len(dataset) * shape.values
     processes = on_this_machine()  # each has its own copy
     limit = min(MEMORY, available_memory() // 4 // processes)
     if shared:
@@ -269,7 +272,7 @@ def _in_memory(dataset: ImageDataset, config) -> ImageDataset:
     if size > limit:
         return dataset
     try:
-        return DecodedCache.in_memory(dataset, config.imsize, shared)
+        return DecodedCache.in_memory(dataset, shape, shared)
     except (OSError, RuntimeError):  # no shared memory on this system
         return dataset
 

@@ -1,4 +1,4 @@
-"""Data set classes: `dataset[index]` is one uint8 picture (3, imsize, imsize).
+"""Data set classes: `dataset[index]` is one uint8 picture (C, H, W).
 
 `Files`, `Archive`, `Lmdb` and `Lmdbs` decode pictures from disk; `Subset` is a part of another data set;
 `ThreadedReader` decodes a slice of a data set with several threads. `dataset/table.py` builds them.
@@ -22,10 +22,11 @@ from dataset.decode import MAX_PIXELS, NO_LEVELS, Levels, UnusablePicture, decod
 from dataset.labels import Labels
 from dataset.scan import Found, Member, find_in_archive, find_pictures, unpack
 from errors import DataError
+from flags.pictures import PictureShape
 
 
 class ImageDataset(Dataset):
-    """`length` pictures; `read(index)` returns one as uint8 (3, imsize, imsize).
+    """`length` pictures; `read(index)` returns one as uint8 (C, H, W).
 
     `sources` are the paths of the files that hold the pictures, in a fixed order. `summary` describes the data set in
     messages. `options` {name: value} are settings of the decoder that differ from the usual ones. `find_labels()`
@@ -46,7 +47,7 @@ class ImageDataset(Dataset):
         return self.read(index)
 
     def load_batch(self, indices: Sequence[int]) -> torch.Tensor:
-        """Return several pictures in a new tensor: uint8 (len(indices), 3, imsize, imsize)."""
+        """Return several pictures in a new tensor: uint8 (len(indices), C, H, W)."""
         return torch.stack([self[index] for index in indices])
 
     def is_decoded(self, indices: Sequence[int] | None = None) -> bool:
@@ -153,19 +154,19 @@ class Files(EncodedDataset):
 
     advice = f"{EncodedDataset.advice} (--mode clean_data deletes the damaged ones)"
 
-    def __init__(self, folder: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+    def __init__(self, folder: Path, shape: PictureShape | int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
                  own: dict | None = None):
         self.found = find_pictures(folder, own)
         paths = self.found.paths
-        super().__init__(partial(self._read, paths, imsize=imsize, crop=crop, max_pixels=max_pixels), len(paths),
+        super().__init__(partial(self._read, paths, shape=shape, crop=crop, max_pixels=max_pixels), len(paths),
                          f"{len(paths)} pictures in {printable(folder)}", paths,
                          partial(self._find_labels, folder, paths))
         self.home, self.crop, self.max_pixels, self.options = folder, crop, max_pixels, _options(max_pixels)
 
     @staticmethod
-    def _read(paths: list[str], index: int, imsize: int, crop: int | None, max_pixels: int,
+    def _read(paths: list[str], index: int, shape: PictureShape | int, crop: int | None, max_pixels: int,
               levels: Levels = NO_LEVELS) -> torch.Tensor:
-        return read_picture(paths[index], imsize, crop, max_pixels, levels)
+        return read_picture(paths[index], shape, crop, max_pixels, levels)
 
     @staticmethod
     def _below(folder: Path, paths: list[str]) -> list[str]:
@@ -237,12 +238,12 @@ class Archive(EncodedDataset):
 
     advice = f"Unpack the archive and clean the folder: {Files.advice[0].lower()}{Files.advice[1:]}"
 
-    def __init__(self, path: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS):
+    def __init__(self, path: Path, shape: PictureShape | int, crop: int | None = None, max_pixels: int = MAX_PIXELS):
         self._version = _version_of(stat_file(path))
         self.found, members = find_in_archive(path)
         self.names = self.found.paths
         self.members = np.array([members.pop(name) for name in self.names], np.int64)  # (N, 5), see Member
-        read = partial(self._read, imsize=imsize, crop=crop, max_pixels=max_pixels)
+        read = partial(self._read, shape=shape, crop=crop, max_pixels=max_pixels)
         super().__init__(read, len(self.names), f"{len(self.names)} pictures in {printable(path)}", [str(path)],
                          partial(self._find_labels, members))
         self.home, self.crop, self.max_pixels, self.options = path, crop, max_pixels, _options(max_pixels)
@@ -272,9 +273,9 @@ class Archive(EncodedDataset):
             # Not remembered as damaged: it has the same stamp once the archive has been mended.
             raise UnusablePicture(self.name(index), str(error), damaged=False) from None
 
-    def _read(self, index: int, imsize: int, crop: int | None, max_pixels: int,
+    def _read(self, index: int, shape: PictureShape | int, crop: int | None, max_pixels: int,
               levels: Levels = NO_LEVELS) -> torch.Tensor:
-        return decode(self._picture(index), self.name(index), imsize, crop, max_pixels, levels)
+        return decode(self._picture(index), self.name(index), shape, crop, max_pixels, levels)
 
     def stray(self):
         return labels.find_stray(self.names)
@@ -315,14 +316,14 @@ class Archive(EncodedDataset):
         return [self.members[:, Member._fields.index(name)].tolist() for name in names]
 
 
-def open_pictures(path: Path, imsize: int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
+def open_pictures(path: Path, shape: PictureShape | int, crop: int | None = None, max_pixels: int = MAX_PIXELS,
                   own: dict | None = None) -> EncodedDataset:
     """Return the pictures below a folder or in a zip archive. Raises DataError if there are none.
 
     `own` are subfolders to leave out, as of `scan.own_folders`.
     """
-    return Archive(path, imsize, crop, max_pixels) if os.path.isfile(path) else \
-        Files(path, imsize, crop, max_pixels, own)
+    return Archive(path, shape, crop, max_pixels) if os.path.isfile(path) else \
+        Files(path, shape, crop, max_pixels, own)
 
 
 _environments = {}  # folder: (process id, open LMDB)
@@ -344,9 +345,9 @@ def environment(folder: str):
 class Lmdb(EncodedDataset):
     """The values of an LMDB `folder`, each an encoded picture, sorted by key."""
 
-    def __init__(self, folder: str, keys: list[bytes], imsize: int, summary: str, file: str,
+    def __init__(self, folder: str, keys: list[bytes], shape: PictureShape | int, summary: str, file: str,
                  max_pixels: int = MAX_PIXELS):
-        super().__init__(partial(self._read, folder, keys, imsize=imsize, max_pixels=max_pixels), len(keys), summary,
+        super().__init__(partial(self._read, folder, keys, shape=shape, max_pixels=max_pixels), len(keys), summary,
                          [file])
         self.home, self.keys, self.max_pixels, self.options = Path(folder), keys, max_pixels, _options(max_pixels)
 
@@ -356,9 +357,9 @@ class Lmdb(EncodedDataset):
             return transaction.get(key)
 
     @classmethod
-    def _read(cls, folder: str, keys: list[bytes], index: int, imsize: int, max_pixels: int,
+    def _read(cls, folder: str, keys: list[bytes], index: int, shape: PictureShape | int, max_pixels: int,
               levels: Levels = NO_LEVELS) -> torch.Tensor:
-        return decode(cls._value(folder, keys[index]), cls._name(folder, keys[index]), imsize, None, max_pixels, levels)
+        return decode(cls._value(folder, keys[index]), cls._name(folder, keys[index]), shape, None, max_pixels, levels)
 
     @staticmethod
     def _name(folder: str, key: bytes) -> str:
@@ -491,7 +492,7 @@ DECODERS = 4                # threads; Pillow releases the GIL while it decodes
 
 
 class ThreadedReader:
-    """Slices of a data set (whose `[index]` is uint8 (3, S, S)) as uint8 (N, 3, S, S), decoded by several threads.
+    """Slices of a data set (whose `[index]` is uint8 (C, H, W)) as uint8 (N, C, H, W), decoded by several threads.
 
     Raises DataError if pictures are unreadable; the message counts all of them and names the first.
     """

@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 
 from dataset import toy
-from dataset.decode import MAX_PIXELS, printable, to_chw, to_tensor
+from dataset.decode import MAX_PIXELS, printable, to_tensor
 from dataset.images import Files, ImageDataset, Lmdb, Lmdbs, Subset, environment, open_pictures, stat_file
 from dataset.labels import Labels
 from dataset.scan import own_folders
 from errors import DataError
+from flags.pictures import PictureShape
 
 CELEBA_CROP = 160  # pixels: side of the center crop of an aligned 178x218 CelebA picture, as published
 TOY_LENGTH = 4096  # pictures
@@ -33,7 +34,8 @@ def _limit(config) -> int:
 def open_folder(config) -> ImageDataset:
     """All pictures below the folder, or in the zip archive, `--image_path`. Raises DataError."""
     try:
-        return open_pictures(Path(config.image_path), config.imsize, None, _limit(config), own_folders(config))
+        return open_pictures(Path(config.image_path), PictureShape.of_config(config), None, _limit(config),
+                             own_folders(config))
     except DataError as error:
         raise DataError(f"--dataset folder: {error}; set --image_path to a folder of pictures, or to a zip archive of "
                         "them") from None
@@ -49,7 +51,7 @@ def _missing(config, problem: object, name: str) -> DataError:
 def open_celeb(config) -> ImageDataset:
     """CelebA's aligned pictures below `{image_path}/CelebA`, center-cropped to 160 px. Raises DataError."""
     try:
-        dataset = Files(Path(config.image_path, "CelebA"), config.imsize, CELEBA_CROP, _limit(config),
+        dataset = Files(Path(config.image_path, "CelebA"), PictureShape.of_config(config), CELEBA_CROP, _limit(config),
                         own_folders(config))
     except DataError as error:
         raise _missing(config, error, "CelebA") from None
@@ -125,8 +127,8 @@ def _open_lmdb(config, lmdb_folder: Path) -> Lmdb:
         raise _missing(config, f"cannot read {file} ({error})", "LSUN") from error
     if not keys:
         raise _missing(config, f"{file} holds no pictures", "LSUN")
-    return Lmdb(folder, keys, config.imsize, f"{len(keys)} pictures in {printable(lmdb_folder)}", str(file),
-                _limit(config))
+    return Lmdb(folder, keys, PictureShape.of_config(config), f"{len(keys)} pictures in {printable(lmdb_folder)}",
+                str(file), _limit(config))
 
 
 def open_cifar10(config) -> ImageDataset:
@@ -144,20 +146,20 @@ def open_cifar10(config) -> ImageDataset:
         raise _missing(config, f"{root / name} is damaged or incomplete", "CIFAR10") from None
     pictures = cifar10.data  # (N, 32, 32, 3) uint8
     labels = partial(Labels, tuple(cifar10.classes), np.array(cifar10.targets, np.int64))
-    read = partial(_read_array, pictures, imsize=config.imsize)
+    read = partial(_read_array, pictures, shape=PictureShape.of_config(config))
     sources = [str(root / name / file) for file, _ in CIFAR10.train_list]
     return ImageDataset(read, len(pictures), f"{len(pictures)} pictures in {printable(root)}", sources, labels)
 
 
-def _read_array(pictures: np.ndarray, index: int, imsize: int) -> torch.Tensor:
-    return to_tensor(Image.fromarray(pictures[index]), imsize)
+def _read_array(pictures: np.ndarray, index: int, shape: PictureShape) -> torch.Tensor:
+    return to_tensor(Image.fromarray(pictures[index]), shape)
 
 
 def open_toy(config) -> ImageDataset:
     """Faces drawn by code (dataset/toy.py): nothing to download."""
-    read = partial(_draw, imsize=config.imsize)
-    return ImageDataset(read, TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px", [toy.__file__],
-                        _toy_labels)
+    shape = PictureShape.of_config(config)
+    return ImageDataset(partial(_draw, shape=shape), TOY_LENGTH, f"{TOY_LENGTH} drawn faces at {config.imsize} px",
+                        [toy.__file__], _toy_labels)
 
 
 @cache
@@ -166,8 +168,9 @@ def _toy_labels() -> Labels:
     return Labels(tuple(toy.CLASSES), np.fromiter(map(toy.face_class, faces), np.int64, TOY_LENGTH))
 
 
-def _draw(index: int, imsize: int) -> torch.Tensor:
-    return to_chw(toy.draw_face(index, imsize))
+def _draw(index: int, shape: PictureShape) -> torch.Tensor:
+    face = toy.draw_face(index, max(shape.height, shape.width), transparent=shape.channels == "rgba")
+    return to_tensor(Image.fromarray(face), shape)
 
 
 DATASETS = {  # --dataset: the function that opens it
@@ -186,7 +189,8 @@ def fingerprint(dataset: ImageDataset, config) -> str:
     seconds for 200,000 files). So a changed file of the same size whose modification time was reset is not noticed,
     and a moved or copied folder counts as a different data set. Raises DataError if a file is missing.
     """
-    digest = hashlib.sha256(repr((config.dataset, config.imsize, CELEBA_CROP, len(dataset))).encode())
+    shape = PictureShape.of_config(config)
+    digest = hashlib.sha256(repr((config.dataset, shape.key, CELEBA_CROP, len(dataset))).encode())
     if dataset.options:
         digest.update(repr(dataset.options).encode())
     for path in dataset.sources:

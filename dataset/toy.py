@@ -429,8 +429,9 @@ def _hair(pen: _Pen, face: Face) -> None:
         pen.fill(light, _brush("-200,290,4 -165,225,22 -100,182,24 -30,168,4"))
 
 
-def draw_face(index: int, imsize: int) -> np.ndarray:
-    """Draw person number `index` as an RGB picture, uint8 (imsize, imsize, 3).
+def draw_face(index: int, imsize: int, transparent: bool = False) -> np.ndarray:
+    """Draw person number `index` as an RGB picture, uint8 (imsize, imsize, 3); if `transparent`, as an RGBA picture
+    (imsize, imsize, 4) without a backdrop.
 
     `imsize` is at least 16; the features are designed to be legible from 32 px on. Raises ValueError for a smaller size
     or a negative index, TypeError if the index is not an integer.
@@ -439,7 +440,8 @@ def draw_face(index: int, imsize: int) -> np.ndarray:
         raise ValueError(f"a toy face needs at least 16 pixels a side, got {imsize}")
     face = face_traits(index)
     fold = 4  # supersampling factor: ImageDraw does not anti-alias
-    canvas = _backdrop(face, imsize * fold)
+    side = imsize * fold
+    canvas = Image.new("RGBA", (side, side)) if transparent else _backdrop(face, side)
     pen = _Pen(canvas, face)
     for layer in (_back_hair, _body, _head, _mouth, _eyes, _hair):
         layer(pen, face)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from device.distributed import on_this_machine, progress, say
 from errors import DataError, first_line
+from flags.pictures import PictureShape
 
 MOST = 8        # workers per process with --num_workers auto, at most
 BATCHES = 3     # that a worker holds in shared memory, at most: two prefetched, one in transit
@@ -40,7 +41,7 @@ def readers(config) -> int:
     fits at all.
     """
     processes = on_this_machine()
-    batch = config.batch_size // processes * 3 * config.imsize**2       # bytes
+    batch = config.batch_size // processes * PictureShape.of_config(config).values      # bytes
     free = shared_memory() // processes
     fitting = free // (BATCHES * batch)
     if config.num_workers == "auto":

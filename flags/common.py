@@ -1,7 +1,8 @@
 """The flags that all families share; `Flag`: converter, default, range, help.
 
-Every other file in this folder holds the flags, presets, image sizes and checks of one family. `parameter.py` parses
-the command line by these tables. Nothing here imports torch, so that --help and most mistakes answer at once.
+flags/pictures.py says what pictures are; every other file in this folder holds the flags, presets, image sizes and
+checks of one family. `parameter.py` parses the command line by these tables. Nothing here imports torch, so that --help
+and most mistakes answer at once.
 """
 
 import argparse
@@ -13,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flags.pictures import CHANNELS, FITS, as_imsize
+
 # The names of the families: one file of this folder each.
-MODELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py") if path.stem != "common"))
+MODELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")
+                      if path.stem not in ("common", "pictures")))
 
 # --adv_loss, each with its defaults of --d_iters and --sn.
 LOSSES = {
@@ -233,7 +237,7 @@ class Flag:
         """The placeholder of its value in --help."""
         kinds = {boolean: "BOOL", boolean_or_auto: "BOOL", int: "N", whole_or_auto: "N", float: "X", str: "TEXT",
                  sizes: "SIZES", policies: "NAMES", metrics: "NAMES", names: "NAMES", points: "POINTS",
-                 step_or_best: "STEP", seeds: "SEEDS", run_or_file: "TEXT"}
+                 step_or_best: "STEP", seeds: "SEEDS", run_or_file: "TEXT", as_imsize: "SIZE"}
         return kinds.get(self.type, "NAME")
 
 
@@ -322,8 +326,13 @@ FLAGS = {
              "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
         Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures, or a "
              "zip archive of them"),
-        Flag("imsize", int, 64, "side of the pictures in pixels, a power of two: {families}",
+        Flag("imsize", as_imsize, 64, "side of the pictures in pixels, a power of two: {families}; or HEIGHTxWIDTH, "
+             "such as 64x128, the longer side a multiple of a quarter of the shorter one",
              fixed=lambda values: not values["fake_dir"]),
+        Flag("channels", one_of(*CHANNELS), "rgb", "rgb | grey | rgba (with transparency, which the others show on "
+             "white)", fixed=lambda values: not values["fake_dir"]),
+        Flag("fit", one_of(*FITS), "crop", "pictures of another shape than --imsize: crop (the largest part from the "
+             "middle) | pad (with white, of rgba transparent) | stretch", fixed=lambda values: not values["fake_dir"]),
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
         Flag("num_workers", whole_or_auto, "auto", "loader processes, until all pictures are in the cache; 0 loads in "
              "the training process; auto: one per core, at most 8", 0, 256),

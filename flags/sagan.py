@@ -2,6 +2,7 @@
 
 from errors import UsageError
 from flags.common import DERIVED, Flag, always, boolean, one_of, points, sizes, written
+from flags.pictures import FIRST, short_side
 
 IS_DEFAULT = True       # of --model
 
@@ -64,7 +65,8 @@ def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
     if values["arch"] != "resnet":
         return PRESETS[name]
-    return RESNET.get((name, values["imsize"])) or RESNET[name, None]
+    side = values["imsize"] and short_side(values["imsize"])
+    return RESNET.get((name, side)) or RESNET[name, None]
 
 
 IMSIZES = (32, 64, 128, 256)
@@ -73,23 +75,23 @@ EXTRA_MODES = ()        # those of --mode that not every family has
 
 
 def g_feature_sizes(imsize):
-    """Return the heights of G's feature maps in order: 4, 8, ..., imsize / 2."""
-    return [2**power for power in range(2, imsize.bit_length() - 1)]
+    """Return the sizes of G's feature maps in order, their shorter sides: 4, 8, ..., imsize / 2."""
+    return [FIRST * 2**power for power in range((short_side(imsize) // FIRST).bit_length() - 1)]
 
 
 def d_feature_sizes(imsize):
-    """Return the heights of D's feature maps in order: imsize / 2, ..., 8, 4."""
+    """Return the sizes of D's feature maps in order, their shorter sides: imsize / 2, ..., 8, 4."""
     return g_feature_sizes(imsize)[::-1]
 
 
 def fill_in(values, weights_there):
     """Replace the defaults that depend on other flags, in place."""
     # None when only folders are scored, without networks
-    imsize = 64 if values["imsize"] is None else values["imsize"]
+    side = 64 if values["imsize"] is None else short_side(values["imsize"])
     if values["arch"] == "resnet":
-        g_attn = d_attn = (min(32, imsize // 2),)
+        g_attn = d_attn = (min(32, side // 2),)
     else:
-        g_attn, d_attn = (imsize // 4, imsize // 2), (max(4, imsize // 16), max(8, imsize // 8))
+        g_attn, d_attn = (side // 4, side // 2), (max(4, side // 16), max(8, side // 8))
     for name, default in (("g_attn", g_attn), ("d_attn", d_attn)):
         if values[name] is None:
             values[name] = default
@@ -100,7 +102,8 @@ def check(values):
     imsize = 64 if values["imsize"] is None else values["imsize"]
     sizes_of_g, sizes_of_d = g_feature_sizes(imsize), d_feature_sizes(imsize)
     if values["arch"] == "resnet":                      # G's first block ends at 8; D's last blocks keep their size
-        sizes_of_g, sizes_of_d = [*sizes_of_g[1:], imsize], sizes_of_d[:-1] if imsize == 32 else sizes_of_d
+        side = short_side(imsize)
+        sizes_of_g, sizes_of_d = [*sizes_of_g[1:], side], sizes_of_d[:-1] if side == 32 else sizes_of_d
     for name, available in (("g_attn", sizes_of_g), ("d_attn", sizes_of_d)):
         wrong = [size for size in values[name] if size not in available]
         if wrong and not values["fake_dir"]:

@@ -1,8 +1,8 @@
 """Sample grids, and what all pictures of the gallery share: colours, conversion to uint8, atomic PNG writes.
 
-The functions take plain tensors and are independent of networks, runs and flags. Images are (B, 3, H, W) in [-1, 1].
-Images of a diverged run are useful too: non-finite values are drawn (NaN as mid grey) and never raise. Disk errors are
-raised as OSError.
+The functions take plain tensors and are independent of networks and runs. Images are (B, C, H, W) in [-1, 1]: grey,
+RGB, or RGB and transparency, which is shown on a chequered ground. Images of a diverged run are useful too: non-finite
+values are drawn (NaN as mid grey) and never raise. Disk errors are raised as OSError.
 """
 
 import math
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from flags.pictures import sides
 from utils import write_atomically
 
 BACKGROUND, INK, QUIET, WARN = (22, 23, 27), (236, 236, 238), (154, 157, 166), (255, 190, 92)
@@ -21,21 +22,23 @@ EDGE = (84, 87, 96)  # frames whose colour has no meaning
 GAP, MARGIN, FRAME, RAMP = 2, 24, 3, 120  # px; RAMP is the length of the colour scale in the legend
 NAME_WIDTH = 160  # px: of a row's name, at most
 SCREEN = 1920  # px: maximal width of eight columns
+SHOWN = (1, 3, 4)  # channels of images that can be shown
+CHEQUER, CHEQUERS = 8, (204, 255)  # px and shades of grey of the ground of transparent images
 
 
 def grid_side(imsize):
-    """Return the images per row and column of a square sample grid that fits on a screen.
+    """Return the images per row and column of a sample grid that fits on a screen.
 
-    8 up to 64 px, 6 up to 128, 4 up to 256, 3 up to 512, 2 above.
+    8 up to 64 px at the longer side, 6 up to 128, 4 up to 256, 3 up to 512, 2 above.
     """
     for limit, side in ((64, 8), (128, 6), (256, 4), (512, 3)):
-        if imsize <= limit:
+        if max(sides(imsize)) <= limit:
             return side
     return 2
 
 
 def to_uint8(images):
-    """Float (B, 3, H, W) in [-1, 1] on any device -> uint8 (B, H, W, 3) numpy array.
+    """Float (B, C, H, W) in [-1, 1] on any device -> uint8 (B, H, W, C) numpy array.
 
     Values outside are clamped, NaN becomes mid grey, and values are rounded: truncation would darken every picture by
     half a level, and a uint8 picture converted to float and back would change.
@@ -45,6 +48,27 @@ def to_uint8(images):
     return ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def to_visible(images):
+    """Images (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, 3) numpy array as a screen shows them: transparency as a
+    chequered ground.
+    """
+    pictures = to_uint8(images)
+    B, H, W, C = pictures.shape
+    if C == 1:
+        return pictures.repeat(3, 3)
+    if C == 3:
+        return pictures
+    odd = (np.indices((H, W)) // CHEQUER).sum(0) % 2                    # (H, W)
+    ground = np.where(odd, *CHEQUERS)[..., None]                        # (H, W, 1)
+    alpha = pictures[..., 3:] / 255
+    return (pictures[..., :3] * alpha + ground * (1 - alpha)).round().astype(np.uint8)
+
+
+def to_picture(pixels):
+    """Return uint8 (H, W, C) as a Pillow image of mode L, RGB or RGBA."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
 @lru_cache
 def find_font(size):
     """The font of all text in pictures: Pillow's own, which is everywhere."""
@@ -52,20 +76,20 @@ def find_font(size):
 
 
 def save_grid(images, path, columns=None, names=None):
-    """Write images (B, 3, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
+    """Write images (B, C, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
 
-    columns defaults to ceil(sqrt(B)). Images less than 64 px high are enlarged by an integer factor (nearest
+    columns defaults to ceil(sqrt(B)). Images of a shorter side under 64 px are enlarged by an integer factor (nearest
     neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows. The
     write is atomic; missing folders are created. Raises ValueError for no image or fewer than one column, OSError if
     the file cannot be written.
     """
-    cells = to_uint8(images)
+    cells = to_visible(images)
     if not len(cells):
         raise ValueError("save_grid: no images")
     columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
     if columns < 1:
         raise ValueError("save_grid: columns must be at least 1")
-    zoom = math.ceil(64 / cells.shape[1])
+    zoom = math.ceil(64 / min(cells.shape[1:3]))
     cells = cells.repeat(zoom, 1).repeat(zoom, 2)
     B, H, W, _ = cells.shape
     rows, font = math.ceil(B / columns), find_font(13)

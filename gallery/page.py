@@ -436,7 +436,7 @@ def _is_protocol(entry):
         type(step) is int for step in entry[2].values())
 
 
-_SUMMARY_TYPES = {"version": str, "model": str, "dataset": str, "imsize": int, "step": int, "total_step": int,
+_SUMMARY_TYPES = {"version": str, "model": str, "dataset": str, "imsize": int | str, "step": int, "total_step": int,
                   "written": int, "thumb": str | None, "figures": dict}
 
 

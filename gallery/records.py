@@ -31,7 +31,7 @@ DEFAULT_QUERIES = ((0.45, 0.36), (0.45, 0.64), (0.72, 0.50), (0.20, 0.50), (0.12
 class Record:
     """The inputs and output folders of a record.
 
-    `inputs`: of G. `images`: G_ema's images for them, and `real`: real images, both (·, 3, imsize, imsize), on the
+    `inputs`: of G. `images`: G_ema's images for them, and `real`: real images, both (·, C, H, W), on the
     networks' device. `samples`, `attention`: folders for samples and attention sheets. `queries`: query points, None
     for DEFAULT_QUERIES. `raw`: whether maps are also saved as arrays. `names`: the class of each image, if there are
     classes.

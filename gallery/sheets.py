@@ -1,6 +1,7 @@
 """Sheets: labelled figures of attention maps and masks (heat-map overlays) and of rows of images.
 
-The functions take plain tensors and are independent of networks, runs and flags. Images are (B, 3, H, W) in [-1, 1].
+The functions take plain tensors and are independent of networks and runs. Images are (B, C, H, W) in [-1, 1],
+shown as in grids.
 Non-finite values are drawn, flagged by a caption or label, and never raise. All writes are atomic.
 """
 
@@ -22,11 +23,12 @@ from gallery.grid import (
     QUIET,
     RAMP,
     SCREEN,
+    SHOWN,
     WARN,
     find_font,
     save_png,
     shortened,
-    to_uint8,
+    to_visible,
 )
 
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
@@ -76,15 +78,15 @@ def save_attention(images, maps, queries, path, layer, step, gamma, entropy, nam
 def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()):
     """Return a Pillow image of the attention maps of each query point: a row per image, a column per query.
 
-    images: (B, 3, S, S) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys. queries:
+    images: (B, C, H, W) in [-1, 1]. maps: (B, Q, h, w), the softmax weights of each query over the keys. queries:
     (Q, 2) tensor or list, (y, x) as fractions of the image in [0, 1]. Only printed: layer, its name; step: int; gamma,
     the layer's residual weight, and entropy, its mean normalized entropy, as numbers or one-element tensors; names, one
     text per image, such as its class, below it.
 
     The first column is the image with all query points. In the others the map, interpolated bicubically and divided by
     its maximum, is overlaid on the dimmed image. The caption gives its minimum and maximum in multiples of uniform
-    attention 1/(h*w), and `H`, its normalized entropy. Images are enlarged by an integer factor up to 256 px, larger
-    ones are downscaled to 256 px. There are 8 colours, used cyclically.
+    attention 1/(h*w), and `H`, its normalized entropy. Images are enlarged by an integer factor up to 256 px at their
+    longer side, larger ones are downscaled to 256 px. There are 8 colours, used cyclically.
     Raises ValueError if the shapes do not match.
     """
     queries = torch.as_tensor(queries).detach().float().cpu().reshape(-1, 2).clamp(0, 1)
@@ -92,8 +94,8 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()
     if maps.dim() != 4 or tuple(maps.shape[:2]) != (B, Q) or not B * Q:
         raise ValueError(f"save_attention: {B} images and {Q} queries do not fit maps {tuple(maps.shape)}")
     h, w = maps.shape[2:]
-    cells = to_uint8(images)
-    cell = _shown(cells.shape[1])
+    cells = to_visible(images)
+    cells = _enlarge(cells, _shown(max(cells.shape[1:3])))
     maps = maps.detach().float().cpu()
     gamma, entropy = (float(torch.as_tensor(number).detach()) for number in (gamma, entropy))
     colours = [QUERY_COLOURS[i % len(QUERY_COLOURS)] for i in range(Q)]
@@ -106,11 +108,12 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()
     legend = ("0", None, "maximum of each map", "least to most: times uniform attention", "H: entropy, 1 = uniform")
     columns = [(f"query {i + 1}", colour, colour, "") for i, colour in enumerate(colours)]
     rows = [([_divided_by_max(map) for map in row], [_caption(map) for map in row]) for row in maps]
-    sheet, left, tops = _sheet(head, legend, _enlarge(cells, cell), columns, rows, names)
-    for i, (down, right) in enumerate((queries * cell).tolist()):
+    sheet, left, tops = _sheet(head, legend, cells, columns, rows, names)
+    longer = max(cells.shape[1:3])
+    for i, (down, right) in enumerate((queries * torch.tensor(cells.shape[1:3])).tolist()):
         for y in tops:
-            _dot(sheet, left[0] + right, y + down, max(5, cell // 36), colours[i])
-            _dot(sheet, left[i + 1] + right, y + down, max(4, cell // 50), colours[i])
+            _dot(sheet, left[0] + right, y + down, max(5, longer // 36), colours[i])
+            _dot(sheet, left[i + 1] + right, y + down, max(4, longer // 50), colours[i])
     return sheet
 
 
@@ -125,7 +128,7 @@ def save_masks(images, masks, path, title, step, names=()):
 def mask_sheet(images, masks, title, step, names=()):
     """Return a Pillow image of each layer's spatial attention mask: a row per image, a column per layer.
 
-    images: (B, 3, S, S) in [-1, 1]. masks: {layer name: (B, 1, h, w)}, sigmoid values in (0, 1); layers may differ in h
+    images: (B, C, H, W) in [-1, 1]. masks: {layer name: (B, 1, h, w)}, sigmoid values in (0, 1); layers may differ in h
     and w. title: str; step: int. names: one text per image, such as its class, below it.
 
     The first column is the image. In the others the layer's mask is overlaid on the dimmed image. Because a mask may
@@ -135,8 +138,8 @@ def mask_sheet(images, masks, title, step, names=()):
     almost no effect. Image sizes as in attention_sheet. Raises ValueError if the shapes do not match.
     """
     shapes = [tuple(images.shape)] + [tuple(mask.shape) for mask in masks.values()]
-    B, S = shapes[0][:1], shapes[0][-1:]
-    fit = shapes[0] == B + (3,) + S + S and all(len(s) == 4 and s[:2] == B + (1,) for s in shapes[1:])
+    B = shapes[0][:1]
+    fit = len(shapes[0]) == 4 and shapes[0][1] in SHOWN and all(len(s) == 4 and s[:2] == B + (1,) for s in shapes[1:])
     if not (fit and masks and all(map(math.prod, shapes))):
         raise ValueError(f"save_masks: images {shapes[0]} and masks {shapes[1:]} do not fit together")
     masks = {layer: mask.detach().float().cpu()[:, 0] for layer, mask in masks.items()}
@@ -148,14 +151,14 @@ def mask_sheet(images, masks, title, step, names=()):
     per_image = zip(*masks.values(), strict=True)
     rows = [([_min_max_normalized(mask) for mask in row], [_mask_caption(mask) for mask in row]) for row in per_image]
     legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers")
-    cells = _enlarge(to_uint8(images), _shown(*S))
+    cells = _enlarge(to_visible(images), _shown(max(shapes[0][2:])))
     return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows, names)[0]
 
 
 def save_reconstructions(rows, path, title, step, captions=None, legend="each column belongs to one image"):
     """Write one PNG with a labelled row of images per entry, such as real images and their reconstructions.
 
-    rows: {label: (B, 3, h, w) in [-1, 1]}, from top to bottom; column i of every row belongs to the same image.
+    rows: {label: (B, C, h, w) in [-1, 1]}, from top to bottom; column i of every row belongs to the same image.
     captions: {label: B short texts below the images of that row}. title: str; step: int, or None to omit it. Rows may
     differ in h and w: all are shown at one size, that of attention_sheet for the largest of them, or less so that 8
     columns fit into 1920 px; the aspect ratio is kept. The label of a row with non-finite values says so. The write is
@@ -163,7 +166,8 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     Raises ValueError if the shapes do not match, OSError if the file cannot be written.
     """
     shapes = [tuple(images.shape) for images in rows.values()]
-    if not shapes or any(len(s) != 4 or s[:2] != (shapes[0][0], 3) or not math.prod(s) for s in shapes):
+    if not shapes or any(len(s) != 4 or s[0] != shapes[0][0] or s[1] not in SHOWN or not math.prod(s)
+                         for s in shapes):
         raise ValueError(f"save_reconstructions: rows {shapes} are not pictures of the same number of images")
     B = shapes[0][0]
     gap, small = 2 * GAP, find_font(13)
@@ -180,7 +184,7 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     for placed, (label, images) in zip(labels, rows.items(), strict=True):
         _put(sheet, draw, placed, MARGIN, top + 10, small)
         top += 32
-        for i, picture in enumerate(_enlarge(to_uint8(images), cell)):
+        for i, picture in enumerate(_enlarge(to_visible(images), cell)):
             h, w, _ = picture.shape
             place = MARGIN + i * (cell + gap) + (cell - w) // 2, top + (cell - h) // 2
             sheet.paste(Image.fromarray(picture), place)
@@ -241,7 +245,7 @@ def _min_max_normalized(mask):
 
 
 def _overlays(cell, maps):
-    """Yield uint8 (cell, cell, 3): each of `maps` (h, w) in [0, 1] overlaid on the dimmed picture `cell`."""
+    """Yield uint8 (H, W, 3): each of `maps` (h, w) in [0, 1] overlaid on the dimmed picture `cell`."""
     picture = cell.astype(np.float32)
     grey = picture @ np.array((0.299, 0.587, 0.114), np.float32)
     dim = 0.42 * (0.4 * picture + 0.6 * grey[..., None])
@@ -256,17 +260,18 @@ def _overlays(cell, maps):
 def _sheet(head, legend, cells, columns, rows, names):
     """Draw a sheet with one row per cell: the picture, then its framed overlays with a caption below each.
 
-    head, legend: as in _blank. cells: uint8 (B, cell, cell, 3). columns: (heading, its colour, frame colour, a warning
+    head, legend: as in _blank. cells: uint8 (B, H, W, 3). columns: (heading, its colour, frame colour, a warning
     or "") per overlay. rows: (maps in [0, 1], captions) per cell. names: one per cell, or none.
     -> (sheet, x of all columns, y of all rows): positions of the pictures inside their frames.
     """
-    cell, small = cells.shape[1], find_font(13)
+    height, width = cells.shape[1:3]
+    small = find_font(13)
     texts = [text for heading, _, _, note in columns for text in (heading, note)]
     texts += [caption for _, captions in rows for caption in captions]
-    pitch_x = max(cell + 2 * FRAME, *(math.ceil(small.getlength(text)) for text in texts)) + 10
-    pitch_y = cell + 2 * FRAME + 34
+    pitch_x = max(width + 2 * FRAME, *(math.ceil(small.getlength(text)) for text in texts)) + 10
+    pitch_y = height + 2 * FRAME + 34
     # x of the image, then of each overlay, with a wider gap after the image
-    left = [MARGIN] + [MARGIN + cell + 18 + FRAME + i * pitch_x for i in range(len(columns))]
+    left = [MARGIN] + [MARGIN + width + 18 + FRAME + i * pitch_x for i in range(len(columns))]
     headings = 58 if any(note for *_, note in columns) else 40  # height in px
     sheet, draw, top = _blank(head, legend, left[-1] - FRAME + pitch_x - 10 - MARGIN, headings + len(cells) * pitch_y)
     tops = [top + headings + b * pitch_y for b in range(len(cells))]
@@ -276,12 +281,12 @@ def _sheet(head, legend, cells, columns, rows, names):
         draw.text((x - FRAME, top + 47), note, WARN, small, "ls")
     for y, picture, (maps, captions), name in zip(tops, cells, rows, names or [""] * len(rows), strict=True):
         sheet.paste(Image.fromarray(picture), (MARGIN, y))
-        draw.text((MARGIN, y + cell + FRAME + 16), shortened(name, small, cell), INK, small, "ls")
+        draw.text((MARGIN, y + height + FRAME + 16), shortened(name, small, width), INK, small, "ls")
         for i, overlay in enumerate(_overlays(picture, maps)):
             x = left[i + 1]
-            draw.rectangle((x - FRAME, y - FRAME, x + cell + FRAME - 1, y + cell + FRAME - 1), columns[i][2])
+            draw.rectangle((x - FRAME, y - FRAME, x + width + FRAME - 1, y + height + FRAME - 1), columns[i][2])
             sheet.paste(Image.fromarray(overlay), (x, y))
-            draw.text((x - FRAME, y + cell + FRAME + 16), captions[i], QUIET, small, "ls")
+            draw.text((x - FRAME, y + height + FRAME + 16), captions[i], QUIET, small, "ls")
     return sheet, left, tops
 
 

@@ -16,7 +16,7 @@ def swaps(G, inputs, draw):
     """Yield (name of an input, G's images with this input alone that of another sample), for each input.
 
     Inputs are the parts of z in `G.parts`, {name: slice}, the labels if there are any, and the noise maps if
-    `G.has_noise`. `draw(inputs)` returns images (N, 3, H, W), N >= 2, with G in eval mode.
+    `G.has_noise`. `draw(inputs)` returns images (N, C, H, W), N >= 2, with G in eval mode.
     """
     if G.has_noise:
         inputs = replace(inputs, noise=inputs.z)                        # holds the maps while z changes
@@ -30,7 +30,7 @@ def swaps(G, inputs, draw):
 
 
 def shares(G, inputs, images, draw, distance):
-    """Return {input: share} for G's images (N, 3, H, W) of `inputs`; see `swaps`.
+    """Return {input: share} for G's images (N, C, H, W) of `inputs`; see `swaps`.
 
     `distance(a, b)` returns the squared distances (N,) of images a, b.
     """

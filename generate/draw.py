@@ -4,10 +4,12 @@ An image does not depend on the other images of its batch, up to rounding.
 """
 
 import itertools
+import math
 
 import torch
 from torch import nn
 
+from flags.pictures import sides
 from gallery.grid import to_uint8
 from generate.latents import Inputs
 from spectral import shared_weights
@@ -16,13 +18,13 @@ BN_STATS_IMAGES = 256       # images for recomputing G_ema's batch-norm statisti
 
 
 def batch_for(imsize):
-    """Batch size for generating images without gradients: 64 up to 128 px, fewer above, at least 8."""
-    return max(8, 64 * 128**2 // max(imsize, 128) ** 2)
+    """Batch size for generating images without gradients: 64 up to 128x128 px, fewer above, at least 8."""
+    return max(8, 64 * 128**2 // max(math.prod(sides(imsize)), 128**2))
 
 
 @torch.no_grad()
 def draw(G, inputs, precision, batch):
-    """Return G's images (len(inputs), 3, imsize, imsize) in [-1, 1] on the CPU.
+    """Return G's images (len(inputs), C, H, W) in [-1, 1] on the CPU.
 
     G is in eval mode, on the device of `precision`; `batch` is the batch size.
     """
@@ -52,7 +54,7 @@ def recompute_bn_stats(G_ema, inputs, precision, batch=64):
 
 
 class DrawnSamples:
-    """Samples 0 to count - 1 of a seed as a lazy uint8 array (count, 3, S, S): a slice is generated when indexed.
+    """Samples 0 to count - 1 of a seed as a lazy uint8 array (count, C, H, W): a slice is generated when indexed.
 
     They equal the pictures that `--mode sample` writes: byte-identical for the slice of all of them, and for 64 from a
     multiple of 64. Other slices change G's batch sizes, and about one value in 100,000 may be rounded differently. G
@@ -67,5 +69,5 @@ class DrawnSamples:
         return len(self.inputs)
 
     def __getitem__(self, part):
-        pictures = to_uint8(draw(self.G, self.inputs[part], self.precision, self.batch))    # (N, S, S, 3)
+        pictures = to_uint8(draw(self.G, self.inputs[part], self.precision, self.batch))    # (N, H, W, C)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)

@@ -15,6 +15,7 @@ from data_loader import to_images
 from dataset.table import fingerprint
 from device.distributed import after_first, on_first, progress, say
 from errors import DataError
+from flags.pictures import sides_at
 from pretrained import vgg
 from storage.cache import Cache
 from utils import spread_indices
@@ -162,8 +163,8 @@ def _extract(config, dataset, device):
     with progress(len(dataset), "picture", "metadata") as done:
         for indices in torch.arange(len(dataset)).split(BATCH):
             images = to_images(dataset.load_batch(indices.tolist()).to(device))
-            if images.shape[-1] > LARGEST:
-                images = interpolate(images, size=(LARGEST, LARGEST), mode="bilinear", antialias=True)
+            if min(images.shape[2:]) > LARGEST:
+                images = interpolate(images, size=sides_at(config.imsize, LARGEST), mode="bilinear", antialias=True)
             averages[indices] = net(vgg.imagenet_normalize(images)).mean((2, 3)).half().cpu()
             done.update(len(indices))
     if not averages.isfinite().all():

@@ -19,6 +19,7 @@ from device.distributed import place_alone
 from device.precision import Precision
 from errors import UsageError
 from families import FAMILIES
+from flags.pictures import PictureShape
 from gallery import film, grid
 from generate.classes import require_classes
 from generate.draw import draw
@@ -95,10 +96,10 @@ def interpolate(config, place, precision):
     for part in tqdm(inputs.split(1), unit="frame", dynamic_ncols=True):
         part = part.to(place.device)
         with precision.arithmetic():
-            image = trained.G(**part.as_arguments())[0]                 # (1, 3, imsize, imsize)
+            image = trained.G(**part.as_arguments())[0]                 # (1, C, H, W)
         names = () if part.labels is None else trained.latents.classes.captions(part.labels)
         sheet = FAMILIES[config.model].sheet(trained.G, part, image, config.attn_queries, trained.step, names)
-        frames.append(sheet or Image.fromarray(grid.to_uint8(image)[0]))
+        frames.append(sheet or Image.fromarray(grid.to_visible(image)[0]))
     name = f"interpolation_latents_{digest_of(corners)}" if config.latents else f"interpolation_seed{config.seed}"
     path = trained.path(name, config.truncation, f".{config.film}")
     film.save(frames, path, config.film)
@@ -120,8 +121,9 @@ def style_mix(config, place, precision):
     trained.create_folder()
     generator = torch.Generator().manual_seed(config.seed)
     contents, styles = trained.latents.sampling(2 * STYLES, generator).to(place.device).split(STYLES)
-    first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, 3, imsize, imsize)
+    first_row = draw(trained.G, styles, precision, STYLES)              # (STYLES, C, H, W)
     blank = torch.full_like(first_row[:1], 2 * grid.BACKGROUND[0] / 255 - 1)
+    blank[:, 3:] = 1                                                    # not transparent
     rows = [torch.cat([blank, first_row])]
     for content in tqdm(contents.split(1), unit="row", dynamic_ncols=True):
         with precision.arithmetic():
@@ -153,7 +155,8 @@ def export_files(config, place, precision):
     names = list(latents.classes.names) if latents.classes else []
     export.write(trained.G.cpu(), inputs.as_arguments(), folder, {
         "version": config.version, "step": trained.step, "model": config.model, "imsize": config.imsize,
-        "z_dim": config.z_dim, "truncation": config.truncation, "config": parameter.as_json(config), "classes": names})
+        "channels": config.channels, "z_dim": config.z_dim, "truncation": config.truncation,
+        "config": parameter.as_json(config), "classes": names})
     trained.finish(config, f"the generator of step {trained.step} in {folder}{os.sep}; README.md says how to use it")
     return 0
 
@@ -164,7 +167,8 @@ def export_files(config, place, precision):
 class Sampler:
     """A run's generator G_ema, to draw pictures with in one's own code: what `load` returns.
 
-    `step` is that of its checkpoint, `imsize` the side of its pictures in pixels, `classes` the names of its classes,
+    `step` is that of its checkpoint, `imsize` the side of its pictures in pixels, or
+    text such as "64x128", height and width, `classes` the names of its classes,
     () if it has none.
     """
 
@@ -187,7 +191,7 @@ class Sampler:
         return self._loaded[truncation]
 
     def sample(self, seeds, classes=None, truncation=None):
-        """Return pictures (N, imsize, imsize, 3), uint8, one for each of `seeds`: those of `--mode sample --seeds`.
+        """Return pictures (N, H, W, C), uint8, one for each of `seeds`: those of `--mode sample --seeds`.
 
         `classes`: a name or number for all, or a list of one for each seed; None: each seed has a class of its own, as
         frequent as in the data. `truncation` as in --truncation. Raises UsageError.
@@ -210,7 +214,8 @@ class Sampler:
                 (label,) = require_classes(trained.latents.classes).choose([str(name)])
                 inputs = replace(inputs, labels=torch.tensor([label]))
             pictures.append(grid.to_uint8(trained.draw(inputs))[0])
-        return np.stack(pictures) if pictures else np.zeros((0, self.imsize, self.imsize, 3), np.uint8)
+        channels, *size = PictureShape.of_config(self._config).size
+        return np.stack(pictures) if pictures else np.zeros((0, *size, channels), np.uint8)
 
 
 def load(version, step=None, device="auto", model_save_path="models"):

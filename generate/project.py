@@ -17,11 +17,13 @@ from dataset.decode import UnusablePicture, picture_size, printable, read_pictur
 from dataset.table import CELEBA_CROP
 from device.distributed import progress, say
 from errors import DataError, UsageError
+from flags.pictures import PictureShape
 from gallery import film, grid, sheets
 from generate.classes import require_classes
 from generate.latents import Inputs, save_latents
 from generate.trained import load_generator
 from pretrained import lpips
+from utils import as_rgb
 
 FALLBACK_HINT = "--vgg_weights PATH"
 CANDIDATES = 256        # samples whose nearest ones are starts
@@ -34,7 +36,7 @@ CELEBA_SIZE = 178, 218  # of an aligned picture of CelebA, in pixels
 
 @dataclass
 class Found:
-    """G's best image for each of B targets: its `inputs`, `images` (B, 3, S, S) in [-1, 1], their `lpips` (B,) and mean
+    """G's best image for each of B targets: its `inputs`, `images` (B, C, H, W) in [-1, 1], their `lpips` (B,) and mean
     squared error `mse` (B,), on the scale of [-1, 1]. On the CPU.
     """
 
@@ -45,7 +47,7 @@ class Found:
 
 
 def search(G, net, start, target, steps, free, advance, watch=lambda step, images: None):
-    """Optimize the first `free` dimensions of the latents of `start`, B Inputs, each for its target (B, 3, S, S).
+    """Optimize the first `free` dimensions of the latents of `start`, B Inputs, each for its target (B, C, H, W).
 
     G is frozen, in eval mode; `net` is an Lpips. Return `Found`, the step of lowest LPIPS of each. Each step calls
     `advance()` and `watch(step, images)`.
@@ -58,7 +60,7 @@ def search(G, net, start, target, steps, free, advance, watch=lambda step, image
     images, errors, latents = torch.zeros_like(target), torch.zeros_like(best), start.z.clone()
     for step in range(steps):
         latent = Inputs(torch.cat([optimized, fixed], 1), start.labels)
-        fake = G(**latent.as_arguments())[0]                            # (B, 3, S, S)
+        fake = G(**latent.as_arguments())[0]                            # (B, C, H, W)
         distance = (net.embed(fake) - target_embedding).square().sum(1)     # (B,): LPIPS
         error = (fake - target).square().mean((1, 2, 3))                # (B,): MSE
         with torch.no_grad():
@@ -99,13 +101,14 @@ def project(config, place, precision):
 
 
 def _read(path, config):
-    """Return a target (1, 3, S, S) in [-1, 1], decoded as training pictures are. Raise DataError."""
+    """Return a target (1, C, H, W) in [-1, 1], decoded as training pictures are. Raise DataError."""
     of_celeba = False
     if config.dataset == "celeb":                       # an aligned one is cropped, other photographs are not
         with contextlib.suppress(OSError), open(path, "rb") as file:
             of_celeba = picture_size(file) == CELEBA_SIZE
     try:
-        picture = read_picture(path, config.imsize, CELEBA_CROP if of_celeba else None, config.max_pixels)
+        picture = read_picture(path, PictureShape.of_config(config), CELEBA_CROP if of_celeba else None,
+                               config.max_pixels)
     except UnusablePicture as error:
         raise DataError(f"--target {printable(path)}: {error.reason}") from None
     except DataError as error:
@@ -124,7 +127,7 @@ def _candidates(config, trained):
 
 
 def _project(config, trained, net, candidates, path, target, bar):
-    """Search for one target (1, 3, S, S) and write what was found. Return the path of the picture."""
+    """Search for one target (1, C, H, W) and write what was found. Return the path of the picture."""
     device, frames = trained.precision.device, []
     target = target.to(device)
     start = candidates[_nearest(trained, net, candidates, target)].to(device)
@@ -141,7 +144,7 @@ def _project(config, trained, net, candidates, path, target, bar):
     image, target = trained.draw(latent), target.cpu()                  # as --latents will draw it
     out = _unused(trained.path(f"project_{_name(path)}", None, ".png"))
     sheets.save_reconstructions(
-        {"target": target, "closest image of G": image, "difference": (image - target).abs() - 1}, out,
+        {"target": target, "closest image of G": image, "difference": (as_rgb(image) - as_rgb(target)).abs() - 1}, out,
         f"projection of {printable(Path(path).name)}", trained.step,
         {"closest image of G": [f"LPIPS {found.lpips[best].item():.3f}"]}, "difference: black where they are equal")
     film.save([_frame(target, frame[best:best + 1]) for frame in frames], out.with_suffix(f".{config.film}"),
@@ -152,9 +155,9 @@ def _project(config, trained, net, candidates, path, target, bar):
 
 
 def _frame(target, image):
-    """Return target and image (1, 3, S, S) side by side, as a Pillow image of at least 256 px in height."""
-    zoom = max(1, 256 // image.size(-1))
-    pixels = grid.to_uint8(torch.cat([target, image], 3))[0]            # (S, 2S, 3)
+    """Return target and image (1, C, H, W) side by side, as a Pillow image of at least 256 px in height."""
+    zoom = max(1, 256 // image.size(-2))
+    pixels = grid.to_visible(torch.cat([target, image], 3))[0]          # (H, 2W, 3)
     return Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1))
 
 

@@ -133,13 +133,13 @@ def _file_name(origin):
 
 
 def _save(trained, image, inputs, origin, path):
-    """Write one image (3, S, S) with its recipe."""
+    """Write one image (C, H, W) with its recipe."""
     recipe = {"version": trained.folders.models.name, "step": trained.step, **origin, **trained.latents.settings()}
     if inputs.labels is not None:
         recipe["class"] = trained.latents.classes.names[inputs.labels.item()]
     text = PngInfo()
     text.add_text(KEY, json.dumps(recipe))
-    Image.fromarray(grid.to_uint8(image[None])[0]).save(path, compress_level=1, pnginfo=text)
+    grid.to_picture(grid.to_uint8(image[None])[0]).save(path, compress_level=1, pnginfo=text)
 
 
 # --------------------------------------------------------------------------------------------------------- --like

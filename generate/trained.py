@@ -31,7 +31,7 @@ class TrainedGenerator:
     folders: RunFolders
 
     def draw(self, inputs):
-        """Generate images (N, 3, imsize, imsize) in [-1, 1] on the CPU."""
+        """Generate images (N, C, H, W) in [-1, 1] on the CPU."""
         return draw(self.G, inputs, self.precision, self.batch)
 
     def create_folder(self):

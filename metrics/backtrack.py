@@ -5,6 +5,7 @@ in the embedding space where LPIPS is a squared Euclidean distance, so each targ
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -101,7 +102,7 @@ def _save_sheet(evaluation, pictures, result):
 
 @dataclass
 class Backtracked:
-    """G's best reconstruction of each of N pictures: `images` (N, 3, S, S) in [-1, 1], their `lpips` (N,) and mean
+    """G's best reconstruction of each of N pictures: `images` (N, C, H, W) in [-1, 1], their `lpips` (N,) and mean
     squared error `mse` (N,), on the scale of [-1, 1]. On the CPU.
     """
 
@@ -125,8 +126,7 @@ def backtrack(G, latents, pictures, net, steps, free, seed, place, labels=None):
     """
     starts = _find_starts(latents, seed, labels).to(place.device)
     mine = list(place.share(len(pictures)))
-    S = pictures[0:1].shape[-1]
-    batch = max(1, min(16, 16 * 64**2 // S**2))
+    batch = max(1, min(16, 16 * 64**2 // math.prod(pictures[0:1].shape[2:])))
     groups = [mine[start:start + batch] for start in range(0, len(mine), batch)]
     embeddings = _embed_samples(net, G, starts, batch) if groups else None
     results = {}

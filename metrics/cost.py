@@ -21,6 +21,7 @@ from data_loader import Batch
 from device import distributed, fast_step
 from device.precision import Precision
 from errors import Failure
+from flags.pictures import PictureShape
 from parameter import Config
 from storage.score_table import Score
 from trainer import Trainer
@@ -50,7 +51,7 @@ class ConstantBatch:
 
     def __init__(self, config, device, classes=None):
         generator = torch.Generator().manual_seed(0)
-        shape = (config.batch_size, 3, config.imsize, config.imsize)
+        shape = (config.batch_size, *PictureShape.of_config(config).size)
         self.images = (torch.rand(shape, generator=generator) * 2 - 1).to(device)
         self.labels = None if classes is None else classes.draw(config.batch_size, generator).to(device)
         self.samples_seen = 0

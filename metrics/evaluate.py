@@ -23,6 +23,7 @@ from device import distributed
 from device.distributed import Place, say
 from errors import DataError, UsageError, first_line
 from flags.common import METRICS
+from flags.pictures import as_imsize, sides
 from gallery import page
 from generate.draw import DrawnSamples
 from generate.trained import TrainedGenerator, load_generator
@@ -93,7 +94,7 @@ def _evaluate_run(config, place, precision):
     trained.G.requires_grad_(False)
     _refuse_without_classes(config, trained)
     needs_pictures = any(METRICS[name].of_folders or METRICS[name].of_classes for name in config.metrics)
-    read_reference = _find_reference(config, config.imsize) if needs_pictures else lambda: None
+    read_reference = _find_reference(config) if needs_pictures else lambda: None
     meter, others = load(config, place)
     reference = read_reference()
     _refuse_without_classes(config, trained, reference)
@@ -184,12 +185,13 @@ class _Report:
 
 
 def _evaluate_folder(config, place):
-    imsize = config.imsize or _common_size(config)
-    samples = ThreadedReader(of_folder(config.fake_dir, imsize, "--fake_dir").dataset)
-    read_reference = _find_reference(config, imsize)
+    if config.imsize is None:
+        config = Config.of({**vars(config), "imsize": _common_size(config)})
+    samples = ThreadedReader(of_folder(config.fake_dir, config, "--fake_dir").dataset)
+    read_reference = _find_reference(config)
     meter, others = load(config, place)
     reference = read_reference()
-    _note_resized(config.fake_dir, "--fake_dir", imsize)
+    _note_resized(config.fake_dir, "--fake_dir", config)
 
     def picture_path(name):
         path = Path(config.log_path, f"{Path(config.fake_dir).resolve().name}_{name}.png")
@@ -200,25 +202,24 @@ def _evaluate_folder(config, place):
     return _evaluate(evaluation, meter, others, samples, "the folder", _Report(config, config.fake_dir))
 
 
-def _find_reference(config, imsize):
+def _find_reference(config):
     """Return `read() -> Reference`, of the pictures of --real_dir or of the run's training pictures.
 
     `read` checks the latter, which takes time and writes caches. Raise DataError if there are none.
     """
     if config.real_dir:
-        reference = of_folder(config.real_dir, imsize, "--real_dir")
-        _note_resized(config.real_dir, "--real_dir", imsize)
+        reference = of_folder(config.real_dir, config, "--real_dir")
+        _note_resized(config.real_dir, "--real_dir", config)
         return lambda: reference
-    sized = Config.of({**vars(config), "imsize": imsize})
     try:
-        found = data_loader.find_dataset(sized)
+        found = data_loader.find_dataset(config)
     except DataError as error:
         if not config.fake_dir:
             raise
         problem = first_line(error)
         raise DataError(f"{problem}\nname the real pictures with --real_dir DIR, or a run that has them with "
                         "--version") from None
-    return lambda: of_run(sized, data_loader.build_dataset(sized, found))
+    return lambda: of_run(config, data_loader.build_dataset(config, found))
 
 
 def _sizes(folder):
@@ -244,23 +245,25 @@ def _describe(sizes):
 
 
 def _common_size(config):
-    """Return the side of the pictures in --fake_dir. Raise DataError if they are not squares of one size."""
+    """Return the imsize of the pictures in --fake_dir. Raise DataError if they are not of one size."""
     try:
         sizes = _sizes(config.fake_dir)
     except DataError as error:
         raise DataError(f"--fake_dir: {error}; name a folder of pictures") from None
-    if len(sizes) != 1 or len(set(next(iter(sizes)))) != 1:
-        problem = (f"the pictures are not squares of one size ({_describe(sizes)})" if sizes
+    if len(sizes) != 1:
+        problem = (f"the pictures are not of one size ({_describe(sizes)})" if sizes
                    else "no picture can be read")
         raise DataError(f"--fake_dir {config.fake_dir}: {problem};\nadd --imsize N to center-crop each to a square and "
-                        "resize it to N px")
-    return next(iter(sizes))[0]
+                        "resize it to N px, or --imsize HEIGHTxWIDTH")
+    ((width, height),) = sizes
+    return as_imsize(f"{height}x{width}")
 
 
-def _note_resized(folder, flag, imsize):
-    """Print how many pictures of a folder will be cropped and resized."""
-    sizes = _sizes(folder)
-    count = sum(n for size, n in sizes.items() if size != (imsize, imsize))
+def _note_resized(folder, flag, config):
+    """Print how many pictures of a folder will be brought to the size of `config`."""
+    sizes, (height, width) = _sizes(folder), sides(config.imsize)
+    count = sum(n for size, n in sizes.items() if size != (width, height))
     if count:
-        say(f"note: {flag}: {count:,} of {sum(sizes.values()):,} pictures are not {imsize}x{imsize}: they are "
-            "center-cropped to a square and resized, as in training")
+        how = {"crop": "center-cropped to these proportions", "pad": "padded", "stretch": "stretched"}[config.fit]
+        say(f"note: {flag}: {count:,} of {sum(sizes.values()):,} pictures are not {height}x{width}: they are {how} and "
+            "resized, as in training")

@@ -24,7 +24,7 @@ from metrics.meter import refuse_few
 from pretrained.feature_nets import FEATURE_NETS
 from storage.cache import Cache
 from storage.score_table import Score
-from utils import spread_indices
+from utils import as_rgb, spread_indices
 
 MAX_ROWS = 10_000           # pictures of a set used for KID, precision, recall, coverage: more would be gigabytes
 CHUNK = 64                  # batch size
@@ -161,7 +161,7 @@ def compute_features(net, pictures, place, what, logits=False, stopped=lambda: F
         for start in place.share(count, CHUNK):
             if stopped():
                 return None
-            features, part = net(pictures[start:start + CHUNK].to(place.device))
+            features, part = net(as_rgb(pictures[start:start + CHUNK].to(place.device)))
             exact = features.double()                   # (B, D)
             total, outer = total + exact.sum(0), outer + exact.T @ exact
             chosen = [i for i in range(len(features)) if start + i in kept]

@@ -17,17 +17,18 @@ from dataset.images import ImageDataset, open_pictures
 from dataset.table import fingerprint
 from errors import DataError
 from flags.common import METRICS, scores_by_rank
+from flags.pictures import PictureShape, as_imsize
 from parameter import Config, dataset_name
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The real pictures: a data set of uint8 (3, imsize, imsize), its description in protocols, its fingerprint."""
+    """The real pictures: a data set of uint8 (C, H, W), its description in protocols, its fingerprint."""
 
     dataset: ImageDataset
     words: str
     fingerprint: str
-    imsize: int
+    imsize: int | str
 
     def __len__(self):
         return len(self.dataset)
@@ -39,8 +40,10 @@ class Reference:
 
     def against(self, pictures):
         """Describe for a protocol what is compared."""
-        S = pictures[0:1].shape[-1]
-        return f"{len(pictures):,} samples at {S} px as 8-bit PNGs hold them, against {self.words}, unflipped"
+        C, H, W = pictures[0:1].shape[1:]
+        as_rgb = {1: " (grey, as RGB)", 4: " (as RGB on white)"}.get(C, "")
+        return (f"{len(pictures):,} samples at {as_imsize(f'{H}x{W}')} px as 8-bit PNGs hold them{as_rgb}, against "
+                f"{self.words}, unflipped")
 
 
 def of_run(config, dataset):
@@ -50,16 +53,19 @@ def of_run(config, dataset):
                      fingerprint(dataset, config), config.imsize)
 
 
-def of_folder(path, imsize, flag):
-    """The pictures of the folder, or archive, given by `flag`, cropped and resized as in training. Raises DataError."""
-    config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": imsize})
+def of_folder(path, config, flag):
+    """The pictures of the folder, or archive, given by `flag`, in the size and channels of `config`, brought to them as
+    in training. Raises DataError.
+    """
+    config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": config.imsize,
+                        "channels": config.channels, "fit": config.fit})
     try:
-        dataset = open_pictures(Path(path), imsize)
+        dataset = open_pictures(Path(path), PictureShape.of_config(config))
         dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None
     return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",
-                     fingerprint(dataset, config), imsize)
+                     fingerprint(dataset, config), config.imsize)
 
 
 def refuse_few(metrics, count, who):

@@ -14,6 +14,7 @@ from data_loader import to_images
 from dataset.images import ThreadedReader
 from device import distributed
 from device.distributed import say
+from flags.pictures import short_side, sides_at
 from gallery.sheets import save_reconstructions
 from pretrained import lpips, vgg
 from storage.score_table import Score
@@ -45,7 +46,7 @@ def evaluate(evaluation):
         real_distances = neighbours.real
         if distributed.is_first():
             _save_pairs(real, samples, neighbours, evaluation.picture_path(f"nearest{suffix}"), evaluation.step)
-        side = min(reference.imsize, SIDE)
+        side = min(short_side(reference.imsize), SIDE)
         nearest, other = ("the nearest of its class among", "the nearest other of their class") if labels else (
             "the nearest of", "the nearest other")
         yield [Score(neighbours.scores(), (
@@ -107,7 +108,7 @@ class Neighbours:
 
 @torch.no_grad()
 def find_neighbours(net, real, fake, place, real_distances=None, labels=None):
-    """Return the `Neighbours` of two sets of uint8 pictures (N, 3, S, S); `net` is an Lpips.
+    """Return the `Neighbours` of two sets of uint8 pictures (N, C, H, W); `net` is an Lpips.
 
     Searches the first SAMPLES of `fake` among all of `real`, and REAL of `real` among the others. `real_distances`:
     `Neighbours.real` of an earlier call with the same `real`, to skip the second search. `labels`, of `real` and of
@@ -180,7 +181,7 @@ def _embed(net, chosen, place):
 
 
 def pictures_at(pictures, numbers):
-    """Return the pictures of a set at these indices: uint8 (len(numbers), 3, S, S)."""
+    """Return the pictures of a set at these indices: uint8 (len(numbers), C, H, W)."""
     if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         return pictures[numbers[0]:numbers[0] + len(numbers)]           # one slice, decoded by several threads
     return torch.cat([pictures[number:number + 1] for number in numbers])
@@ -192,10 +193,11 @@ def _embed_chunk(net, pictures, place):
 
 
 def reduced(images):
-    """Downscale images in [-1, 1] to SIDE px if they are larger."""
-    if images.shape[-1] <= SIDE:
+    """Downscale images in [-1, 1] to SIDE px at the shorter side if they are larger."""
+    height, width = images.shape[2:]
+    if min(height, width) <= SIDE:
         return images
-    return F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", antialias=True)
+    return F.interpolate(images, size=sides_at(f"{height}x{width}", SIDE), mode="bilinear", antialias=True)
 
 
 def _save_pairs(real, samples, neighbours, path, step):

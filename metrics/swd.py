@@ -4,7 +4,7 @@ There is one distance per level of the Laplacian pyramid, so that both large sha
 no network, hence no download of weights; it compares shapes and textures, not semantic content. Values are comparable
 only at equal imsize and settings.
 
-A set of pictures is uint8 (N, 3, S, S) in 0..255 that supports slices, possibly lazy: a tensor, files of a folder, a
+A set of pictures is uint8 (N, C, H, W) in 0..255 that supports slices, possibly lazy: a tensor, files of a folder, a
 data set, or the samples of a generator.
 """
 
@@ -19,7 +19,9 @@ from PIL import Image
 from dataset.images import ThreadedReader
 from device.distributed import on_first
 from errors import DataError
+from flags.pictures import short_side, sides
 from storage.score_table import Score
+from utils import as_rgb
 
 SMALLEST = 16               # pixels: the coarsest level, the low-pass picture
 PATCH = 7                   # pixels: side of a descriptor
@@ -37,8 +39,9 @@ class SetMeter:
         self.reference = None                           # it needs nothing but the pictures
 
     def prepare(self, reference):
-        """Set the Reference. Raise DataError if its size is not a power of two."""
-        if reference.imsize & (reference.imsize - 1):
+        """Set the Reference. Raise DataError if its pictures cannot be halved down to SMALLEST px."""
+        short = short_side(reference.imsize)
+        if short & (short - 1) or any(side * SMALLEST % short for side in sides(reference.imsize)):
             raise DataError(f"--metrics swd: needs pictures of 16, 32, 64, ... px, these have {reference.imsize}; "
                             "add --imsize 64, or another power of two")
         self.reference = reference
@@ -52,7 +55,7 @@ class SetMeter:
 
 
 class PictureFiles:
-    """PNG files of one size as a lazy uint8 array (N, 3, S, S): a slice is read when indexed."""
+    """PNG files of one size as a lazy uint8 array (N, 3, H, W), as RGB: a slice is read when indexed."""
 
     def __init__(self, paths):
         self.paths = list(paths)
@@ -87,13 +90,14 @@ def _smooth(images):
 
 
 def laplacian_pyramid(images):
-    """float (B, C, S, S) -> [(B, C, S, S), (B, C, S/2, S/2), ..., (B, C, 16, 16)], the finest level first.
+    """float (B, C, S, S) -> [(B, C, S, S), (B, C, S/2, S/2), ..., (B, C, 16, 16)], the finest level first; of other
+    shapes until the shorter side is 16.
 
     Each level is the difference between a picture and its upsampled half-size version; the last level is the smallest
     picture itself.
     """
     levels = []
-    while images.size(-1) > SMALLEST:
+    while min(images.shape[2:]) > SMALLEST:
         smaller = _smooth(images)[..., ::2, ::2]
         upsampled = torch.zeros_like(images)
         upsampled[..., ::2, ::2] = smaller
@@ -105,21 +109,21 @@ def laplacian_pyramid(images):
 def descriptors(pictures, count, seed=0):
     """Sample `count` random 7x7 patches of every pyramid level: [float (count, 3, 49), ...], the finest level first.
 
-    pictures: a set, S a power of two, at least 16. The numbers of patches per picture differ by at most one. The
-    positions depend on `seed`, N and S only.
+    pictures: a set, its shorter side a power of two, at least 16. The numbers of patches per picture differ by at most
+    one. The positions depend on `seed`, N, H and W only. Grey and transparent pictures count as RGB.
     """
-    imsize = pictures[0:1].size(-1)
-    sizes = [imsize >> level for level in range((imsize // SMALLEST).bit_length())]
+    H, W = pictures[0:1].shape[2:]
+    sizes = [(H >> level, W >> level) for level in range((min(H, W) // SMALLEST).bit_length())]
     generator = torch.Generator().manual_seed(seed)
-    corners = [torch.randint(size - PATCH + 1, (2, count), generator=generator) for size in sizes]
+    corners = [[torch.randint(side - PATCH + 1, (count,), generator=generator) for side in size] for size in sizes]
     owner = torch.arange(count) % len(pictures)
     patches = [torch.empty(count, 3, PATCH**2) for _ in sizes]
-    chunk = max(1, CHUNK // imsize**2)
+    chunk = max(1, CHUNK // (H * W))
     for start in range(0, len(pictures), chunk):
-        levels = laplacian_pyramid(pictures[start:start + chunk].float())
+        levels = laplacian_pyramid(as_rgb(pictures[start:start + chunk]).float())
         mine = ((owner >= start) & (owner < start + chunk)).nonzero()[:, 0]
         for level, (y, x), rows in zip(levels, corners, patches, strict=True):
-            windows = level.unfold(2, PATCH, 1).unfold(3, PATCH, 1)             # (B, 3, S-6, S-6, 7, 7), a view
+            windows = level.unfold(2, PATCH, 1).unfold(3, PATCH, 1)             # (B, 3, H-6, W-6, 7, 7), a view
             rows[mine] = windows[owner[mine] - start, :, y[mine], x[mine]].flatten(2)
     return patches
 
@@ -127,9 +131,9 @@ def descriptors(pictures, count, seed=0):
 def sliced_wasserstein(real, fake, count=DESCRIPTORS, directions=DIRECTIONS, seed=0):
     """Return 1000 times the sliced Wasserstein distance of two sets of pictures, averaged over the pyramid's levels.
 
-    real, fake: sets of the same S, not necessarily of the same N. Each level of both is normalized per channel by the
-    real set's mean and standard deviation: normalizing each by its own would hide a wrong colour or contrast.
-    Deterministic; identical sets have distance 0. Values are comparable only at the same S and `count`.
+    real, fake: sets of the same size, not necessarily of the same N. Each level of both is normalized per channel by
+    the real set's mean and standard deviation: normalizing each by its own would hide a wrong colour or contrast.
+    Deterministic; identical sets have distance 0. Values are comparable only at the same size and `count`.
     """
     distances = []
     generator = torch.Generator().manual_seed(seed)

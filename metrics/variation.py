@@ -5,8 +5,9 @@ and by LPIPS; what a share means is said in gallery/variation.py.
 import torch
 
 from device import distributed
+from flags.pictures import short_side
 from gallery import variation
-from metrics.nearest import reduced, weights_in_words
+from metrics.nearest import SIDE, reduced, weights_in_words
 from pretrained import lpips
 from storage.score_table import Score
 
@@ -34,8 +35,9 @@ def evaluate(evaluation):
     yield [Score(values, (
         f"share of the variance of G's images from each input: how far {SAMPLES} samples move when this input alone is "
         "that of another sample, over how far two samples are apart; share: by squared differences of pixels, "
-        f"share_lpips: by {weights_in_words(config.vgg_weights)} at {min(config.imsize, 64)} px; in brackets the 95 % "
-        f"interval, {RESAMPLES:,} bootstrap resamples of the samples"), trained.latents.source(config.seed))]
+        f"share_lpips: by {weights_in_words(config.vgg_weights)} at {min(short_side(config.imsize), SIDE)} px; in "
+        f"brackets the 95 % interval, {RESAMPLES:,} bootstrap resamples of the samples"),
+        trained.latents.source(config.seed))]
 
 
 @torch.no_grad()
@@ -52,7 +54,7 @@ def measure_swaps(G, batches, draw, net, place):
             inputs = next(batches)
             if start not in mine:
                 continue
-            images, found = draw(inputs), {}                            # (64, 3, S, S)
+            images, found = draw(inputs), {}                            # (64, C, H, W)
             embedded = _embed(net, images, place)
             shown = {None: (images.roll(1, 0), embedded.roll(1, 0))}
             shown |= {name: (image, _embed(net, image, place)) for name, image in variation.swaps(G, inputs, draw)}

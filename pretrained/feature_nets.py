@@ -1,6 +1,6 @@
 """The networks of `--feature_net`, in whose features fid, kid and pr compare two sets of pictures.
 
-`FEATURE_NETS` is the table of them. Each network takes uint8 pictures (B, 3, S, S) of any size, resizes them itself and
+`FEATURE_NETS` is the table of them. Each network takes uint8 pictures (B, 3, H, W) of any size, resizes them itself and
 returns features float32 (B, width), and logits or None. Weights of Inception, VGG-16 and CLIP are verified by their
 sha256 or named by it; those of DINOv2 come through torch.hub, which runs code of facebookresearch/dinov2.
 """
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from device.distributed import say
 from errors import DataError, UsageError, first_line
+from flags.pictures import sides_at
 from pretrained import inception, vgg
 from pretrained.weights import TIMEOUT, Published
 
@@ -33,7 +34,7 @@ CLIP_FILE = Published(
 
 
 class VggFeatures(nn.Module):
-    """uint8 pictures (B, 3, S, S) -> relu5_3 of VGG-16 averaged over space, float32 (B, 512); None."""
+    """uint8 pictures (B, 3, H, W) -> relu5_3 of VGG-16 averaged over space, float32 (B, 512); None."""
 
     def __init__(self, features):
         super().__init__()
@@ -42,15 +43,16 @@ class VggFeatures(nn.Module):
 
     def forward(self, pictures):
         images = vgg.imagenet_normalize(pictures.float() / 127.5 - 1)
-        side = vgg_side(pictures.shape[-1])
-        images = F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+        height, width = pictures.shape[2:]
+        size = sides_at(f"{height}x{width}", vgg_side(min(height, width)))
+        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         with _exact_convolutions():
             maps = self.net(images.contiguous(memory_format=torch.channels_last))       # (B, 512, side/16, side/16)
         return maps.float().mean((2, 3)), None
 
 
 class FidelityFeatures(nn.Module):
-    """uint8 pictures (B, 3, S, S) -> the only features of one of torch-fidelity's extractors, float32; None."""
+    """uint8 pictures (B, 3, H, W) -> the only features of one of torch-fidelity's extractors, float32; None."""
 
     def __init__(self, net):
         super().__init__()
@@ -62,9 +64,9 @@ class FidelityFeatures(nn.Module):
         return features, None
 
 
-def vgg_side(imsize):
-    """Return the side in pixels at which pictures of `imsize` enter VGG-16: twice as large, within 96 to 224 px."""
-    return min(MOST_SIDE, max(LEAST_SIDE, 2 * imsize))
+def vgg_side(side):
+    """Return the shorter side, in pixels, of pictures of a `side` as they enter VGG-16: twice it, within 96 to 224."""
+    return min(MOST_SIDE, max(LEAST_SIDE, 2 * side))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from device import distributed
 from device.precision import exact
 from errors import UsageError
 from pretrained import vgg
+from utils import as_rgb
 
 # The number of `load_vgg`'s modules up to relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
 LPIPS_LAYERS = (4, 9, 16, 23, 30)
@@ -26,12 +27,12 @@ class Lpips(nn.Module):
             self.register_buffer(f"head{i}", weight.clamp(min=0))
 
     def forward(self, a, b):
-        """Return the distances (B,) of images a, b (B, 3, H, W) in [-1, 1], H, W >= 16."""
+        """Return the distances (B,) of images a, b (B, C, H, W) in [-1, 1], H, W >= 16."""
         return sum(F.conv2d((x - y).square(), weight).float().mean((1, 2, 3))           # (B, C, h, w) -> (B,)
                    for (x, weight), (y, _) in zip(self._layers(a), self._layers(b), strict=True))
 
     def embed(self, images):
-        """Return embeddings (B, D) of images (B, 3, H, W) whose squared Euclidean distances are their LPIPS.
+        """Return embeddings (B, D) of images (B, C, H, W) whose squared Euclidean distances are their LPIPS.
 
         For many distances between few images: each image passes the network once. D is some 120 times the number of
         pixels.
@@ -41,7 +42,7 @@ class Lpips(nn.Module):
 
     def _layers(self, images):
         """Yield (features (B, C, h, w) of unit length at each position, weights (1, C, 1, 1)) for each layer."""
-        x = self.scale(images)
+        x = self.scale(as_rgb(images))
         for i, part in enumerate(self.parts):
             x = part(x)
             with exact(x.device):           # autocast would copy the map to fp32 before the sum

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from device import distributed
 from errors import DataError
+from flags.pictures import short_side
 from pretrained.weights import Published
+from utils import as_rgb
 
 WIDTH = 512                                             # channels of these layers
 LAYERS_OF_D = {"relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}       # modules up to the layer, channels, stride
@@ -32,7 +34,7 @@ _SEED = 16                                              # of the random weights,
 
 
 class FrozenMaps(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> [feature maps of relu3_3, of relu4_3], of the images at `features_size(H)`.
+    """Images (B, C, H, W) in [-1, 1] -> [feature maps of relu3_3, of relu4_3], of the images at `features_size`.
 
     Nothing in it is trained, but gradients flow through it to the images. `net` is the network of `load_vgg`.
     """
@@ -43,7 +45,8 @@ class FrozenMaps(nn.Module):
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
 
     def forward(self, images):
-        images = F.avg_pool2d(images, images.size(-1) // features_size(images.size(-1)))
+        short = min(images.shape[2:])
+        images = F.avg_pool2d(images, short // features_size(short))
         maps = [imagenet_normalize(images)]                             # (B, 3, side, side)
         for part in self.parts:
             maps.append(part(maps[-1]))
@@ -51,12 +54,12 @@ class FrozenMaps(nn.Module):
 
 
 def features_size(imsize):
-    """Return the height at which images of `imsize` enter `FrozenMaps`: half of it, at most 128."""
-    return min(imsize // 2, 128)
+    """Return the shorter side of images of `imsize` as they enter `FrozenMaps`: half of theirs, at most 128."""
+    return min(short_side(imsize) // 2, 128)
 
 
 def features_shapes(imsize):
-    """Return [(channels, height), ...] of the maps that `FrozenMaps` returns for images of `imsize`."""
+    """Return [(channels, shorter side), ...] of the maps that `FrozenMaps` returns for images of `imsize`."""
     return [(channels, features_size(imsize) // stride) for _, channels, stride in LAYERS_OF_D.values()]
 
 
@@ -93,7 +96,10 @@ def load_vgg(weights, fallback_hint):
 
 
 def imagenet_normalize(images):
-    """Images (B, 3, H, W) in [-1, 1] -> the same standardized by ImageNet's mean and standard deviation, for VGG-16."""
+    """Images (B, C, H, W) in [-1, 1] -> (B, 3, H, W): as RGB (see `utils.as_rgb`), standardized by ImageNet's mean and
+    standard deviation, for VGG-16.
+    """
+    images = as_rgb(images)
     mean, std = (images.new_tensor(channels).view(3, 1, 1) for channels in (MEAN, STD))
     return (images + (1 - 2 * mean)) / (2 * std)
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from device.distributed import say
 from errors import Failure, UsageError, first_line
+from flags.pictures import PictureShape
 from utils import write_atomically
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "safetensors")
@@ -29,7 +30,7 @@ G.safetensors   the weights of this program's network, with its settings as meta
 latents.npz     z{and_labels} of {samples} samples: what to feed, and latents for this program's --latents
 
 z: float32 (N, {width}){what_z}
-{labels}image, the output: float32 (N, 3, {imsize}, {imsize}), RGB in [-1, 1]; (image + 1) * 127.5 are 8-bit values.
+{labels}image, the output: float32 (N, {C}, {H}, {W}), {channels} in [-1, 1]; (image + 1) * 127.5 are 8-bit values.
 """
 
 
@@ -55,8 +56,8 @@ def write(G, inputs, folder, facts):
     """Write G.safetensors, G.onnx, G.ts.pt, latents.npz and README.md of a G in eval mode, on the CPU.
 
     `inputs` is {"z": (N, width)}, with "labels" (N,) if G takes them, of some samples, three or more; `facts` has
-    version, step, model, imsize, z_dim, truncation, config (JSON) and classes (their names). Raise Failure if ONNX's
-    images are not torch's, OSError.
+    version, step, model, imsize, channels, z_dim, truncation, config (JSON) and classes (their names). Raise Failure if
+    ONNX's images are not torch's, OSError.
     """
     import onnxruntime
     from safetensors.torch import save
@@ -117,8 +118,9 @@ def _trace(net, inputs, other, wanted):
 def _readme(inputs, facts, traced):
     width, names = inputs["z"].shape[1], facts["classes"]
     metadata, truncation = width - facts["z_dim"], facts["truncation"]
+    C, H, W = PictureShape.of(facts["imsize"], facts["channels"]).size
     return README.format(
-        **facts, width=width, samples=len(inputs["z"]), and_labels=" and classes" * bool(names),
+        **facts, C=C, H=H, W=W, width=width, samples=len(inputs["z"]), and_labels=" and classes" * bool(names),
         feeds=", ".join(f'"{name}": {name}' for name in inputs), arguments=", ".join(inputs),
         missing="" if traced is not None else " -- not written: it does not serve for this network",
         what_z=" from N(0, 1)" + (f", cut off at +-{truncation:g}" if truncation else "")

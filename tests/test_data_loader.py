@@ -294,14 +294,14 @@ def test_spawned_workers_do_the_same(tmp_path, spawning):
 
 def test_a_set_on_the_device_holds_every_picture_in_order(ten):
     dataset = build_dataset(data_config(ten))
-    held = load_to_device(dataset, 16, torch.device("cpu"))
+    held = load_to_device(dataset, torch.device("cpu"))
     assert held.dtype == torch.uint8 and torch.equal(held, dataset.load_batch(range(10)))
 
 
 def test_batches_from_a_set_on_the_device_are_the_same(ten):
     """On the CPU, as far as that goes: a sample number finds there the picture that would be read."""
     samples = Samples(build_dataset(data_config(ten)), seed=7)
-    held = load_to_device(samples.dataset, 16, torch.device("cpu"))
+    held = load_to_device(samples.dataset, torch.device("cpu"))
     for numbers in (range(0, 4), range(8, 12), range(34, 36)):
         assert torch.equal(held[samples.indices(numbers)], samples.__getitems__(numbers))
 
