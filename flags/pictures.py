@@ -90,8 +90,12 @@ class PictureShape(NamedTuple):
         return CHANNELS[self.channels] * self.height * self.width
 
     @property
+    def imsize(self):
+        """The --imsize of this shape."""
+        return as_imsize(f"{self.height}x{self.width}")
+
+    @property
     def key(self):
         """What tells it from other shapes: the side of a square RGB picture, else text such as "64x128 rgba pad"."""
-        size = self.height if self.height == self.width else f"{self.height}x{self.width}"
         words = [word for word, usual in ((self.channels, "rgb"), (self.fit, "crop")) if word != usual]
-        return f"{size} {' '.join(words)}" if words else size
+        return f"{self.imsize} {' '.join(words)}" if words else self.imsize

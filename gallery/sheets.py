@@ -178,20 +178,22 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     for label, images in rows.items():
         parts = [(label, INK)] + [("not finite", WARN)] * (not images.isfinite().all())
         labels.append(_flow(parts, small, math.inf, 14)[0])
-    width = max([B * (cell + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
+    enlarged = [_enlarge(to_visible(images), cell) for images in rows.values()]
+    tall, wide = (max(pictures.shape[side] for pictures in enlarged) for side in (1, 2))
+    width = max([B * (wide + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
     head = [(title, INK)] + [(f"step {step}", QUIET)] * (step is not None)
-    sheet, draw, top = _blank(head, (legend,), width, len(rows) * (cell + 38) + len(captions) * 18)
-    for placed, (label, images) in zip(labels, rows.items(), strict=True):
+    sheet, draw, top = _blank(head, (legend,), width, len(rows) * (tall + 38) + len(captions) * 18)
+    for placed, label, pictures in zip(labels, rows, enlarged, strict=True):
         _put(sheet, draw, placed, MARGIN, top + 10, small)
         top += 32
-        for i, picture in enumerate(_enlarge(to_visible(images), cell)):
+        for i, picture in enumerate(pictures):
             h, w, _ = picture.shape
-            place = MARGIN + i * (cell + gap) + (cell - w) // 2, top + (cell - h) // 2
+            place = MARGIN + i * (wide + gap) + (wide - w) // 2, top + (tall - h) // 2
             sheet.paste(Image.fromarray(picture), place)
-        top += cell + 6
+        top += tall + 6
         if label in captions:
             for i, text in enumerate(captions[label]):
-                draw.text((MARGIN + i * (cell + gap), top + 10), text, QUIET, small, "ls")
+                draw.text((MARGIN + i * (wide + gap), top + 10), text, QUIET, small, "ls")
             top += 18
     save_png(sheet, path)
 

@@ -23,7 +23,7 @@ from device import distributed
 from device.distributed import Place, say
 from errors import DataError, UsageError, first_line
 from flags.common import METRICS
-from flags.pictures import as_imsize, sides
+from flags.pictures import PictureShape, as_imsize, sides
 from gallery import page
 from generate.draw import DrawnSamples
 from generate.trained import TrainedGenerator, load_generator
@@ -187,7 +187,7 @@ class _Report:
 def _evaluate_folder(config, place):
     if config.imsize is None:
         config = Config.of({**vars(config), "imsize": _common_size(config)})
-    samples = ThreadedReader(of_folder(config.fake_dir, config, "--fake_dir").dataset)
+    samples = ThreadedReader(of_folder(config.fake_dir, PictureShape.of_config(config), "--fake_dir").dataset)
     read_reference = _find_reference(config)
     meter, others = load(config, place)
     reference = read_reference()
@@ -208,7 +208,7 @@ def _find_reference(config):
     `read` checks the latter, which takes time and writes caches. Raise DataError if there are none.
     """
     if config.real_dir:
-        reference = of_folder(config.real_dir, config, "--real_dir")
+        reference = of_folder(config.real_dir, PictureShape.of_config(config), "--real_dir")
         _note_resized(config.real_dir, "--real_dir", config)
         return lambda: reference
     try:

@@ -53,14 +53,15 @@ def of_run(config, dataset):
                      fingerprint(dataset, config), config.imsize)
 
 
-def of_folder(path, config, flag):
-    """The pictures of the folder, or archive, given by `flag`, in the size and channels of `config`, brought to them as
-    in training. Raises DataError.
+def of_folder(path, shape, flag):
+    """The pictures of the folder, or archive, given by `flag`, brought to `shape`, a PictureShape or the side of square
+    RGB pictures, as in training. Raises DataError.
     """
-    config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": config.imsize,
-                        "channels": config.channels, "fit": config.fit})
+    shape = PictureShape.of(shape)
+    config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": shape.imsize,
+                        "channels": shape.channels, "fit": shape.fit})
     try:
-        dataset = open_pictures(Path(path), PictureShape.of_config(config))
+        dataset = open_pictures(Path(path), shape)
         dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None

@@ -1,0 +1,163 @@
+"""Pictures that are not square, grey or transparent: --imsize 64x128, --channels, --fit, from files to outputs."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_same_state, encode, state
+from PIL import Image
+
+from dataset.decode import decode
+from dataset.toy import draw_face
+from diffaug import augment
+from families import FAMILIES
+from flags.pictures import PictureShape, as_imsize, sides_at
+from generate.modes import load
+from metrics.swd import sliced_wasserstein
+from parameter import parse, resolve
+from utils import as_rgb
+
+RED, BLUE, WHITE = (200, 0, 0), (0, 0, 200), (255, 255, 255)
+SMALL = ("--g_conv_dim", 2, "--d_conv_dim", 2, "--z_dim", 8, "--batch_size", 2)
+
+
+def three_stripes(width=90, height=30):
+    """Left and right third blue, the middle red."""
+    pixels = np.full((height, width, 3), BLUE, np.uint8)
+    pixels[:, width // 3:2 * width // 3] = RED
+    return Image.fromarray(pixels)
+
+
+def corner_and_middle(picture):
+    """The colours (left edge, centre) of uint8 (C, H, W)."""
+    _, H, W = picture.shape
+    return tuple(picture[:, H // 2, 1].tolist()), tuple(picture[:, H // 2, W // 2].tolist())
+
+
+@pytest.mark.parametrize("imsize, fit, left", [
+    ("64x64", "crop", RED),         # the middle third alone
+    ("32x96", "crop", BLUE),        # has the picture's own proportions
+    ("32x64", "crop", BLUE), ("64x32", "crop", RED),
+    ("64x64", "stretch", BLUE), ("64x32", "stretch", BLUE),
+    ("32x96", "pad", BLUE), ("32x128", "pad", WHITE),
+])
+def test_pictures_are_brought_to_a_size_by_cropping_padding_or_stretching(imsize, fit, left):
+    shape = PictureShape.of(as_imsize(imsize), fit=fit)
+    picture = decode(encode(three_stripes(), "PNG"), "x", shape)
+    assert tuple(picture.shape) == shape.size
+    assert corner_and_middle(picture) == (left, RED)
+
+
+def test_padding_is_above_and_below_a_wide_picture():
+    picture = decode(encode(three_stripes(), "PNG"), "x", PictureShape(96, 96, fit="pad"))
+    assert picture[:, 31].eq(255).all() and picture[:, 64].eq(255).all()
+    assert corner_and_middle(picture) == (BLUE, RED) and not picture[:, 32:64].eq(255).any()
+
+
+def transparent_left(colour=RED):
+    """A picture whose left half is transparent."""
+    pixels = np.full((32, 32, 4), (*colour, 255), np.uint8)
+    pixels[:, :16, 3] = 0
+    return encode(Image.fromarray(pixels), "PNG")
+
+
+def test_channels_are_grey_or_keep_transparency():
+    grey = decode(transparent_left(), "x", PictureShape(32, 32, "grey"))
+    assert grey.shape == (1, 32, 32) and corner_and_middle(grey) == ((255,), (60,)), "0.299 * 200, on white"
+    rgba = decode(transparent_left(), "x", PictureShape(32, 32, "rgba"))
+    assert corner_and_middle(rgba) == ((0, 0, 0, 0), (*RED, 255)), "invisible colours are black"
+    padded = decode(transparent_left(), "x", PictureShape(32, 64, "rgba", "pad"))
+    assert corner_and_middle(padded)[0] == (0, 0, 0, 0)
+    opaque = decode(encode(three_stripes(), "JPEG", quality=95), "x", PictureShape(32, 32, "rgba"))
+    assert opaque[3].eq(255).all()
+    assert draw_face(3, 32, transparent=True)[0, 0, 3] == 0
+
+
+def test_networks_that_want_rgb_see_grey_and_what_is_transparent_on_white():
+    image = torch.tensor([0.5, -1.0, 0.0, -1.0]).view(1, 4, 1, 1).expand(1, 4, 2, 2).clone().requires_grad_()
+    assert as_rgb(image).eq(1).all(), "transparent: white, whatever its colours"
+    as_rgb(image).sum().backward()
+    assert image.grad[:, 3].abs().sum() > 0
+    picture = torch.tensor([200, 0, 100, 128], dtype=torch.uint8).view(1, 4, 1, 1)
+    assert as_rgb(picture).flatten().tolist() == [227, 127, 177]
+    assert as_rgb(torch.zeros(2, 1, 4, 4)).shape == (2, 3, 4, 4)
+
+
+def test_colour_augmentation_leaves_transparency():
+    images = torch.rand(4, 4, 8, 8)
+    changed = augment(images, ("color",))
+    assert changed[:, 3].equal(images[:, 3]) and not changed[:, :3].allclose(images[:, :3])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("64x", "neither a number of pixels nor HEIGHTxWIDTH"), ("a", "HEIGHTxWIDTH"),
+    ("64x70", "multiple of 16, a quarter of the shorter one, such as 64"),
+    ("64x512", "at most 4 times"), ("48x96", "the shorter side must be 32, 64, 128 or 256"),
+])
+def test_sizes_that_no_network_has_are_refused(run, text, words):
+    code, _, error = run("--dataset", "toy", "--imsize", text)
+    assert code == 2 and "--imsize" in error and words in error
+
+
+def test_a_square_may_be_written_as_one():
+    assert (as_imsize("64x64"), as_imsize("64×128"), as_imsize(64)) == (64, "64x128", 64)
+
+
+@pytest.mark.parametrize("model, imsize", [
+    ("sagan", "32x48"), ("sagan", "128x64"), ("sagan --arch resnet", "32x64"), ("sagan --arch resnet", "128x64"),
+    ("fastgan --metadata false", "64x96"), ("fastgan --metadata false", "256x128"),
+    ("fastgan --metadata false", "1024x512"),
+])
+@pytest.mark.parametrize("channels", ["grey", "rgba"])
+def test_networks_of_every_shape(model, imsize, channels):
+    config = resolve(parse(["--model", *model.split(), "--imsize", imsize, "--channels", channels, *map(str, SMALL)]))
+    G, D = (net.eval() for net in FAMILIES[config.model].build(config))
+    z = torch.randn(2, 8)
+    with torch.no_grad():
+        images = G(z)
+        assert tuple(images[0].shape[1:]) == PictureShape.of_config(config).size
+        if len(images) > 1:
+            assert tuple(images[1].shape[2:]) == sides_at(imsize, G.small_size)
+        D(images if len(images) > 1 else images[0])
+
+
+@pytest.mark.parametrize("model, imsize, channels", [
+    ("sagan", "32x64", "rgba"), ("fastgan --metadata false --recon l1", "64x96", "grey"),
+])
+def test_a_run_goes_on_samples_and_is_scored(run, pictures, model, imsize, channels):
+    flags = ("--version", "a", "--model", *model.split(), "--imsize", imsize, "--channels", channels, *SMALL,
+             "--dataset", "folder", "--image_path", pictures, "--augment", "color,translation,cutout",
+             "--sample_step", 2)
+    assert run(*flags, "--total_step", 4, "--model_save_step", 2)[0] == 0
+    whole = state("a", 4)
+    assert run(*flags, "--total_step", 4, "--pretrained_model", 2)[0] == 0
+    assert_same_state(whole, state("a", 4))
+
+    assert run("--mode", "sample", "--version", "a", "--num_samples", 2, tiny=False)[0] == 0
+    height, width = map(int, imsize.split("x"))
+    with Image.open("samples/a/0000004_generated_seed0/000001.png") as picture:
+        assert (picture.size, picture.mode) == ((width, height), {"grey": "L", "rgba": "RGBA"}[channels])
+    drawn = load("a").sample([5])
+    assert drawn.shape == (1, height, width, {"grey": 1, "rgba": 4}[channels])
+
+    code, out, _ = run("--mode", "evaluate", "--version", "a", "--metrics", "swd", "--num_eval", 4, tiny=False)
+    assert code == 0 and f"at {imsize} px" in out and {"grey": "as RGB", "rgba": "as RGB on white"}[channels] in out
+
+    code, _, error = run(*flags, "--channels", "rgb")
+    assert code == 2 and f"was started with {channels}" in error
+    code, _, error = run(*flags, "--imsize", 64)
+    assert code == 2 and f"was started with {imsize}" in error
+
+
+def test_the_sliced_wasserstein_distance_of_pictures_that_are_not_square():
+    pictures = torch.randint(0, 256, (4, 3, 32, 48), dtype=torch.uint8)
+    assert sliced_wasserstein(pictures, pictures, count=64, directions=8) == 0
+    assert sliced_wasserstein(pictures, pictures.flip(1) // 2, count=64, directions=8) > 0
+
+
+def test_folders_of_pictures_that_are_not_square_are_scored_at_their_size(run, tmp_path):
+    for name in ("fake", "real"):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            three_stripes(32 + 16, 32).save(tmp_path / name / f"{number}.png")
+    code, out, _ = run("--mode", "evaluate", "--fake_dir", "fake", "--real_dir", "real", "--metrics", "swd", tiny=False)
+    assert code == 0 and "samples at 32x48 px" in out
