@@ -5,6 +5,7 @@ Then, at level `full`, they decode each picture, into the decoded cache if there
 `--cache_path`, so that the next run checks only new and changed files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,14 +24,15 @@ from dataset.images import EncodedDataset, ImageDataset, Lmdb, Lmdbs, Subset
 from dataset.scan import NAMED
 from device.distributed import is_first, on_first, say
 from errors import DataError
-from flags.pictures import short_side
+from flags.pictures import PictureShape, short_side
 from storage.cache import Cache
 from utils import spread_indices, write_atomically
 
 LEVELS = {"header": 1, "full": 2}
 FULL = 10_000  # --check_data auto decodes every picture of data sets up to this size; of larger ones, header and end
 SHARE = 0.01  # largest fraction of unusable pictures that is skipped instead of refused
-SAMPLE = 64  # pictures that are looked at for values of more than 8 bits with --check_data off
+SAMPLE = 64  # pictures that are looked at for their shape and, with --check_data off, for values of more than 8 bits
+KEPT = 0.5  # share of a usual picture that cropping should leave, at least
 CHUNK = {"header": 512, "full": 16}  # pictures per task of a worker
 EDGE = 2**15  # bytes hashed at either end of a file; files of up to twice this size are hashed whole
 BAD, COPIES = "bad_images.jsonl", "duplicates.jsonl"  # the lists in the run's logs
@@ -80,6 +82,7 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
         findings = on_first(lambda: checks[0].decode(cached))
     dataset.findings = findings
     _say_traits(dataset, findings, config)
+    on_first(lambda: _say_shape(dataset, config))
     _say_copies(dataset, findings, config)
     return _without_bad(dataset, cached, findings, config)
 
@@ -152,6 +155,27 @@ def _say_traits(dataset: EncodedDataset, findings: Findings, config):
         ranges = " and ".join(f"{low:g}..{high:g}" for low, high in findings.ranges)
         say(f"pictures: {findings.deep} of {len(dataset)} {'has' if findings.deep == 1 else 'have'} values of more "
             f"than 8 bits; {ranges}, the range of the whole set, becomes 0..255")
+
+
+def _say_shape(dataset: EncodedDataset, config):
+    """Say it if more than half of a usual picture is cut away: most often, height and width have been mixed up."""
+    shape, sizes = PictureShape.of_config(config), []
+    if shape.fit != "crop" or dataset.crop:
+        return
+    for index in spread_indices(SAMPLE, len(dataset)):
+        with contextlib.suppress(DataError), dataset.open(index)[0] as file:
+            sizes.append(decode.picture_size(file))
+    kept = sorted((_share_kept(size, shape), size) for size in sizes if size)
+    if kept and kept[len(kept) // 2][0] < KEPT:
+        share, (width, height) = kept[len(kept) // 2]
+        say(f"pictures: --imsize {config.imsize} cuts away {1 - share:.0%} of a usual picture, such as one of "
+            f"{height}x{width} (height x width); choose a size nearer to that, or --fit pad")
+
+
+def _share_kept(size: tuple[int, int], shape: PictureShape) -> float:
+    """Return how much of a picture of `size` (width, height) is left when it is cropped to the shape's proportions."""
+    ratio = size[0] * shape.height / (size[1] * shape.width)
+    return min(ratio, 1 / ratio)
 
 
 def _say_copies(dataset: EncodedDataset, findings: Findings, config):

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 
 from errors import DataError
 from flags.pictures import PictureShape
@@ -102,10 +102,14 @@ class Traits:
 
 
 def picture_size(file: BinaryIO) -> tuple[int, int] | None:
-    """Return (width, height) in pixels, read from the file's header only; None if the header cannot be read."""
+    """Return (width, height) in pixels of the upright picture, read from the file's header only; None if that cannot
+    be read.
+    """
     try:
         with _open(file) as image:
-            return image.size
+            width, height = image.size
+            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            return (height, width) if lies else (width, height)
     except _UNUSABLE:
         return None
 

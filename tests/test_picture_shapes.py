@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_state, encode, state
-from PIL import Image
+from PIL import ExifTags, Image
 
 from dataset.decode import decode
 from dataset.toy import draw_face
@@ -96,6 +96,22 @@ def test_colour_augmentation_leaves_transparency():
 def test_sizes_that_no_network_has_are_refused(run, text, words):
     code, _, error = run("--dataset", "toy", "--imsize", text)
     assert code == 2 and "--imsize" in error and words in error
+
+
+def test_a_run_that_cuts_most_of_its_pictures_away_says_so(run, tmp_path):
+    (tmp_path / "wide").mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for number in range(4):
+        three_stripes(96, 48).save(tmp_path / "wide" / f"{number}.png")
+    flags = ("--dataset", "folder", "--image_path", "wide", "--total_step", 1, *SMALL)
+    _, out, _ = run(*flags, "--imsize", "64x32", "--version", "a")
+    assert "--imsize 64x32 cuts away 75% of a usual picture, such as one of 48x96" in out
+    assert "cuts away" not in run(*flags, "--imsize", "32x64", "--version", "b")[1]
+    assert "cuts away" not in run(*flags, "--imsize", "64x32", "--version", "c", "--fit", "pad")[1]
+    for number in range(4):     # the same photographs, as a telephone saves them upright
+        three_stripes(96, 48).save(tmp_path / "wide" / f"{number}.png", exif=exif)
+    assert "cuts away" not in run(*flags, "--imsize", "64x32", "--version", "d")[1]
 
 
 def test_a_square_may_be_written_as_one():
