@@ -55,6 +55,7 @@ def run(argv, interrupt):
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # importing torch takes seconds, so parse first: mistakes are reported at once
     from device import distributed, launch, watch
+    from gallery import film
     from generate import clean, samples
     from pretrained import vgg
     from storage import checkpoint
@@ -62,6 +63,8 @@ def run(argv, interrupt):
     config = parameter.resolve(samples.settings_of(typed), checkpoint.saved_config, vgg.FILE.is_available)
     if config.mode == "clean_data":
         return clean.clean_data(config) if distributed.is_first() else 0
+    if config.mode == "evolution":
+        return film.evolution(config) if distributed.is_first() else 0
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
         return launch.on_every_gpu(__file__, argv)
     try:

@@ -170,7 +170,7 @@ def _find_run(values, version, find_saved):
         return None
     runs = Path(values["model_save_path"])
     saved = find_saved(runs / version)
-    reads_a_checkpoint = values["mode"] not in ("train", "clean_data") and not values["fake_dir"]
+    reads_a_checkpoint = values["mode"] not in ("train", "clean_data", "evolution") and not values["fake_dir"]
     if saved is None and reads_a_checkpoint and not (runs / version).exists():
         raise _no_such_run("version", version, runs)
     return saved

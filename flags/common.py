@@ -294,12 +294,12 @@ FLAGS = {
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
-        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "export", "evaluate",
+        Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "export", "evolution", "evaluate",
                             "clean_data"), "train",
              "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
              "skip layers) | project (the closest to --target that G draws) | export (G for other programs: ONNX, "
-             "safetensors, TorchScript) | evaluate (--metrics); or clean_data: delete the pictures that the last check "
-             "of this version found damaged", per_call=True),
+             "safetensors, TorchScript) | evolution (a video of its grids over the steps) | evaluate (--metrics); or "
+             "clean_data: delete the pictures that the last check of this version found damaged", per_call=True),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
@@ -452,8 +452,9 @@ FLAGS = {
              unused=lambda values: values["mode"] not in ("sample", "interpolate") and f"--mode {values['mode']}"),
         Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
              "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
-             unused=lambda values: values["mode"] in ("train", "project") and f"--mode {values['mode']}"),
-        Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes", 2, per_call=True),
+             unused=lambda values: values["mode"] in ("train", "project", "evolution") and f"--mode {values['mode']}"),
+        Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes; grids in that of --mode "
+             "evolution, at most", 2, per_call=True),
         Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "
              "imageio-ffmpeg)", per_call=True),
     ),

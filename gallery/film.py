@@ -1,13 +1,22 @@
-"""Videos from a list of pictures: animated WebP or GIF by Pillow, MP4 by imageio-ffmpeg."""
+"""Videos from a list of pictures: animated WebP or GIF by Pillow, MP4 by imageio-ffmpeg; --mode evolution."""
 
 import importlib.util
+import re
 
 import numpy as np
+from PIL import Image, ImageDraw
 
-from errors import UsageError
-from utils import write_atomically
+from device.distributed import say
+from errors import DataError, UsageError
+from gallery import grid, page
+from storage.folders import RunFolders, step_name
+from utils import spread_indices, write_atomically
 
 FRAMES_PER_SECOND = 20
+EVOLUTION, LAST = 12, 2     # seconds that --mode evolution takes, of up to 240 grids, and shows the last grid
+LONGEST = 10                # frames that it shows any other grid, at most
+GRID = "_fake.png"          # what names of sample grids end with
+LARGEST = 1080              # pixels: grids of larger sides are shrunk
 
 
 def require(kind):
@@ -17,7 +26,7 @@ def require(kind):
 
 
 def save(frames, path, kind):
-    """Write Pillow images as a video of format `kind`; all are cropped or padded to the size of the first.
+    """Write Pillow images as a looping video of format `kind`; all are cropped or padded to the size of the first.
 
     The write is atomic. Raise OSError.
     """
@@ -40,3 +49,76 @@ def _write(frames, path, kind):
         options = {"quality": 80, "method": 4} if kind == "webp" else {}
         frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0,
                        **options)
+
+
+# --------------------------------------------------------------------------------------------------- --mode evolution
+
+
+def evolution(config):
+    """Write one video of the sample grids of a run over its steps, of up to `--num_frames` of them. Return exit code 0.
+
+    `--pretrained_model STEP` ends it there. Raise UsageError, DataError, OSError.
+    """
+    require(config.film)
+    if config.pretrained_model == "best":
+        raise UsageError("--pretrained_model best: --mode evolution shows all grids up to a step; name one")
+    folders = RunFolders.of(config)
+    grids = _find_grids(folders.samples, config.pretrained_model)
+    if not grids:
+        raise DataError(f"--mode evolution: there is no sample grid (0000100_fake.png, ...) in {folders.samples}; "
+                        "training writes one every --sample_step")
+    last, newest = _read_newest(grids)
+    chosen = sorted({*(list(grids)[index] for index in spread_indices(config.num_frames - 1, len(grids))), last})
+    frames, skipped = [], []
+    for step in chosen:
+        picture = newest if step == last else _read(grids[step])
+        if picture is None or picture.size != newest.size:
+            skipped.append(step)
+        else:
+            frames.append(_with_caption(picture, step))
+    each = max(1, min(LONGEST, EVOLUTION * FRAMES_PER_SECOND // len(frames)))
+    path = folders.samples / step_name(last, f"_evolution.{config.film}")
+    save([frame for frame in frames[:-1] for _ in range(each)] + frames[-1:] * LAST * FRAMES_PER_SECOND, path,
+         config.film)
+    page.write_pages(folders, config)
+    if skipped:
+        say(f"note: left out, as they are damaged or of another size than the newest: {len(skipped)} grids, the first "
+            f"that of step {skipped[0]}")
+    say(f"a video of {len(frames)} of {len(grids)} grids, up to step {last}, in {path}")
+    return 0
+
+
+def _find_grids(folder, until):
+    """Return {step: path} of the sample grids in a folder, by step; None: up to the newest."""
+    found = {int(path.name[:-len(GRID)]): path for path in folder.glob(f"*{GRID}")
+             if re.fullmatch(r"\d{7,}", path.name[:-len(GRID)])}
+    return {step: found[step] for step in sorted(found) if until is None or step <= until}
+
+
+def _read_newest(grids):
+    """Return (step, picture) of the newest grid that can be read. Raise DataError if there is none."""
+    for step in reversed(grids):
+        picture = _read(grids[step])
+        if picture is not None:
+            return step, picture
+    raise DataError(f"--mode evolution: none of the {len(grids)} grids in {grids.popitem()[1].parent} can be read")
+
+
+def _read(path):
+    """Return a grid as an RGB picture of sides up to LARGEST, or None if it is damaged or gone."""
+    try:
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError):
+        return None
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    return picture
+
+
+def _with_caption(picture, step):
+    """Return the grid with its step below it."""
+    font, height = grid.find_font(17), 30
+    frame = Image.new("RGB", (picture.width, picture.height + height), grid.BACKGROUND)
+    frame.paste(picture)
+    ImageDraw.Draw(frame).text((grid.GAP + 6, picture.height + height // 2), f"step {step:,}", grid.INK, font, "lm")
+    return frame

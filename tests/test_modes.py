@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import fastgan_models
+from gallery import film
 from generate import modes
 from parameter import resolve
 
@@ -109,3 +110,53 @@ def test_sagan_has_no_styles_to_mix(run):
     run("--version", "a", "--total_step", 1)
     code, _, err = run("--version", "a", "--mode", "style_mix", tiny=False)
     assert code == 2 and "--mode style_mix" in err
+
+
+# ------------------------------------------------------------------------------------------------------- evolution
+
+
+def fill_grids(folder, steps, size=(40, 30)):
+    """Grids of one colour each, brighter from step to step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(steps):
+        Image.new("RGB", size, (number % 256,) * 3).save(folder / f"{step:07d}_fake.png")
+
+
+def test_the_evolution_of_a_run_is_a_video_of_its_grids_in_order_of_their_steps(run):
+    run("--version", "a", "--total_step", 3, "--sample_step", 1)
+    code, out, _ = run("--version", "a", "--mode", "evolution", "--film", "gif", tiny=False)
+    path = Path("samples/a/0000003_evolution.gif")
+    assert code == 0 and f"a video of 3 of 3 grids, up to step 3, in {path}" in out
+    assert path.name in Path("samples/a/index.html").read_text()
+    shown, _ = frames(path)
+    for step, frame in zip((1, 2, 3), [one for one, before in zip(shown, [None, *shown], strict=False)
+                                       if before is None or (one != before).any()], strict=True):
+        grid = np.asarray(Image.open(f"samples/a/{step:07d}_fake.png")).astype(int)
+        assert np.abs(frame[:len(grid)] - grid).mean() < 8, "a GIF has 256 colours"
+
+
+def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_does_not_fit(run, monkeypatch):
+    saved = []
+    monkeypatch.setattr(film, "save", lambda frames, path, kind: saved.extend(frames))
+    grids = Path("samples/a")
+    fill_grids(grids, range(0, 1000, 5))
+    Image.new("RGB", (40, 30), "red").save(grids / "0000995_fake.png")
+    code, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 20, tiny=False)
+    assert code == 0 and "a video of 20 of 200 grids, up to step 995" in out
+    assert {frame.size for frame in saved} == {(40, 60)} and len(saved) < 14 * film.FRAMES_PER_SECOND
+    assert saved[-1].getpixel((5, 5)) == (255, 0, 0)
+    (grids / "0000005_fake.png").write_bytes(b"no picture")
+    fill_grids(grids, [10], size=(80, 30))
+    _, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 500, tiny=False)
+    assert "2 grids, the first that of step 5" in out and "a video of 198 of 200 grids" in out
+    _, out, _ = run("--version", "a", "--mode", "evolution", "--pretrained_model", 102, tiny=False)
+    assert "of 21 grids, up to step 100, in" in out
+
+
+@pytest.mark.parametrize(("flags", "expected", "words"), [
+    ((), 3, "there is no sample grid"), (("--pretrained_model", "best"), 2, "name one"),
+    (("--truncation", 1), 2, "has no effect with --mode evolution"),
+])
+def test_an_evolution_without_grids_is_refused(run, flags, expected, words):
+    code, _, error = run("--version", "a", "--mode", "evolution", *flags, tiny=False)
+    assert code == expected and words in error and not Path("samples").exists()
