@@ -1,4 +1,6 @@
-"""The table of network families. To add one: its models, its file in flags/, and a row here."""
+"""The table of network families. To add one: its models, its file in flags/, and a row here. Also what one run's
+networks take from another's: fine-tuning.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +13,9 @@ import losses
 import resnet_models
 import sagan_models
 from device.distributed import say
+from errors import UsageError
 from gallery import records
-from layers import FeatureHeads, gammas
+from layers import ConditionalBatchNorm, FeatureHeads, gammas
 from pretrained import lpips, vgg
 from spectral import maybe_spectral_norm
 
@@ -128,3 +131,63 @@ def find_mismatch(config, state):
             if shape != weight.shape:
                 return f"{name}: {key} has the shape {shape and tuple(shape)}, not {tuple(weight.shape)}"
     return None
+
+
+# --------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def take_weights(nets, state, classes):
+    """Load into `nets`, an object with G, D and G_ema, the weights of another run's `state` that fit, tensor by tensor.
+
+    `classes` are the Classes of the nets, or None. Tables of classes fit if the classes are the same. Return
+    ([name, ...] of what was taken, those of what was not).
+    """
+    mine, theirs = classes and classes.state()["names"], (state.get("classes") or {"names": None})["names"]
+    taken, left = [], []
+    for name in ("G", "D", "G_ema"):
+        net = getattr(nets, name)
+        own, source = net.state_dict(), _with_batch_norms_of(net, state[name])
+        tables = tuple(f"{key}." for key, module in net.named_modules()
+                       if isinstance(module, torch.nn.Embedding) and theirs not in (mine, None))
+        fitting = [key for key, weight in own.items() if getattr(source.get(key), "shape", None) == weight.shape
+                   and not key.startswith(tables)]
+        net.load_state_dict(own | {key: source[key] for key in fitting})
+        taken += [f"{name}.{key}" for key in fitting]
+        left += [f"{name}.{key}" for key in own if key not in fitting]
+    return taken, left
+
+
+def _with_batch_norms_of(net, source):
+    """Return the state dict `source` with batch norms as `net` has them, plain or class-conditional: every class gets
+    the scale and shift of a plain one, a plain one the mean over the classes.
+    """
+    source = dict(source)
+    plain = {"weight": "scale.weight", "bias": "shift.weight"}
+    for name, module in net.named_modules():
+        inner = f"{name}.norm."
+        if isinstance(module, ConditionalBatchNorm):
+            for key in [key for key in source if key.startswith(f"{name}.") and key.count(".") == name.count(".") + 1]:
+                source.setdefault(inner + key.removeprefix(f"{name}."), source[key])
+            for key, table in plain.items():
+                if module.scale is not None and inner + key in source:
+                    source[f"{name}.{table}"] = source[inner + key].expand(len(module.scale.weight), -1)
+                elif f"{name}.{table}" in source:
+                    source.setdefault(inner + key, source[f"{name}.{table}"].mean(0))
+        elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            for key in [key for key in source if key.startswith(inner)]:
+                source.setdefault(f"{name}.{key.removeprefix(inner)}", source[key])
+            for key, table in plain.items():
+                if f"{name}.{table}" in source:
+                    source.setdefault(f"{name}.{key}", source[f"{name}.{table}"].mean(0))
+    return source
+
+
+def frozen_of_d(D, count):
+    """Return {name: weight} of D's first `count` blocks, which `--freeze_d` keeps (FreezeD, Mo et al. 2020,
+    arXiv 2002.10964). Raise UsageError if D has fewer.
+    """
+    stages = D.stages()
+    if count > len(stages):
+        raise UsageError(f"--freeze_d {count}: this D has {len(stages)} blocks")
+    frozen = {weight for stage in stages[:count] for module in stage for weight in module.parameters()}
+    return {name: weight for name, weight in D.named_parameters() if weight in frozen}

@@ -126,24 +126,27 @@ def describe(config, dataset, place):
     """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
     import data_loader
     import families
+    import start
     from device.distributed import say
     from generate.classes import Classes, lines_on_classes, require_classes
-    from start import compare_with_run
     from storage import checkpoint
     from storage.folders import RunFolders
 
     say(parameter.as_json(config), end="")
     classes = None
     if dataset is not None:
-        classes = compare_with_run(config, dataset)
+        classes = start.compare_with_run(config, dataset)
     elif not config.fake_dir:                           # those of the run, if there is one
         state = checkpoint.load_step(RunFolders.of(config).models, config.pretrained_model, say)
         classes = Classes.from_state(state and state.get("classes"))
     if config.classes is not None:
         require_classes(classes).choose(config.classes)
     if not config.fake_dir:                             # scoring a folder needs no networks
-        for name, net in zip("GD", families.build(config, len(classes or ())), strict=True):
+        G, D = families.build(config, len(classes or ()))
+        for name, net in (("G", G), ("D", D)):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
+        if config.mode == "train":
+            start.try_source(config, G, D, classes)
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
     for line in lines_on_classes(config, dataset, classes) if dataset else ():

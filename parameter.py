@@ -79,6 +79,11 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         message = re.sub(r"invalid (int|float) value: (.+)$", lambda wrong: f"{wrong[2]} is no {_KINDS[wrong[1]]}",
                          message)
+        without = re.match(r"argument (--\w+): expected one argument$", message)
+        if without and without[1] in self.argv:
+            following = self.argv[self.argv.index(without[1]) + 1:][:1]
+            if following and following[0].lstrip("-").partition("=")[0] not in FLAGS:
+                message += f"; write {without[1]}={following[0]} for a value that begins with -"
         raise UsageError(_escaped(re.sub(r"^argument (--\w+): ", r"\1: ", message)))
 
 
@@ -107,6 +112,7 @@ def parse(argv):
             default = f" (default: {defaults(flag)})" if defaults(flag) else ""
             group.add_argument(f"--{flag.name}", type=flag.type, metavar=flag.metavar,
                                help=(flag.help + default).replace("%", "%%"), **values)
+    parser.argv = list(argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
@@ -179,7 +185,7 @@ def _find_run(values, version, find_saved):
 def _no_such_run(flag, name, runs):
     """Return the UsageError for a name that no run in the folder `runs` has, with the nearest ones."""
     there = sorted({path.parent.name for path in runs.glob("*/*.pth")})
-    near = difflib.get_close_matches(name, there, n=3)
+    near = difflib.get_close_matches(name, there, n=3) or [run for run in there if run == Path(name).name]
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     elif there:
@@ -390,8 +396,10 @@ def _check_effect(values, typed):
 
 def _check_version(version):
     if not 0 < len(os.fsencode(version)) <= 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
+        plain = re.split(r"[/\\]", version.rstrip("/\\"))[-1][:100].lstrip(".-")
+        hint = f", such as {plain}" if plain and plain != version else ""
         raise UsageError(f"--version {version!r}: use a plain name of up to 100 bytes, without / \\ : "
-                         "and not beginning with . or -")
+                         f"and not beginning with . or -{hint}")
     if version in RESERVED:
         raise UsageError(f"--version {version}: is the name of a file beside the runs' folders; use another")
 

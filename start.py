@@ -4,8 +4,11 @@ A run resumes from its newest checkpoint and locks its folders against other pro
 """
 
 import contextlib
+import copy
 import json
+from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import families
 from data_loader import build_dataset, find_dataset, without_held_out
@@ -23,8 +26,6 @@ from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
-
-LISTED = 6          # tensors that do not fit are named, at most
 
 
 def train(config, place, precision, interrupt):
@@ -58,7 +59,7 @@ def train(config, place, precision, interrupt):
     for line in lines_on_classes(config, dataset, classes):
         say(line)
     trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state), classes)
-    _initialize(trainer, source)
+    _initialize(config, trainer, classes, source)
     if meter:
         meter.prepare(of_run(config, dataset))
 
@@ -203,27 +204,37 @@ def _load_source(config):
         raise CheckpointError(f"--init_from {config.init_from}: {first_line(error)}") from None
 
 
-def _initialize(trainer, source):
+def try_source(config, G, D, classes):
+    """Raise what a run would raise for its `--init_from` and `--freeze_d`, with these new networks; report as it."""
+    families.frozen_of_d(D, config.freeze_d)
+    folders = RunFolders.of(config)
+    if config.init_from and (_is_restart(config, folders) or not checkpoint.steps_in(folders.models)):
+        _initialize(config, SimpleNamespace(G=G, D=D, G_ema=copy.deepcopy(G)), classes, _load_source(config))
+
+
+def _initialize(config, nets, classes, source):
     """Take the weights of the state `source`, that of `--init_from`; report what did not fit. None: nothing to do.
 
-    Raise UsageError if no weights of G fit, or not all of the blocks that `--freeze_d` keeps.
+    `nets` and `classes` as for `families.take_weights`. Raise UsageError if no weights of G fit, or not all of the
+    blocks that `--freeze_d` keeps.
     """
     if source is None:
         return
-    name = trainer.config.init_from
-    taken, left = trainer.initialize_from(source)
-    shapes = {f"G.{key}": weight.ndim for key, weight in trainer.G.state_dict().items()}
+    name = config.init_from
+    taken, left = families.take_weights(nets, source, classes)
+    shapes = {f"G.{key}": weight.ndim for key, weight in nets.G.state_dict().items()}
     if not any(shapes.get(key, 0) > 1 for key in taken):
         raise UsageError(f"--init_from {name}: no weights of its G fit this one; use its --arch, --imsize and "
                          "--g_conv_dim")
-    random = sorted(set(trainer.frozen_of_d()) & set(left))
+    random = sorted({f"D.{key}" for key in families.frozen_of_d(nets.D, config.freeze_d)} & set(left))
     if random:
-        raise UsageError(f"--freeze_d {trainer.config.freeze_d}: {random[0]} does not fit, and would stay random; use "
+        raise UsageError(f"--freeze_d {config.freeze_d}: {random[0]} does not fit, and would stay random; use "
                          "the --d_conv_dim and --imsize of that run, or freeze fewer blocks")
     say(f"initialized from '{name}', step {source['step']}: {len(taken)} of {len(taken) + len(left)} tensors")
     if left:
-        more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
-        say(f"  new, as they do not fit: {', '.join(left[:LISTED])}{more}")
+        # by part of a network: G.blocks, D.to_logit, ...
+        parts = Counter(".".join(key.split(".")[:2]) for key in left)
+        say("  new, as they do not fit: " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
 
 
 def _restore(trainer, state, folders):

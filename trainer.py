@@ -19,8 +19,7 @@ from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
 from device.replicas import GradientAverage, check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
-from errors import UsageError
-from families import FAMILIES, build_networks, build_objective
+from families import FAMILIES, build_networks, build_objective, frozen_of_d
 from gallery.grid import grid_side
 from generate.draw import BN_STATS_IMAGES, batch_for, recompute_bn_stats
 from generate.latents import Latents
@@ -53,7 +52,10 @@ class Trainer:
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
-        self._trained_of_d = self._freeze(config.freeze_d)
+        frozen = set(frozen_of_d(self.D, config.freeze_d).values())
+        for weight in frozen:
+            weight.requires_grad_(False)
+        self._trained_of_d = [weight for weight in self.D.parameters() if weight not in frozen]
         self.g_average, self.d_average = (GradientAverage(parameters, config.accumulate)
                                           for parameters in (self.G.parameters(), self._trained_of_d))
         # a separate generator: a run's fixed inputs depend on the seed alone
@@ -158,23 +160,6 @@ class Trainer:
         return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=self.place.device) if on_gpu else lr,
                                 (self.config.beta1, self.config.beta2), fused=True, capturable=on_gpu)
 
-    def _freeze(self, count):
-        """Return D's parameters that are trained: all but those of its first `count` blocks (FreezeD, Mo et al. 2020,
-        arXiv 2002.10964). Raise UsageError.
-        """
-        stages = self.D.stages()
-        if count > len(stages):
-            raise UsageError(f"--freeze_d {count}: this D has {len(stages)} blocks")
-        frozen = {weight for stage in stages[:count] for module in stage for weight in module.parameters()}
-        for weight in frozen:
-            weight.requires_grad_(False)
-        return [weight for weight in self.D.parameters() if weight not in frozen]
-
-    def frozen_of_d(self):
-        """Return the names "D.…" of the weights that `--freeze_d` keeps."""
-        trained = set(self._trained_of_d)
-        return [f"D.{name}" for name, weight in self.D.named_parameters() if weight not in trained]
-
     def _train_d(self, wanted):
         """Switch the gradients of D's weights on or off."""
         for weight in self._trained_of_d:
@@ -263,27 +248,6 @@ class Trainer:
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.fixed_inputs = replace(self.fixed_inputs, z=state["fixed_z"])
         utils.restore_random_states(state["random"][0], self.place.device)      # last: no draws after
-
-    def initialize_from(self, state):
-        """Take from another run's `state` the weights of G, D and G_ema that fit, tensor by tensor.
-
-        Tables of classes fit if the classes are the same. Return ([name, ...] of what was taken, those of what was
-        not). Optimizers, step and random state stay those of a new run.
-        """
-        mine = self.latents.classes and self.latents.classes.state()["names"]
-        same_classes = mine == (state.get("classes") or {"names": None})["names"]
-        taken, left = [], []
-        for name in ("G", "D", "G_ema"):
-            net, source = getattr(self, name), state[name]
-            own = net.state_dict()
-            tables = tuple(f"{key}." for key, module in net.named_modules()
-                           if isinstance(module, torch.nn.Embedding) and not same_classes)
-            fitting = [key for key, weight in own.items() if getattr(source.get(key), "shape", None) == weight.shape
-                       and not key.startswith(tables)]
-            net.load_state_dict(own | {key: source[key] for key in fitting})
-            taken += [f"{name}.{key}" for key in fitting]
-            left += [f"{name}.{key}" for key in own if key not in fitting]
-        return taken, left
 
     def recompute_bn_stats(self, images=BN_STATS_IMAGES):
         """Recompute G_ema's batch-norm statistics, before it is shown or saved. Leaves random states as they are."""

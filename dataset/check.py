@@ -31,7 +31,8 @@ from utils import spread_indices, write_atomically
 LEVELS = {"header": 1, "full": 2}
 FULL = 10_000  # --check_data auto decodes every picture of data sets up to this size; of larger ones, header and end
 SHARE = 0.01  # largest fraction of unusable pictures that is skipped instead of refused
-SAMPLE = 64  # pictures that are looked at for their shape and, with --check_data off, for values of more than 8 bits
+SAMPLE = 64  # pictures that are looked at for values of more than 8 bits with --check_data off
+SHAPES = 16  # pictures whose shapes are looked at
 KEPT = 0.5  # share of a usual picture that cropping should leave, at least
 CHUNK = {"header": 512, "full": 16}  # pictures per task of a worker
 EDGE = 2**15  # bytes hashed at either end of a file; files of up to twice this size are hashed whole
@@ -82,7 +83,8 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
         findings = on_first(lambda: checks[0].decode(cached))
     dataset.findings = findings
     _say_traits(dataset, findings, config)
-    on_first(lambda: _say_shape(dataset, config))
+    if not cached.is_decoded():                         # else it has been said
+        on_first(lambda: _say_shape(dataset, config))
     _say_copies(dataset, findings, config)
     return _without_bad(dataset, cached, findings, config)
 
@@ -162,7 +164,7 @@ def _say_shape(dataset: EncodedDataset, config):
     shape, sizes = PictureShape.of_config(config), []
     if shape.fit != "crop" or dataset.crop:
         return
-    for index in spread_indices(SAMPLE, len(dataset)):
+    for index in spread_indices(SHAPES, len(dataset)):
         with contextlib.suppress(DataError), dataset.open(index)[0] as file:
             sizes.append(decode.picture_size(file))
     kept = sorted((_share_kept(size, shape), size) for size in sizes if size)

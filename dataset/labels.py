@@ -37,12 +37,15 @@ class Labels:
 
 
 def from_folders(paths: Sequence[str]) -> Labels | None:
-    """Return one class per subfolder of the top folder; None if a picture is in none, or all are in one.
+    """Return one class per subfolder of the top folder; None if a picture is in none, or there is only one.
 
-    `paths` are the pictures below the top folder, with forward slashes. What is nested deeper belongs to its subfolder.
-    The classes are sorted by name, by value if all names are numbers.
+    `paths` are the pictures below the top folder, with forward slashes. If all are in one subfolder, that counts as the
+    top folder. What is nested deeper belongs to its subfolder. The classes are sorted by name, by value if all names
+    are numbers.
     """
     tops = [path.partition("/")[0] if "/" in path else None for path in paths]
+    if len(set(tops)) == 1 and tops[0] is not None:
+        return from_folders([path.partition("/")[2] for path in paths])
     names = set(tops)
     if None in names or len(names) < 2:
         return None
@@ -116,6 +119,8 @@ def _problem(entry: object) -> str | None:
     """Return what is wrong with an entry of "labels", or None."""
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
         return 'is not ["path", class]'
+    if posixpath.normpath(entry[0]).startswith(("../", "/")):
+        return "lies outside the folder of the pictures"
     label = entry[1]
     if isinstance(label, list):
         return "has several labels; a picture has one, a whole number"

@@ -175,7 +175,11 @@ def describe_changes(before, now):
         ("new:", [name for name in new if name not in old]), ("gone:", [name for name in old if name not in new]))
         if names]
     numbers = [f"{len(new)} classes, were {len(old)}"] if len(new) != len(old) else []
-    return "; ".join(numbers + (parts or ["in another order"]))
+    if not parts:
+        moved = [f"{printable(name)} is now {number}, was {old.index(name)}" for number, name in enumerate(new)
+                 if old[number] != name]
+        parts = [f"in another order: {', '.join(moved[:3])}{', ...' * (len(moved) > 3)}"]
+    return "; ".join(numbers + parts)
 
 
 def _listed(names):

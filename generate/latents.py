@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from device.distributed import say
 from device.replicas import draw_rows
 from errors import DataError, UsageError
 from pretrained import vgg
@@ -74,6 +75,8 @@ def read_latents(paths, latents, typed_classes=None):
     is none of them, UsageError if they do not fit this G.
     """
     rows, names = [], []
+    if latents.truncation is not None:
+        say("note: --truncation leaves the latents of --latents as they are; it recomputes batch norm's statistics")
     for path in paths:
         try:
             with np.load(path, allow_pickle=False) as arrays:

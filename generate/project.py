@@ -5,6 +5,7 @@ Adam optimizes latents from the nearest of some samples, on LPIPS + 0.2 MSE (Fas
 """
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,18 @@ import torch
 from PIL import Image
 
 from data_loader import to_images
-from dataset.decode import UnusablePicture, picture_size, printable, read_picture
-from dataset.table import CELEBA_CROP
+from dataset.check import sample_levels
+from dataset.decode import (
+    NO_LEVELS,
+    UnusablePicture,
+    look,
+    measure_levels,
+    picture_size,
+    printable,
+    read_picture,
+)
+from dataset.images import EncodedDataset
+from dataset.table import CELEBA_CROP, DATASETS
 from device.distributed import progress, say
 from errors import DataError, UsageError
 from flags.pictures import PictureShape
@@ -108,12 +119,34 @@ def _read(path, config):
             of_celeba = picture_size(file) == CELEBA_SIZE
     try:
         picture = read_picture(path, PictureShape.of_config(config), CELEBA_CROP if of_celeba else None,
-                               config.max_pixels)
+                               config.max_pixels, _levels(path, config))
     except UnusablePicture as error:
         raise DataError(f"--target {printable(path)}: {error.reason}") from None
     except DataError as error:
         raise DataError(f"--target {printable(path) or repr(path)}: {error}") from None
     return to_images(picture[None])
+
+
+def _levels(path, config):
+    """Return what maps the values of a target to 0..255: if it has more than 8 bits the Levels of the training
+    pictures, which it says, or its own where these are not at hand. Raise DataError.
+    """
+    try:
+        with open(path, "rb") as file:
+            traits = look(file, os.path.getsize(path), max_pixels=config.max_pixels)
+    except OSError:
+        return NO_LEVELS                                # said when it is read
+    if not traits.kind:
+        return NO_LEVELS
+    with contextlib.suppress(DataError):
+        dataset = DATASETS[config.dataset](config)
+        levels = isinstance(dataset, EncodedDataset) and sample_levels(dataset)
+        if levels:
+            say(f"{printable(path)}: has more than 8 bits, mapped to 0..255 as the training pictures are")
+            return levels
+    say(f"{printable(path)}: has more than 8 bits, mapped to 0..255 by its own range, as the training pictures have 8 "
+        "or are not at hand")
+    return measure_levels([traits])
 
 
 def _candidates(config, trained):

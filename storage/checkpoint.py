@@ -200,7 +200,11 @@ def load_source(folder, warn=print):
 def saved_config(folder):
     """Return the saved config of the run in `folder`, None if it has no checkpoint; that of a checkpoint FILE.pth."""
     if Path(folder).is_file():
-        return load_source(folder)["config"]
+        try:        # without reading its tensors; what else is wrong with it is said when they are
+            config = torch.load(folder, map_location="cpu", weights_only=True, mmap=True)["config"]
+        except Exception:       # of some fifteen kinds
+            config = None
+        return config if isinstance(config, dict) else load_source(folder)["config"]
     if not steps_in(folder) and not best_path(folder).is_file():
         return None
     try:

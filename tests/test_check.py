@@ -532,7 +532,7 @@ def test_two_processes_check_once_and_share_every_batch(home, looked):
 
     (out, first_looked, first), (other_out, other_looked, second) = forks(rank, 2)
     assert out.count("1 of 132 cannot be used") == 1 and out.count("decoded cache") == 1 and not other_out
-    assert (first_looked, other_looked) == (132 + check.SAMPLE, 0), "each for damage, some for their shape"
+    assert (first_looked, other_looked) == (132 + check.SHAPES, 0), "each for damage, some for their shape"
     assert len(list(Path("pictures/.decoded").iterdir())) == 1
     alone = take(real_batches(config, build_dataset(config), 0, "cpu"), 66).view(66, 4, 3, 16, 16)
     assert np.array_equal(np.concatenate([first, second], 1), alone)

@@ -108,7 +108,8 @@ def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
     code, _, err = run("--version", "a", "--dry_run", tiny=False)
     assert code == 2 and "(1 of 13 pictures is in none of the 4 subfolders, such as stray.png), or use" in err, err
     old = Classes(("a", "b"), (1, 1))
-    assert describe_changes(old, Classes(("b", "a"), (1, 1))) == "in another order"
+    words = "in another order: b is now 0, was 1, a is now 1, was 0"
+    assert describe_changes(old, Classes(("b", "a"), (1, 1))) == words
     assert describe_changes(None, old) == "2 classes, were none" and describe_changes(old, old) is None
 
 

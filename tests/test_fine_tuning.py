@@ -70,7 +70,7 @@ def test_another_width_takes_what_fits_and_says_what_does_not(run):
     run("--version", "a", "--total_step", 2, "--g_lr", 0.1)
     code, out, err = run("--version", "b", "--init_from", "a", "--d_conv_dim", 8, "--total_step", 1, "--g_lr", 1e-12,
                          tiny=False)
-    assert code == 0 and "new, as they do not fit: D.blocks" in out and "G." not in out.split("do not fit")[1], err
+    assert code == 0 and "G." not in out.split("do not fit")[1] and "of D.blocks, " in out.split("do not fit")[1], err
     for key in (key for key in weights("a", 2, "G") if key.endswith("original")):
         assert torch.allclose(weights("a", 2, "G")[key], weights("b", 1, "G")[key], atol=1e-5)
     code, _, err = run("--version", "c", "--init_from", "a", "--g_conv_dim", 5, "--z_dim", 7, "--total_step", 1,
@@ -113,8 +113,30 @@ def test_tables_of_other_classes_begin_anew(run):
     whole["classes"]["names"] = whole["classes"]["names"][::-1]
     torch.save(whole, "other.pth")
     _, out, _ = run("--version", "other", "--init_from", "other.pth", "--total_step", 1, "--g_lr", 1e-12, tiny=False)
-    assert "scale.weight" in out.split("do not fit")[1]
+    assert "new, as they do not fit: 12 of G.blocks, 3 of D.projection, 12 of G_ema.blocks\n" in out
     assert all(torch.allclose(weights("other", 1, "G")[key], torch.ones(())) for key in tables)
+
+
+@pytest.mark.parametrize("arch", ["dcgan", "resnet"])
+def test_classes_may_be_added_or_left_out_and_batch_norm_stays(run, arch):
+    def scale(version, step):
+        """The scale of G's first batch norm, for each class or for all."""
+        found = weights(version, step, "G")
+        return next(found[key] for key in found if key.endswith(("scale.weight", "norm.weight", "1.weight")))
+
+    flags = ("--arch", arch, "--g_lr", 0.1, "--total_step", 2)
+    still = ("--g_lr", 1e-12, "--total_step", 1)
+    run("--version", "plain", *flags, "--conditional", "false")
+    _, out, err = run("--version", "added", "--init_from", "plain", "--conditional", "true", *still, tiny=False)
+    assert "G." not in out.split("do not fit")[1].partition("\n")[0], err
+    learned, added = scale("plain", 2), scale("added", 1)
+    assert added.ndim == 2 and (learned != 1).any()
+    assert torch.allclose(added, learned.expand_as(added), atol=1e-5), "each class begins with the scale of all"
+
+    run("--version", "classes", *flags, "--conditional", "true")
+    _, out, err = run("--version", "left", "--init_from", "classes", "--conditional", "false", *still, tiny=False)
+    assert "do not fit" not in out, err
+    assert torch.allclose(scale("left", 1), scale("classes", 2).mean(0), atol=1e-5)
 
 
 def test_the_metadata_are_those_of_the_new_pictures(run, pictures):
@@ -132,7 +154,10 @@ def test_the_metadata_are_those_of_the_new_pictures(run, pictures):
 @pytest.mark.parametrize(("flags", "code", "told"), [
     (("--init_from", "aa"), 2, "--init_from aa: there is no such run in models; did you mean a?"),
     (("--init_from", "gone.pth"), 5, "--init_from gone.pth: there is no file"),
+    (("--init_from", "models/a"), 2, "--init_from models/a: there is no such run in models; did you mean a?"),
     (("--init_from", "z" * 300), 2, "--init_from zzz"),
+    (("--init_from", "a", "--freeze_d", 40), 2, "--freeze_d 40: this D has 3 blocks"),
+    (("--init_from", "damaged", "--model", "sagan"), 5, "--init_from damaged: "),
     (("--init_from", "damaged"), 5, "--init_from damaged: "),
     (("--version", "a", "--init_from", "other"), 2, "run 'a' has checkpoints of its own"),
     (("--init_from", "other.pth"), 5, "--init_from other.pth: other.pth is no checkpoint of this program (it has no"),
@@ -143,8 +168,9 @@ def test_what_cannot_be_begun_from_is_refused_in_a_line(run, flags, code, told):
     torch.save({"g": {}, "d": {}, "g_ema": [], "opt_g": {}, "opt_d": {}}, "other.pth")      # the published FastGAN's
     shutil.copytree("models/a", "models/damaged")
     Path("models/damaged/0000001.pth").write_bytes(b"damaged")
-    found, _, err = run("--version", "b", *flags, tiny=False)
-    assert found == code and told in err and err.count("\n") <= 2 and not Path("models/b").exists()
+    for dry in ((), ("--dry_run",)):        # which refuses what the run itself would refuse
+        found, _, err = run("--version", "b", *flags, *dry, tiny=False)
+        assert found == code and told in err and err.count("\n") <= 2 and not Path("models/b").exists()
 
 
 def test_freezing_belongs_to_fine_tuning(run):

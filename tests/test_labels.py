@@ -76,6 +76,12 @@ def test_classes_that_are_numbers_are_in_their_order(opened, names, ordered):
     assert dict(zip(labels.names, labels.counts.tolist(), strict=True)) == {name: n for n, name in enumerate(names, 1)}
 
 
+def test_folders_around_all_classes_do_not_count(opened):
+    for name in ("wrapped/again/cat", "wrapped/again/dog/old"):
+        fill(Path("pictures", name), 1)
+    assert opened().labels.names == ("cat", "dog")
+
+
 @pytest.mark.parametrize("folders", [["."], ["cat"], ["cat", "dog", "."]])
 def test_pictures_that_are_not_all_in_subfolders_have_no_classes(opened, folders):
     for name in folders:
@@ -152,6 +158,7 @@ WRONG = {
     "a name": ({"labels": [["c.png", "cat"]]}, "no whole number from 0 on"),
     "several": ({"labels": [["c.png", [1, 3]]]}, 'the first: ["c.png", [1, 3]] has several labels'),
     "one-hot": ({"labels": [["c.png", [0.0, 1.0]]]}, "has several labels"),
+    "outside": ({"labels": [*GOOD, ["../out.png", 0]]}, 'the first: ["../out.png", 0] lies outside the folder'),
     "huge": ({"labels": [["c.png", 10**12]]}, "has a label of 100,000 or more"),
     "not there": ({"labels": [*GOOD, ["d.png", 0], ["e.png", 1]]},
                   "names 2 of 6 pictures that are not there: d.png, ..."),

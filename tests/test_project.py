@@ -69,6 +69,25 @@ def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
     assert len(list(folder.iterdir())) == 3
     assert command("--mode", "sample", "--latents", latents[0])[0] == 0
     assert len(list(folder.iterdir())) == 3, "other latents have a folder of their own"
+    assert "--truncation leaves the latents" in command("--mode", "sample", "--latents", *latents, "--truncation", 1)[1]
+
+
+def test_a_target_of_twelve_bits_is_as_bright_as_the_training_pictures_are(trained, tmp_path, monkeypatch):
+    deep = np.full((32, 32), 2048, np.uint16)
+    deep[0, 0] = 4095
+    Path("deep").mkdir()
+    for number in range(4):
+        Image.fromarray(deep).save(f"deep/{number}.png")
+    Image.fromarray(np.full((32, 32), 1023, np.uint16)).save("dim.png")
+    seen = []
+    monkeypatch.setattr(project, "_project", lambda config, trained, net, candidates, path, target, bar:
+                        [seen.append(target.mean().item()), path][1])
+    command = trained("--dataset", "folder", "--image_path", "deep")
+    _, out, _ = command("--mode", "project", "--target", "dim.png", "--backtrack_steps", 1)
+    assert "mapped to 0..255 as the training pictures are" in out and seen[0] == pytest.approx(63 / 127.5 - 1, abs=0.02)
+    Path("deep").rename("gone")
+    _, out, _ = command("--mode", "project", "--target", "dim.png", "--backtrack_steps", 1)
+    assert "by its own range" in out and seen[1] > 0.9
 
 
 @pytest.mark.parametrize(("flags", "code", "told"), [
