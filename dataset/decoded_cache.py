@@ -122,7 +122,8 @@ class _File:
                   "crop": dataset.crop, "procedure": decode.CACHE_VERSION, "Pillow": PIL.__version__,
                   **dataset.options}
         text = json.dumps(fields).encode()
-        kind = f"{shape.key}px".replace(" ", "_") + (f"_crop{dataset.crop}" if dataset.crop else "")
+        size, *words = str(shape.key).split()
+        kind = "_".join([f"{size}px", *words, *([f"crop{dataset.crop}"] if dataset.crop else [])])
         name = f"{kind}_{hashlib.sha256(text).hexdigest()[:16]}.u8"
         return cls(folder / name, text.ljust(_PAGE), len(dataset), shape)
 
