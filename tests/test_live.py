@@ -240,6 +240,7 @@ def test_the_list_of_runs_follows_them_too(chromium, growing):
     cards = "[...document.querySelectorAll('.runs li')].map(li => li.innerText)"
     card, = chromium.js(cards)
     assert "step 200 of 1,000" in card and "· running" in card
+    assert chromium.js("document.querySelector('.live label').checkVisibility()")
     other = Run(growing.root, "other")
     add(other, 0)
     other.write("done")
