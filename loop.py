@@ -107,6 +107,8 @@ class Run:
         self.undone, self.unlogged = undone, unlogged
         self.standing = distributed.on_first(lambda: find_standing(self.config, folders))
         self.said_done = False
+        self.page = page.PageWriter(folders, self.config, self.classes and len(self.classes))
+        self.ended = page.FAILED                        # what the page says in the end, without `stop` and `finish`
 
     def loop(self):
         """Train until the last step or a signal. Return the exit code."""
@@ -181,7 +183,7 @@ class Run:
         if due.measure and not due.stop:
             self.measure()
         if due.show or due.measure:
-            self.try_to("write the page", self.write_page)
+            self.write_page()
 
     @torch.no_grad()
     def show(self):
@@ -304,10 +306,10 @@ class Run:
         """Return whether `--stop auto` ends the run after this step."""
         return self.config.stop == "auto" and self.standing.worse >= self.config.patience
 
-    def write_page(self):
+    def write_page(self, state=page.RUNNING):
         """Rewrite the run's page and the overview of all runs."""
         if distributed.is_first():
-            page.write_pages(self.folders, self.config, self.classes and len(self.classes))
+            self.try_to("write the page", lambda: self.page.write(state))
 
     def try_to(self, what, action):
         """Call an action that training can do without. A failure is announced once, until it succeeds again."""
@@ -349,6 +351,7 @@ class Run:
         """Save, where a measurement was broken off, and report the interruption. Return the exit code."""
         if self.saved_step < self.trainer.step:
             self.save()
+        self.ended = page.INTERRUPTED
         self.progress.close()
         say(f"interrupted: step {self.trainer.step} is saved in {self.folders.models}; run the same command "
             "again to resume")
@@ -358,6 +361,7 @@ class Run:
         """Save where --stop auto ends the run, and report the end. Return the exit code."""
         if self.saved_step < self.trainer.step:
             self.save()
+        self.ended = page.DONE
         self.progress.close()
         if self.has_ended():
             say(self.standing.in_words())
@@ -381,6 +385,7 @@ class Run:
                     self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
                 self.try_to("write real.png", lambda: save_grid(
                     self.real_images, self.folders.samples / "real.png", names=self.row_names))
+                self.write_page()                       # so that it can be opened, and follows the run, from now on
             self.window = Window(self.unlogged, self.place.device)
             yield
         finally:
@@ -388,6 +393,7 @@ class Run:
             self.batches.close()
             if self.metrics_log:
                 self.metrics_log.close()
+            self.write_page(self.ended)
 
     @cached_property
     def real_images(self):

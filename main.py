@@ -6,6 +6,7 @@
     python main.py --dataset toy --preset cpu                   no data, no GPU: faces drawn by code
     python main.py --version NAME --train false                 samples from a finished or running run
     python main.py --version NAME --mode evaluate               its FID, KID, precision, recall and Inception Score
+    python main.py --mode serve                                 the galleries, for a browser on another machine
     torchrun --nproc_per_node=2 main.py ...                     several processes, one run
 
 To resume, run the same command again. Pictures are written to samples/, metrics to logs/, checkpoints to models/.
@@ -51,6 +52,10 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 def run(argv, interrupt):
     """Parse the command line, dispatch on --mode, return the exit code. Raise Failure for what the user can fix."""
     typed = parameter.parse(argv)
+    if typed.get("mode") == "serve" and not typed.get("dry_run"):
+        from gallery import serve
+
+        return serve.serve(parameter.resolve(typed))    # without torch
     # of several ranks, the end of one lets the others print 20 lines of C++ frames for each connection to it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # importing torch takes seconds, so parse first: mistakes are reported at once

@@ -109,7 +109,7 @@ def _finish_page(config, folders):
     """Write the page of a run that may have been killed while it wrote its last one. Failures do not matter."""
     with contextlib.suppress(OSError):
         folders.remove_leftovers()
-        page.write_pages(folders, config)
+        page.write_pages(folders, config, live=page.Live(page.DONE))
 
 
 def _load_what_is_needed(config, place, state, pictures):

@@ -295,11 +295,15 @@ FLAGS = {
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
         Flag("mode", one_of("train", "sample", "interpolate", "style_mix", "project", "export", "evolution", "evaluate",
-                            "clean_data"), "train",
+                            "serve", "clean_data"), "train",
              "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
              "skip layers) | project (the closest to --target that G draws) | export (G for other programs: ONNX, "
              "safetensors, TorchScript) | evolution (a video of its grids over the steps) | evaluate (--metrics); or "
-             "clean_data: delete the pictures that the last check of this version found damaged", per_call=True),
+             "serve: show the galleries of all runs to a browser on another machine, see --port; or clean_data: delete "
+             "the pictures that the last check of this version found damaged", per_call=True),
+        Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free one",
+             0, 65535, per_call=True,
+             unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "

@@ -7,6 +7,9 @@ template's script inserts them as text, and the page's Content-Security-Policy f
 A page is written after every record. Only the lines added to metrics.jsonl since the previous page are read. That file
 has two kinds of lines: training lines, in order of steps, and scores (lines with a protocol), in any order. Disk errors
 are raised as OSError.
+
+The page of a run that goes on looks for a newer self: its summary says whether the run goes on, and for how long it may
+be silent (`Live`).
 """
 
 import base64
@@ -20,6 +23,7 @@ from array import array
 from bisect import bisect_left
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from parameter import as_json, dataset_name
 from storage.folders import step_name
@@ -27,6 +31,7 @@ from storage.score_table import BESIDE
 from utils import write_atomically
 
 NAME = "index.html"
+RUNNING, DONE, INTERRUPTED, FAILED = STATES = ("running", "done", "interrupted", "failed")
 BUCKETS = 200               # points of a curve, at most; even
 # Suffixes of the keys of what is shown with a score: standard deviation, 95 % interval, value of two halves of the real
 # pictures.
@@ -39,17 +44,42 @@ _SUMMARY_WITHIN = 1 << 16   # bytes: the summary ends within the first 64 KiB of
 _PROTOCOLS_WITHIN = 1 << 15 # bytes of the summary; one character may take twelve
 
 
-def write_pages(folders, config, classes=None):
+class Live(NamedTuple):
+    """Whether a run goes on: one of STATES, and the seconds that pass between two of its pages at most, None if that
+    is not known yet. A page that says running, but was not written for much longer, is of a run that was killed.
+    """
+
+    state: str
+    every: int | None = None
+
+
+class PageWriter:
+    """Writes the page of a run that trains, and the overview: see `write_run_page`."""
+
+    def __init__(self, folders, config, classes=None):
+        self.folders, self.config, self.classes = folders, config, classes
+        self.every = self.written = None    # the longest time between two pages, in seconds; when the last one was due
+
+    def write(self, state=RUNNING):
+        """Write both pages; `state` is one of STATES."""
+        now = time.monotonic()
+        if self.written is not None:
+            self.every = max(self.every or 1, math.ceil(now - self.written))
+        self.written = now
+        write_pages(self.folders, self.config, self.classes, Live(state, self.every))
+
+
+def write_pages(folders, config, classes=None, live=None):
     """Write the run's page, and the overview of all runs in the parent folder: see `write_run_page`."""
-    write_run_page(folders, config, classes)
+    write_run_page(folders, config, classes, live)
     write_overview(folders.samples.parent)
 
 
-def write_run_page(folders, config, classes=None):
+def write_run_page(folders, config, classes=None, live=None):
     """Write samples/<version>/index.html from the pictures and metrics.jsonl in `folders` (a RunFolders).
 
-    `config` is the run's resolved Config, `classes` the number of its classes; None: what the page says so far. Missing
-    files are left out.
+    `config` is the run's resolved Config, `classes` the number of its classes, `live` a Live; None: what the page says
+    so far. Missing files are left out.
     """
     steps, pictures, attention, extras = _find_pictures(folders)
     metrics = _metrics_of(os.path.abspath(folders.logs / "metrics.jsonl"))
@@ -57,13 +87,15 @@ def write_run_page(folders, config, classes=None):
     settings = json.loads(as_json(config), parse_constant=str)     # JSON has no infinity (--lambda_gp inf)
     newest = {kind: _name(steps[-1] if indices is None else steps[indices[-1]], kind)
               for kind, indices in pictures.items()}
-    classes = classes or (_read_summary(folders.samples / NAME) or {}).get("classes")
+    before = _read_summary(folders.samples / NAME) or {}
+    now = int(time.time())
     summary = {
         "version": settings["version"], "model": settings["model"],
         "dataset": dataset_name(config).removeprefix("folder ") or "folder", "imsize": settings["imsize"],
         "step": max([*steps[-1:], metrics.last_step]), "total_step": settings["total_step"],
-        "written": int(time.time()), "thumb": newest.get("fake"), "figures": metrics.latest,
-        "measured": metrics.protocols(), "classes": classes,
+        "written": now, "thumb": newest.get("fake"), "figures": metrics.latest,
+        "measured": metrics.protocols(), "classes": classes or before.get("classes"),
+        "live": {**live._asdict(), "at": now} if live else before.get("live"),
     }
     real = "real.png" if (folders.samples / "real.png").is_file() else None
     data = {
@@ -427,13 +459,21 @@ def _read_summary(path):
             isinstance(summary.get(key), kind) for key, kind in _SUMMARY_TYPES.items()):
         return None
     measured = summary.get("measured")      # missing in pages of older versions
-    return {**summary, "measured": list(filter(_is_protocol, measured)) if isinstance(measured, list) else []}
+    live = summary.get("live")              # missing in those, too
+    return {**summary, "measured": list(filter(_is_protocol, measured)) if isinstance(measured, list) else [],
+            "live": live if _is_live(live) else None}
 
 
 def _is_protocol(entry):
     """Whether this is [protocol, source, {key: step}]."""
     return isinstance(entry, list) and list(map(type, entry)) == [str, str, dict] and all(
         type(step) is int for step in entry[2].values())
+
+
+def _is_live(entry):
+    """Whether this is {"state": one of STATES, "every": whole seconds or None, "at": the time of writing}."""
+    return isinstance(entry, dict) and entry.get("state") in STATES and type(entry.get("at")) is int and isinstance(
+        entry.get("every"), int | None)
 
 
 _SUMMARY_TYPES = {"version": str, "model": str, "dataset": str, "imsize": int | str, "step": int, "total_step": int,
@@ -452,6 +492,7 @@ def _template():
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     style, script = (_hash(re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]) for tag in ("style", "script"))
     policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; img-src 'self' file:; "
+              "frame-src 'self' file:; "                # a newer self, see page.html
               f"style-src {style}; script-src {script}; require-trusted-types-for 'script'; trusted-types 'none'")
     head, rest = text.replace("{policy}", policy).split("{summary}")
     middle, tail = rest.split("{data}")

@@ -55,8 +55,9 @@ class Run:
         with open(self.folders.logs / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + end)
 
-    def write(self):
-        page.write_run_page(self.folders, self.config)
+    def write(self, state=None, every=None):
+        """Write the page; with a state, as the run itself does."""
+        page.write_run_page(self.folders, self.config, live=state and page.Live(state, every))
         return self.path
 
     @property

@@ -462,8 +462,8 @@ def fids(monkeypatch, small_inception):
 def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_inception, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def write_pages(folders, config, classes):
-        pages.append(max(scored(config.version)))
+    def write_pages(folders, config, classes, live):
+        pages.append((max(scored(config.version), default=0), live.state))
 
     pages = []
     monkeypatch.setattr(loop.page, "write_pages", write_pages)
@@ -488,7 +488,7 @@ def test_metrics_are_taken_at_their_steps_and_at_the_last(run, pictures, small_i
     tags = {tag for kind in events.Tags().values() if isinstance(kind, list) for tag in kind}
     assert names <= tags and not any(word in tag for tag in tags for word in ("protocol", "source"))
     assert "| a   |    4 |" in Path("logs/scores.md").read_text(encoding="utf-8")
-    assert pages == [2, 4, 5], "the page shows a measurement at once"
+    assert pages == [(0, "running"), (2, "running"), (4, "running"), (5, "running"), (5, "done")], "at once"
 
 
 def test_measuring_changes_no_weight(run, pictures, small_inception):
