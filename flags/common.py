@@ -301,8 +301,8 @@ FLAGS = {
              "safetensors, TorchScript) | evolution (a video of its grids over the steps) | evaluate (--metrics); or "
              "serve: show the galleries of all runs to a browser on another machine, see --port; or clean_data: delete "
              "the pictures that the last check of this version found damaged", per_call=True),
-        Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free one",
-             0, 65535, per_call=True,
+        Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free "
+             "one", 0, 65535, per_call=True,
              unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
