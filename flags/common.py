@@ -402,7 +402,10 @@ FLAGS = {
              per_call=True, unused=no_classes),
         Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
-        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),
+        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl: numbers, "
+             "pictures, settings"),
+        Flag("wandb", boolean, False, "also log them to Weights & Biases (needs wandb); with WANDB_MODE=offline to the "
+             "disk"),
         Flag("log_path", str, "./logs", "folder of the logs", per_call=True),
         Flag("model_save_path", str, "./models", "folder of the checkpoints", per_call=True),
         Flag("sample_path", str, "./samples", "folder of the pictures", per_call=True),
