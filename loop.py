@@ -4,6 +4,7 @@ A run ends at `--total_step`, after the current step on SIGINT or SIGTERM, or wi
 no longer finite. What comes before the first step is in start.py.
 """
 
+import json
 import math
 import signal
 from collections import Counter
@@ -21,13 +22,15 @@ from device import distributed, watch
 from device.distributed import say
 from errors import CheckpointError, NonFiniteError, first_line
 from families import FAMILIES
+from flags.common import written
 from gallery import page
 from gallery.grid import save_grid
 from gallery.health import Health
 from gallery.records import Record
 from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
-from parameter import as_json
+from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint, score_table
+from storage.boards import Wandb, is_shown
 from storage.folders import step_name
 from storage.journal import MetricsLog, Window, count_after, names_at
 
@@ -178,6 +181,7 @@ class Run:
         """Show, log and measure what is `due`; `means` of the step statistics are for the log."""
         if due.show:
             self.try_to("write samples and attention maps", self.show)
+            self.show_on_boards()
         if due.log:
             self.log(means)
         if due.measure and not due.stop:
@@ -206,6 +210,19 @@ class Run:
                 save_grid(images, record.samples / step_name(record.step, LAST_PICTURE), names=self.row_names)
         finally:
             trainer.D.train()
+
+    def show_on_boards(self):
+        """Give the record's pictures to TensorBoard and wandb; of a long run not those of all records."""
+        config, step = self.config, self.trainer.step
+        if not distributed.is_first() or not (config.use_tensorboard or config.wandb):
+            return
+        if step != config.total_step and not is_shown(-(-step // config.sample_step)):
+            return
+        pictures = page.pictures_at(self.folders, step)
+        if self.metrics_log:
+            self.try_to("write TensorBoard pictures", lambda: self.metrics_log.write_pictures(step, pictures))
+        if self.wandb:
+            self.wandb.write_pictures(step, pictures)
 
     def check_health(self, record):
         """Warn of a dead D, a collapsed G, a D that memorizes. Return {name: float}, for held-out pictures."""
@@ -245,11 +262,15 @@ class Run:
             if self.metrics_log:
                 self.try_to("write TensorBoard events",
                             lambda: self.metrics_log.write_events(self.trainer.step, values))
+            if self.wandb:
+                self.wandb.write(self.trainer.step, values)
 
     def open_log(self):
         """Return the MetricsLog, opened at the first call that the disk allows."""
         if self.metrics_log is None:
-            self.metrics_log = MetricsLog(self.folders.logs, self.config.use_tensorboard, resume_from=self.first_step)
+            settings = {name: value if type(value) in (int, float) else written(value)
+                        for name in RUN_SETTINGS if (value := getattr(self.config, name)) is not None}
+            self.metrics_log = MetricsLog(self.folders.logs, self.config.use_tensorboard, self.first_step, settings)
         return self.metrics_log
 
     def state(self):
@@ -376,7 +397,7 @@ class Run:
         config, trainer, first = self.config, self.trainer, distributed.is_first()
         self.batches = real_batches(config, self.dataset, trainer.samples_seen, self.place.device, self.place.rank,
                                     self.place.world_size, self.classes is not None)
-        self.metrics_log = None
+        self.metrics_log = self.wandb = None
         self.progress = distributed.progress(config.total_step, "step", initial=trainer.step)
         try:
             if first:
@@ -385,6 +406,8 @@ class Run:
                     self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
                 self.try_to("write real.png", lambda: save_grid(
                     self.real_images, self.folders.samples / "real.png", names=self.row_names))
+                if config.wandb:
+                    self.wandb = Wandb(self.folders.logs, config.version, json.loads(as_json(config)))
                 self.write_page()                       # so that it can be opened, and follows the run, from now on
             self.window = Window(self.unlogged, self.place.device)
             yield
@@ -394,6 +417,8 @@ class Run:
             if self.metrics_log:
                 self.metrics_log.close()
             self.write_page(self.ended)
+            if self.wandb:
+                self.wandb.close(failed=self.ended == page.FAILED)
 
     @cached_property
     def real_images(self):

@@ -21,6 +21,7 @@ from loop import Run, find_standing, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
+from storage.boards import require_wandb
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
 
@@ -112,7 +113,10 @@ def _finish_page(config, folders):
 
 
 def _load_what_is_needed(config, place, state, pictures):
-    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics."""
+    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics, or
+    the package that --wandb needs.
+    """
+    require_wandb(config)
     if config.metric_step:
         refuse_few(config.metrics, pictures, "real")
     families.require(config)

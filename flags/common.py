@@ -301,8 +301,8 @@ FLAGS = {
              "safetensors, TorchScript) | evaluate (--metrics); or serve: show the galleries of all runs to a browser "
              "on another machine, see --port; or clean_data: delete the pictures that the last check of this version "
              "found damaged", per_call=True),
-        Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free one",
-             0, 65535, per_call=True,
+        Flag("port", int, 8000, "--mode serve: the port, of the loopback address 127.0.0.1 alone; 0: a free one", 0,
+             65535, per_call=True,
              unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
@@ -402,7 +402,10 @@ FLAGS = {
              per_call=True, unused=no_classes),
         Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
-        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl"),
+        Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl: numbers, "
+             "pictures, settings"),
+        Flag("wandb", boolean, False, "also log them to Weights & Biases (needs wandb); with WANDB_MODE=offline to the "
+             "disk"),
         Flag("log_path", str, "./logs", "folder of the logs", per_call=True),
         Flag("model_save_path", str, "./models", "folder of the checkpoints", per_call=True),
         Flag("sample_path", str, "./samples", "folder of the pictures", per_call=True),

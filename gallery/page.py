@@ -111,6 +111,13 @@ def write_run_page(folders, config, classes=None, live=None):
     _write(folders.samples / NAME, summary, data)
 
 
+def pictures_at(folders, step):
+    """Return {kind: path} of the pictures of the record of a step, such as fake and attn_g16."""
+    paths = [path for folder in {folders.samples, folders.attention} for path in folder.glob(step_name(step, "_*.png"))]
+    found = {match[1]: path for path in paths if (match := _parse_name(path.name))}
+    return {kind: found[kind] for kind in sorted(found, key=_sort_key)}
+
+
 def write_overview(sample_root):
     """Write <sample_root>/index.html, which lists the runs in the subfolders that have a page.
 

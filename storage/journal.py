@@ -12,6 +12,7 @@ import torch
 import utils
 from device import distributed
 from device.distributed import say
+from storage.boards import TensorBoard
 
 
 def open_to_add(path):
@@ -56,17 +57,17 @@ class MetricsLog:
     """Writes the metrics of one run into its log folder; on rank 0 only. Call `close` at the end.
 
     `resume_from` is the step that a training resumes from: later lines are moved to superseded.jsonl, as they will be
-    written again. With None, lines are only appended.
+    written again. With None, lines are only appended. `settings` are for TensorBoard.
     """
 
-    def __init__(self, folder, use_tensorboard, resume_from=None):
+    def __init__(self, folder, use_tensorboard, resume_from=None, settings=None):
         self.path = Path(folder) / "metrics.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
             self._supersede_after(resume_from)
         self.file = open_to_add(self.path)              # stays open until `close`
-        self.use_tensorboard = use_tensorboard
-        self.board = self._open_board(None if resume_from is None else resume_from + 1) if use_tensorboard else None
+        purge_step = None if resume_from is None else resume_from + 1
+        self.board = TensorBoard(self.path.parent, purge_step, settings) if use_tensorboard else None
 
     def _supersede_after(self, step):
         """Move lines later than `step` to superseded.jsonl; drop lines that are no JSON objects with a step."""
@@ -91,20 +92,14 @@ class MetricsLog:
         self.file.flush()
 
     def write_events(self, step, values):
-        """Give the numbers to TensorBoard, if that was asked for. After an error the next call opens a new file."""
-        if not self.use_tensorboard:
-            return
-        board, self.board = self.board or self._open_board(None), None
-        for name, value in values.items():
-            if not isinstance(value, str):
-                board.add_scalar(name, value, step)
-        board.flush()
-        self.board = board                              # kept unless something was raised
+        """Give the numbers to TensorBoard, if that was asked for; see boards.py for errors."""
+        if self.board:
+            self.board.write(step, values)
 
-    def _open_board(self, purge_step):
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, so only where needed
-
-        return SummaryWriter(self.path.parent, purge_step=purge_step)
+    def write_pictures(self, step, pictures):
+        """The same of pictures, {name: path}."""
+        if self.board:
+            self.board.write_pictures(step, pictures)
 
     def close(self):
         """Close both; what the disk does not take is lost."""

@@ -441,7 +441,8 @@ CHOICES = {
     "metadata_layer": lambda: importlib.import_module("pretrained.vgg").LAYERS,
     "augment": lambda: importlib.import_module("diffaug").POLICIES,
     "metrics": lambda: METRICS,
-    "mode": lambda: ["train", "evaluate", "clean_data", *importlib.import_module("generate.modes").MODES],
+    "mode": lambda: ["train", "evaluate", "serve", "clean_data",
+                     *importlib.import_module("generate.modes").MODES],
     "preset": lambda: FAMILIES["sagan"].PRESETS,
     "against": lambda: FAMILIES["fastgan"].BASELINES,
 }

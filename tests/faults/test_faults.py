@@ -63,7 +63,7 @@ def test_a_console_without_the_character_shows_an_escape(tmp_path, pictures):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    with small_disk_at(tmp_path / "disk", "8m") as disk:
+    with small_disk_at(tmp_path / "disk", "16m") as disk:
         yield disk
 
 
@@ -71,7 +71,7 @@ def test_a_full_disk_for_samples_or_logs_costs_these_alone(run, small_disk):
     """The run goes on; the warning names the file, once for each kind; what fits again is written again."""
     run("--version", "plain", "--total_step", 6)
     folders = ("--sample_path", small_disk / "samples", "--log_path", small_disk / "logs")
-    (small_disk / "filler").write_bytes(bytes(8_300_000))
+    (small_disk / "filler").write_bytes(bytes(16_690_000))
     code, out, err = run("--version", "a", "--total_step", 4, "--sample_step", 1, "--log_step", 1,
                          "--use_tensorboard", "true", *folders)
     assert code == 0, err
