@@ -123,8 +123,7 @@ class Wandb:
     def _begin(self, name, settings):
         import wandb
 
-        # the path is absolute, as wandb's service may have another working folder
-        arguments = dict(
+        arguments = dict(                               # an absolute path: its service may work in another folder
             project=os.environ.get("WANDB_PROJECT", settings["model"]), name=name, id=self._find_id(), resume="allow",
             dir=self.folder.absolute(), config=settings)
         # the console is the progress bar's; a prompt for the key would hold the training up

@@ -71,7 +71,7 @@ def test_a_full_disk_for_samples_or_logs_costs_these_alone(run, small_disk):
     """The run goes on; the warning names the file, once for each kind; what fits again is written again."""
     run("--version", "plain", "--total_step", 6)
     folders = ("--sample_path", small_disk / "samples", "--log_path", small_disk / "logs")
-    (small_disk / "filler").write_bytes(bytes(16_600_000))
+    (small_disk / "filler").write_bytes(bytes(16_690_000))
     code, out, err = run("--version", "a", "--total_step", 4, "--sample_step", 1, "--log_step", 1,
                          "--use_tensorboard", "true", *folders)
     assert code == 0, err
