@@ -68,7 +68,7 @@ def run(argv, interrupt):
     config = parameter.resolve(samples.settings_of(typed), checkpoint.saved_config, vgg.FILE.is_available)
     if config.mode == "clean_data":
         return clean.clean_data(config) if distributed.is_first() else 0
-    if config.mode == "evolution":
+    if config.mode == "evolution" and not config.dry_run:
         return film.evolution(config) if distributed.is_first() else 0
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
         return launch.on_every_gpu(__file__, argv)

@@ -428,7 +428,8 @@ def _middle(size: tuple[int, int], wanted: tuple[int, int], crop: int | None) ->
     """
     width, height = (crop, crop) if crop is not None and crop <= min(size) else size
     scale = min(width / wanted[0], height / wanted[1])
-    width, height = (min(whole, round(scale * side)) for whole, side in zip((width, height), wanted, strict=True))
+    width, height = (min(whole, max(1, round(scale * side)))        # 1: of very thin pictures
+                     for whole, side in zip((width, height), wanted, strict=True))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return left, top, left + width, top + height
 

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from device.distributed import say
 from errors import DataError, UsageError
 from gallery import grid, page
+from storage import checkpoint
 from storage.folders import RunFolders, step_name
 from utils import spread_indices, write_atomically
 
@@ -80,7 +81,8 @@ def evolution(config):
     path = folders.samples / step_name(last, f"_evolution.{config.film}")
     save([frame for frame in frames[:-1] for _ in range(each)] + frames[-1:] * LAST * FRAMES_PER_SECOND, path,
          config.film)
-    page.write_pages(folders, config)
+    if checkpoint.steps_in(folders.models):             # else the run's settings are not known, and its page has them
+        page.write_pages(folders, config)
     if skipped:
         say(f"note: left out, as they are damaged or of another size than the newest: {len(skipped)} grids, the first "
             f"that of step {skipped[0]}")

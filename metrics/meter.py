@@ -49,7 +49,8 @@ class Reference:
 def of_run(config, dataset):
     """The default reference of a run: its training set `dataset`. Raises DataError if a file is missing."""
     held_out = f", less the {config.holdout:g} held out" if config.holdout else ""
-    return Reference(dataset, f"all {len(dataset):,} pictures of {dataset_name(config)}{held_out}",
+    return Reference(dataset, f"all {len(dataset):,} pictures of {dataset_name(config)}{held_out}"
+                     f"{_fitted(PictureShape.of_config(config).fit)}",
                      fingerprint(dataset, config), config.imsize)
 
 
@@ -65,8 +66,13 @@ def of_folder(path, shape, flag):
         dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None
-    return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}",
+    return Reference(dataset, f"all {len(dataset):,} pictures of folder {Path(path).name}{_fitted(shape.fit)}",
                      fingerprint(dataset, config), config.imsize)
+
+
+def _fitted(fit):
+    """Return in words how pictures were brought to their size, if not by cropping: scores tell such sets apart."""
+    return "" if fit == "crop" else f" by --fit {fit}"
 
 
 def refuse_few(metrics, count, who):

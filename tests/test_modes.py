@@ -143,6 +143,8 @@ def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_do
     Image.new("RGB", (40, 30), "red").save(grids / "0000995_fake.png")
     code, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 20, tiny=False)
     assert code == 0 and "a video of 20 of 200 grids, up to step 995" in out
+    assert not (grids / "index.html").exists(), "there is no checkpoint, whose settings the page would have"
+    assert "a video of" not in run("--version", "a", "--mode", "evolution", "--dry_run", tiny=False)[1]
     assert {frame.size for frame in saved} == {(40, 60)} and len(saved) < 14 * film.FRAMES_PER_SECOND
     assert saved[-1].getpixel((5, 5)) == (255, 0, 0)
     (grids / "0000005_fake.png").write_bytes(b"no picture")

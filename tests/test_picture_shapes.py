@@ -47,6 +47,12 @@ def test_pictures_are_brought_to_a_size_by_cropping_padding_or_stretching(imsize
     assert corner_and_middle(picture) == (left, RED)
 
 
+@pytest.mark.parametrize("size", [(1, 500), (2, 300)])
+def test_a_very_thin_picture_keeps_its_colour(size):
+    picture = decode(encode(Image.new("RGB", size, RED), "PNG"), "x", PictureShape(32, 128))
+    assert corner_and_middle(picture) == (RED, RED)
+
+
 def test_padding_is_above_and_below_a_wide_picture():
     picture = decode(encode(three_stripes(), "PNG"), "x", PictureShape(96, 96, fit="pad"))
     assert picture[:, 31].eq(255).all() and picture[:, 64].eq(255).all()
