@@ -5,7 +5,6 @@ Then, at level `full`, they decode each picture, into the decoded cache if there
 `--cache_path`, so that the next run checks only new and changed files.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -161,12 +160,10 @@ def _say_traits(dataset: EncodedDataset, findings: Findings, config):
 
 def _say_shape(dataset: EncodedDataset, config):
     """Say it if more than half of a usual picture is cut away: most often, height and width have been mixed up."""
-    shape, sizes = PictureShape.of_config(config), []
+    shape = PictureShape.of_config(config)
     if shape.fit != "crop" or dataset.crop:
         return
-    for index in spread_indices(SHAPES, len(dataset)):
-        with contextlib.suppress(DataError), dataset.open(index)[0] as file:
-            sizes.append(decode.picture_size(file))
+    sizes = map(dataset.size, spread_indices(SHAPES, len(dataset)))
     kept = sorted((_share_kept(size, shape), size) for size in sizes if size)
     if kept and kept[len(kept) // 2][0] < KEPT:
         share, (width, height) = kept[len(kept) // 2]

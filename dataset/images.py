@@ -18,7 +18,16 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset import labels
-from dataset.decode import MAX_PIXELS, NO_LEVELS, Levels, UnusablePicture, decode, printable, read_picture
+from dataset.decode import (
+    MAX_PIXELS,
+    NO_LEVELS,
+    Levels,
+    UnusablePicture,
+    decode,
+    picture_size,
+    printable,
+    read_picture,
+)
 from dataset.labels import Labels
 from dataset.scan import Found, Member, find_in_archive, find_pictures, unpack
 from errors import DataError
@@ -112,6 +121,14 @@ class EncodedDataset(ImageDataset):
     def open(self, index: int) -> tuple[BinaryIO, int]:
         """Return (the encoded bytes as an open file, their number). Raises DataError."""
         raise NotImplementedError
+
+    def size(self, index: int) -> tuple[int, int] | None:
+        """(width, height) of picture `index` as its file has it, from its header; None if that cannot be read."""
+        try:
+            with self.open(index)[0] as file:
+                return picture_size(file)
+        except DataError:
+            return None
 
     def name(self, index: int) -> str:
         """Name of picture `index` in messages."""

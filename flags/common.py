@@ -210,6 +210,11 @@ def always(values):
     return True
 
 
+def of_runs(values):
+    """For `Flag.fixed`: this setting can never change within a run; scoring a folder needs none."""
+    return not values["fake_dir"]
+
+
 @dataclass(frozen=True)
 class Flag:
     """One flag: its converter, default and help; for a number the closed range [low, high], or [low, below).
@@ -332,11 +337,11 @@ FLAGS = {
              "zip archive of them"),
         Flag("imsize", as_imsize, 64, "side of the pictures in pixels, a power of two: {families}; or HEIGHTxWIDTH, "
              "such as 64x128, the longer side a multiple of a quarter of the shorter one",
-             fixed=lambda values: not values["fake_dir"]),
+             fixed=of_runs),
         Flag("channels", one_of(*CHANNELS), "rgb", "rgb | grey | rgba (with transparency, which the others show on "
-             "white)", fixed=lambda values: not values["fake_dir"]),
+             "white)", fixed=of_runs),
         Flag("fit", one_of(*FITS), "crop", "pictures of another shape than --imsize: crop (the largest part from the "
-             "middle) | pad (with white, of rgba transparent) | stretch", fixed=lambda values: not values["fake_dir"]),
+             "middle) | pad (with white, of rgba transparent) | stretch", fixed=of_runs),
         Flag("batch_size", int, 64, "pictures per update, over all processes together", 1),
         Flag("num_workers", whole_or_auto, "auto", "loader processes, until all pictures are in the cache; 0 loads in "
              "the training process; auto: one per core, at most 8", 0, 256),

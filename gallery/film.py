@@ -1,7 +1,6 @@
 """Videos from a list of pictures: animated WebP or GIF by Pillow, MP4 by imageio-ffmpeg; --mode evolution."""
 
 import importlib.util
-import re
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,7 +15,6 @@ from utils import spread_indices, write_atomically
 FRAMES_PER_SECOND = 20
 EVOLUTION, LAST = 12, 2     # seconds that --mode evolution takes, of up to 240 grids, and shows the last grid
 LONGEST = 10                # frames that it shows any other grid, at most
-GRID = "_fake.png"          # what names of sample grids end with
 LARGEST = 1080              # pixels: grids of larger sides are shrunk
 
 
@@ -64,7 +62,9 @@ def evolution(config):
     if config.pretrained_model == "best":
         raise UsageError("--pretrained_model best: --mode evolution shows all grids up to a step; name one")
     folders = RunFolders.of(config)
-    grids = _find_grids(folders.samples, config.pretrained_model)
+    until = config.pretrained_model
+    grids = {step: path for step, path in page.pictures_of(folders.samples, "fake").items()
+             if until is None or step <= until}
     if not grids:
         raise DataError(f"--mode evolution: there is no sample grid (0000100_fake.png, ...) in {folders.samples}; "
                         "training writes one every --sample_step")
@@ -88,13 +88,6 @@ def evolution(config):
             f"that of step {skipped[0]}")
     say(f"a video of {len(frames)} of {len(grids)} grids, up to step {last}, in {path}")
     return 0
-
-
-def _find_grids(folder, until):
-    """Return {step: path} of the sample grids in a folder, by step; None: up to the newest."""
-    found = {int(path.name[:-len(GRID)]): path for path in folder.glob(f"*{GRID}")
-             if re.fullmatch(r"\d{7,}", path.name[:-len(GRID)])}
-    return {step: found[step] for step in sorted(found) if until is None or step <= until}
 
 
 def _read_newest(grids):

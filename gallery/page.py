@@ -111,6 +111,13 @@ def write_run_page(folders, config, classes=None, live=None):
     _write(folders.samples / NAME, summary, data)
 
 
+def pictures_of(folder, kind):
+    """Return {step: path} of the pictures of a kind, such as fake, in a run's folder, by step."""
+    paths = {step_and_kind[0]: path for path in folder.glob(f"*_{kind}.png")
+             if (step_and_kind := _parse_name(path.name)) and step_and_kind[1] == kind}
+    return dict(sorted(paths.items()))
+
+
 def pictures_at(folders, step):
     """Return {kind: path} of the pictures of the record of a step, such as fake and attn_g16."""
     paths = [path for folder in {folders.samples, folders.attention} for path in folder.glob(step_name(step, "_*.png"))]

@@ -21,8 +21,8 @@ from errors import UsageError
 ADDRESS = "127.0.0.1"
 PAGE = "index.html"         # what is shown of a folder
 CHUNK = 1 << 18             # bytes that are sent at once
-# Any website can name this address. None of them may show these pages in a frame, use a picture, or guess at a type;
-# and a page is asked for anew each time, as a run rewrites it.
+# Any website can name this address. None of them may show these pages in a frame, use a picture, or guess at a type.
+# no-cache: browsers revalidate each file, as a run rewrites its pages.
 HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "SAMEORIGIN",
            "Cross-Origin-Resource-Policy": "same-origin"}
 

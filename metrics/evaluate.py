@@ -17,7 +17,6 @@ from importlib import import_module
 from pathlib import Path
 
 import data_loader
-from dataset.decode import picture_size
 from dataset.images import ThreadedReader, open_pictures
 from device import distributed
 from device.distributed import Place, say
@@ -225,16 +224,8 @@ def _find_reference(config):
 def _sizes(folder):
     """Count the readable pictures of a folder, or archive, by size: {(width, height): number}, the commonest first."""
     dataset = open_pictures(Path(folder), 1)            # at whatever size: only headers are read
-
-    def size_of(index):
-        try:
-            with dataset.open(index)[0] as file:
-                return picture_size(file)
-        except DataError:
-            return None
-
     with ThreadPoolExecutor() as pool:
-        sizes = Counter(pool.map(size_of, range(len(dataset))))
+        sizes = Counter(pool.map(dataset.size, range(len(dataset))))
     sizes.pop(None, None)
     return dict(sizes.most_common())
 
