@@ -233,7 +233,7 @@ def _initialize(config, nets, classes, source):
     random = sorted({f"D.{key}" for key in families.frozen_of_d(nets.D, config.freeze_d)} & set(left))
     if random:
         raise UsageError(f"--freeze_d {config.freeze_d}: {random[0]} does not fit, and would stay random; use "
-                         "the --d_conv_dim and --imsize of that run, or freeze fewer blocks")
+                         "the --d_conv_dim, --imsize and --channels of that run, or freeze fewer blocks")
     say(f"initialized from '{name}', step {source['step']}: {len(taken)} of {len(taken) + len(left)} tensors")
     if left:
         # by part of a network: G.blocks, D.to_logit, ...

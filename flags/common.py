@@ -303,9 +303,9 @@ FLAGS = {
                             "serve", "clean_data"), "train",
              "train, or from a checkpoint: sample (pictures) | interpolate (a video) | style_mix (a grid; where G has "
              "skip layers) | project (the closest to --target that G draws) | export (G for other programs: ONNX, "
-             "safetensors, TorchScript) | evolution (a video of its grids over the steps) | evaluate (--metrics); or "
-             "serve: show the galleries of all runs to a browser on another machine, see --port; or clean_data: delete "
-             "the pictures that the last check of this version found damaged", per_call=True),
+             "safetensors, TorchScript) | evaluate (--metrics); or evolution: a video of a run's grids over the steps; "
+             "or serve: show the galleries of all runs to a browser on another machine, see --port; or clean_data: "
+             "delete the pictures that the last check of this version found damaged", per_call=True),
         Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free "
              "one", 0, 65535, per_call=True,
              unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),

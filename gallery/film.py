@@ -1,6 +1,7 @@
 """Videos from a list of pictures: animated WebP or GIF by Pillow, MP4 by imageio-ffmpeg; --mode evolution."""
 
 import importlib.util
+from collections import Counter
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -25,12 +26,20 @@ def require(kind):
 
 
 def save(frames, path, kind):
-    """Write Pillow images as a looping video of format `kind`; all are cropped or padded to the size of the first.
+    """Write Pillow images as a looping video of format `kind`; smaller ones are padded to the size of the largest.
 
     The write is atomic. Raise OSError.
     """
-    frames = [frame if frame.size == frames[0].size else frame.crop((0, 0, *frames[0].size)) for frame in frames]
+    size = tuple(max(sides) for sides in zip(*(frame.size for frame in frames), strict=True))
+    frames = [frame if frame.size == size else _padded(frame, size) for frame in frames]
     write_atomically(path, lambda temporary: _write(frames, temporary, kind))
+
+
+def _padded(frame, size):
+    """Return the frame with background right of it and below, of `size`."""
+    canvas = Image.new("RGB", size, grid.BACKGROUND)
+    canvas.paste(frame)
+    return canvas
 
 
 def _write(frames, path, kind):
@@ -68,15 +77,15 @@ def evolution(config):
     if not grids:
         raise DataError(f"--mode evolution: there is no sample grid (0000100_fake.png, ...) in {folders.samples}; "
                         "training writes one every --sample_step")
-    last, newest = _read_newest(grids)
-    chosen = sorted({*(list(grids)[index] for index in spread_indices(config.num_frames - 1, len(grids))), last})
-    frames, skipped = [], []
-    for step in chosen:
-        picture = newest if step == last else _read(grids[step])
-        if picture is None or picture.size != newest.size:
-            skipped.append(step)
-        else:
-            frames.append(_with_caption(picture, step))
+    sizes = {step: page.png_size(path) for step, path in grids.items()}     # None: damaged
+    usual = Counter(size for size in sizes.values() if size).most_common(1)
+    fitting = [step for step, size in sizes.items() if usual and size == usual[0][0]]
+    chosen = {*(fitting[index] for index in spread_indices(config.num_frames - 1, len(fitting))), *fitting[-1:]}
+    shown = {step: picture for step in sorted(chosen) if (picture := _read(grids[step]))}
+    if not shown:
+        raise DataError(f"--mode evolution: none of the {len(grids)} grids in {folders.samples} can be read")
+    last, skipped = max(shown), sorted(chosen - shown.keys() | sizes.keys() - set(fitting))
+    frames = [_with_caption(picture, step) for step, picture in shown.items()]
     each = max(1, min(LONGEST, EVOLUTION * FRAMES_PER_SECOND // len(frames)))
     path = folders.samples / step_name(last, f"_evolution.{config.film}")
     save([frame for frame in frames[:-1] for _ in range(each)] + frames[-1:] * LAST * FRAMES_PER_SECOND, path,
@@ -84,19 +93,10 @@ def evolution(config):
     if checkpoint.steps_in(folders.models):             # else the run's settings are not known, and its page has them
         page.write_pages(folders, config)
     if skipped:
-        say(f"note: left out, as they are damaged or of another size than the newest: {len(skipped)} grids, the first "
+        say(f"note: left out, as they are damaged or of another size than most: {len(skipped)} grids, the first "
             f"that of step {skipped[0]}")
     say(f"a video of {len(frames)} of {len(grids)} grids, up to step {last}, in {path}")
     return 0
-
-
-def _read_newest(grids):
-    """Return (step, picture) of the newest grid that can be read. Raise DataError if there is none."""
-    for step in reversed(grids):
-        picture = _read(grids[step])
-        if picture is not None:
-            return step, picture
-    raise DataError(f"--mode evolution: none of the {len(grids)} grids in {grids.popitem()[1].parent} can be read")
 
 
 def _read(path):

@@ -78,15 +78,17 @@ def find_font(size):
 def save_grid(images, path, columns=None, names=None):
     """Write images (B, C, H, W) in [-1, 1] as a grid in one PNG, row by row, with a thin gap between them.
 
-    columns defaults to ceil(sqrt(B)). Images of a shorter side under 64 px are enlarged by an integer factor (nearest
-    neighbour) to be visible on a screen; larger ones keep their size. `names`, one per row, stand left of the rows. The
-    write is atomic; missing folders are created. Raises ValueError for no image or fewer than one column, OSError if
-    the file cannot be written.
+    columns defaults to the images of one of `names`, or to what makes the grid nearly square. Images of a shorter side
+    under 64 px are enlarged by an integer factor (nearest neighbour) to be visible on a screen; larger ones keep their
+    size. `names`, one per row, stand left of the rows. The write is atomic; missing folders are created. Raises
+    ValueError for no image or fewer than one column, OSError if the file cannot be written.
     """
     cells = to_visible(images)
     if not len(cells):
         raise ValueError("save_grid: no images")
-    columns = math.ceil(math.sqrt(len(cells))) if columns is None else min(columns, len(cells))
+    if columns is None:
+        columns = len(cells) // len(names) if names else _columns(*cells.shape[:3])
+    columns = min(columns, len(cells))
     if columns < 1:
         raise ValueError("save_grid: columns must be at least 1")
     zoom = math.ceil(64 / min(cells.shape[1:3]))
@@ -105,6 +107,20 @@ def save_grid(images, path, columns=None, names=None):
     for row, line in enumerate(lines):
         draw.text((margin, GAP + row * (H + GAP) + H // 2), line, INK, font, "rm")
     save_png(picture, path)
+
+
+def _columns(count, height, width):
+    """Return the columns of a nearly square grid of `count` images of height x width; if its longer side can be at most
+    twice the shorter one without empty cells, there are none.
+    """
+    def cost(columns):
+        rows = math.ceil(count / columns)
+        across, down = columns * width, rows * height
+        ratio = max(across, down) / min(across, down)
+        empty = rows * columns / count
+        return ratio > 2 or empty > 1, ratio * empty, -columns
+
+    return min(range(1, count + 1), key=cost)
 
 
 def shortened(name, font, width=NAME_WIDTH):

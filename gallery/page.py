@@ -25,6 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from flags.pictures import PictureShape
 from parameter import as_json, dataset_name
 from storage.folders import step_name
 from storage.score_table import BESIDE
@@ -91,16 +92,16 @@ def write_run_page(folders, config, classes=None, live=None):
     now = int(time.time())
     summary = {
         "version": settings["version"], "model": settings["model"],
-        "dataset": dataset_name(config).removeprefix("folder ") or "folder", "imsize": settings["imsize"],
-        "step": max([*steps[-1:], metrics.last_step]), "total_step": settings["total_step"],
-        "written": now, "thumb": newest.get("fake"), "figures": metrics.latest,
+        "dataset": dataset_name(config).removeprefix("folder ") or "folder",
+        "imsize": PictureShape.of_config(config).key, "step": max([*steps[-1:], metrics.last_step]),
+        "total_step": settings["total_step"], "written": now, "thumb": newest.get("fake"), "figures": metrics.latest,
         "measured": metrics.protocols(), "classes": classes or before.get("classes"),
         "live": {**live._asdict(), "at": now} if live else before.get("live"),
     }
     real = "real.png" if (folders.samples / "real.png").is_file() else None
     data = {
         "steps": steps, "pictures": pictures, "attention": attention, "real": real, "extras": extras,
-        "sizes": {kind: _png_size((folders.attention if attention and kind.startswith("attn_") else folders.samples)
+        "sizes": {kind: png_size((folders.attention if attention and kind.startswith("attn_") else folders.samples)
                                   / name) for kind, name in {**newest, **({"real": real} if real else {})}.items()},
         "keys": metrics.keys, "rows": metrics.rows(steps),
         "curves": [curve.columns() for curve in metrics.curves], "measured": metrics.scores(),
@@ -218,8 +219,8 @@ def _relative_path(start, end):
     return parts if all(map(_is_unicode, parts)) else None
 
 
-def _png_size(path):
-    """Return [width, height] of a PNG in px, so that the page can reserve its space; None if the file is no PNG."""
+def png_size(path):
+    """Return (width, height) of a PNG in px, so that the page can reserve its space; None if the file is no PNG."""
     try:
         with open(path, "rb") as file:
             header = file.read(24)
@@ -227,7 +228,7 @@ def _png_size(path):
         return None
     if len(header) < 24 or header[:8] != b"\x89PNG\r\n\x1a\n":
         return None
-    return [int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")]
+    return int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")
 
 
 # ----------------------------------------------------------------------------------------------------- metrics.jsonl

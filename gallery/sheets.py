@@ -31,6 +31,7 @@ from gallery.grid import (
     to_visible,
 )
 
+LONG_CAPTION = "0.0000-0.0000  mean 0.0000"     # columns are at least as wide: all frames of a film are alike
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
 # hue, for colour-blind readers (under simulated full protanopia, deuteranopia and tritanopia any two differ by a CIE76
 # distance of at least 22, any two of the first five by at least 28).
@@ -146,11 +147,12 @@ def mask_sheet(images, masks, title, step, names=()):
     columns = []
     for layer, mask in masks.items():
         constant = mask.max() - mask.min() < 0.05  # False if any value is NaN or infinite
-        note = "nearly constant: almost no effect" if constant else ""
+        note = "nearly constant" if constant else " "       # the line is there: films do not jump
         columns.append((f"{layer}  {mask.size(1)}x{mask.size(2)}", INK, EDGE, note))
     per_image = zip(*masks.values(), strict=True)
     rows = [([_min_max_normalized(mask) for mask in row], [_mask_caption(mask) for mask in row]) for row in per_image]
-    legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers")
+    legend = ("dark = the mask's least", None, "bright = its most", "a mask multiplies the features it covers",
+              "nearly constant = almost no effect")
     cells = _enlarge(to_visible(images), _shown(max(shapes[0][2:])))
     return _sheet([(title, INK), (f"step {step}", QUIET)], legend, cells, columns, rows, names)[0]
 
@@ -180,6 +182,7 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
         labels.append(_flow(parts, small, math.inf, 14)[0])
     enlarged = [_enlarge(to_visible(images), cell) for images in rows.values()]
     tall, wide = (max(pictures.shape[side] for pictures in enlarged) for side in (1, 2))
+    wide = max([wide] + [math.ceil(small.getlength(text)) for texts in captions.values() for text in texts])
     width = max([B * (wide + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
     head = [(title, INK)] + [(f"step {step}", QUIET)] * (step is not None)
     sheet, draw, top = _blank(head, (legend,), width, len(rows) * (tall + 38) + len(captions) * 18)
@@ -269,7 +272,7 @@ def _sheet(head, legend, cells, columns, rows, names):
     height, width = cells.shape[1:3]
     small = find_font(13)
     texts = [text for heading, _, _, note in columns for text in (heading, note)]
-    texts += [caption for _, captions in rows for caption in captions]
+    texts += [caption for _, captions in rows for caption in captions] + [LONG_CAPTION]
     pitch_x = max(width + 2 * FRAME, *(math.ceil(small.getlength(text)) for text in texts)) + 10
     pitch_y = height + 2 * FRAME + 34
     # x of the image, then of each overlay, with a wider gap after the image
@@ -300,7 +303,8 @@ def _blank(head, legend, width, body):
     """
     title, small = find_font(17), find_font(13)
     foot = [(text, QUIET) for text in legend]
-    width = max(width, 400 - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head))
+    width = max(width, 400 - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head),
+                *(math.ceil(small.getlength(text)) for text, _ in foot if text))
     head, head_height = _flow(head, title, width, 26)
     foot, foot_height = _flow(foot, small, width, 20)
     height = 2 * MARGIN + head_height + body + 6 + foot_height

@@ -177,7 +177,7 @@ def _project(config, trained, net, candidates, path, target, bar):
     image, target = trained.draw(latent), target.cpu()                  # as --latents will draw it
     out = _unused(trained.path(f"project_{_name(path)}", None, ".png"))
     sheets.save_reconstructions(
-        {"target": target, "closest image of G": image, "difference": (as_rgb(image) - as_rgb(target)).abs() - 1}, out,
+        {"target": target, "closest image of G": image, "difference": _difference(image, target)}, out,
         f"projection of {printable(Path(path).name)}", trained.step,
         {"closest image of G": [f"LPIPS {found.lpips[best].item():.3f}"]}, "difference: black where they are equal")
     film.save([_frame(target, frame[best:best + 1]) for frame in frames], out.with_suffix(f".{config.film}"),
@@ -185,6 +185,12 @@ def _project(config, trained, net, candidates, path, target, bar):
     save_latents(latent, out.with_suffix(".npz"), trained.latents.classes)
     say(f"{printable(path)}: LPIPS {found.lpips[best].item():.3f}, MSE {found.mse[best].item():.4f}")
     return out
+
+
+def _difference(image, target):
+    """Return |image - target|, (1, 3, H, W) in [-1, 1], of colours as on white or, if larger, of transparency."""
+    difference = (as_rgb(image) - as_rgb(target)).abs()
+    return torch.maximum(difference, (image[:, 3:] - target[:, 3:]).abs().sum(1, keepdim=True)) - 1
 
 
 def _frame(target, image):

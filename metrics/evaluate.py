@@ -231,7 +231,7 @@ def _sizes(folder):
 
 
 def _describe(sizes):
-    parts = [f"{count:,} of {width}x{height}" for (width, height), count in list(sizes.items())[:3]]
+    parts = [f"{count:,} of {height}x{width}" for (width, height), count in list(sizes.items())[:3]]
     return ", ".join(parts) + (f", and {len(sizes) - 3} more sizes" if len(sizes) > 3 else "")
 
 

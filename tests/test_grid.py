@@ -76,6 +76,15 @@ def test_a_grid_is_nearly_square_by_default(tmp_path, B, columns, rows):
     assert (width // 64, height // 64) == (columns, rows)
 
 
+@pytest.mark.parametrize("H, W, columns, rows", [(64, 256, 2, 8), (256, 64, 8, 2), (64, 96, 4, 4)])
+def test_a_grid_of_flat_or_upright_pictures_is_nearly_square_and_full(tmp_path, H, W, columns, rows):
+    grid.save_grid(torch.zeros(16, 3, H, W), tmp_path / "grid.png")
+    height, width, _ = read(tmp_path / "grid.png").shape
+    assert (width // W, height // H) == (columns, rows)
+    grid.save_grid(torch.zeros(16, 3, H, W), tmp_path / "grid.png", names=list("abcd"))
+    assert read(tmp_path / "grid.png").shape[0] // H == 4, "a row per class"
+
+
 def test_small_pictures_become_blocks_and_large_ones_keep_their_pixels(tmp_path):
     for size, zoom in ((16, 4), (32, 2), (48, 2), (64, 1), (100, 1)):
         image = noise(1, 3, size, size)

@@ -55,6 +55,13 @@ def test_a_video_loops_and_follows_the_seed(run, flags, size):
     assert (frames("samples/a/0000001_interpolation_seed1.webp")[0][0] != first[0]).any()
 
 
+def test_frames_of_a_video_are_padded_to_the_largest(tmp_path):
+    film.save([Image.new("RGB", size, "white") for size in ((20, 30), (40, 20))], tmp_path / "a.gif", "gif")
+    first, second = frames(tmp_path / "a.gif")[0]
+    assert first.shape == second.shape == (30, 40, 3)
+    assert first[29, 19].min() > 250 > 60 > first[29, 20].max() and second[19, 39].min() > 250 > 60 > second[20].max()
+
+
 def test_a_video_as_gif_for_the_asked_points(run):
     run("--version", "a", "--total_step", 1)
     code, _, _ = run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--film", "gif",
@@ -151,6 +158,9 @@ def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_do
     fill_grids(grids, [10], size=(80, 30))
     _, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 500, tiny=False)
     assert "2 grids, the first that of step 5" in out and "a video of 198 of 200 grids" in out
+    fill_grids(grids, [995], size=(80, 30))
+    _, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 500, tiny=False)
+    assert "a video of 197 of 200 grids, up to step 990" in out, "one of another size leaves out none but itself"
     _, out, _ = run("--version", "a", "--mode", "evolution", "--pretrained_model", 102, tiny=False)
     assert "of 21 grids, up to step 100, in" in out
 

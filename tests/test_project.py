@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from generate import project
@@ -70,6 +71,13 @@ def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
     assert command("--mode", "sample", "--latents", latents[0])[0] == 0
     assert len(list(folder.iterdir())) == 3, "other latents have a folder of their own"
     assert "--truncation leaves the latents" in command("--mode", "sample", "--latents", *latents, "--truncation", 1)[1]
+
+
+def test_a_difference_is_of_colours_or_of_transparency():
+    white, clear = torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
+    clear[:, 3] = -1
+    assert (project._difference(white, white) == -1).all() and (project._difference(white, clear) == 1).all()
+    assert (project._difference(-white[:, :3], white[:, :3]) == 1).all()
 
 
 def test_a_target_of_twelve_bits_is_as_bright_as_the_training_pictures_are(trained, tmp_path, monkeypatch):

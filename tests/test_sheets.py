@@ -436,7 +436,7 @@ def test_a_diverged_run_still_gives_its_masks(tmp_path, written, bad):
     assert light[3] > 180 > 120 > max(light[:3])
     assert [w for _, w in written].count("mask is not finite") == 2
     assert [w for _, w in written].count("0.48-0.53  mean 0.48") == 2
-    assert not any("constant" in w for (x, _), w in written if x < places[0][1][1] - 9)
+    assert not any(w == "nearly constant" for (x, _), w in written if x < places[0][1][1] - 9)
 
 
 def test_the_legend_explains_the_heat(tmp_path, written):
@@ -629,6 +629,27 @@ def test_captions_of_the_last_row_stay_clear_of_the_legend(tmp_path, written):
     places = {words: y for (_, y), words in written}
     assert places["b"] - places["1.00"] > 14 and places["the legend"] - places["2.00"] > 14
     assert places["the legend"] < page.shape[0] - 4
+
+
+def test_texts_beside_narrow_pictures_neither_overlap_nor_end_at_the_edge(tmp_path, written):
+    def check(name):
+        assert (np.abs(read(tmp_path / name)[:, -12:] - grid.BACKGROUND).max(2) < 40).all(), "nothing is cut off"
+        for texts in map(sorted, written.lines.values()):
+            assert all(right <= left for (_, right), (left, _) in zip(texts, texts[1:], strict=False))
+        written.lines.clear()
+
+    narrow = torch.zeros(2, 3, 64, 16)
+    sheets.save_reconstructions({"a": narrow}, tmp_path / "r.png", "t", 1, {"a": ["a long caption, 0.25"] * 2},
+                                "a legend that is a good deal wider than the pictures are, and than their title, too")
+    check("r.png")
+    write_masks(tmp_path / "m.png", narrow, {"slae4": hill(2, 4, 4, 0, 0), "slae8": hill(2, 4, 4, 0, 0, 0.5, 0.51)})
+    check("m.png")
+
+
+def test_columns_of_narrow_pictures_stay_where_they_are_whatever_their_captions(tmp_path):
+    sizes = {sheets.mask_sheet(torch.zeros(1, 3, 64, 16), {"slae4": hill(1, 4, 4, 0, 0, *levels)}, "t", 1).size
+             for levels in ((0.5, 0.5), (0.5, 0.51), (0.0, 0.9))}
+    assert len(sizes) == 1, "else a film would jump"
 
 
 def test_the_legend_says_what_is_asked(tmp_path, written):
