@@ -39,7 +39,8 @@ def main(argv):
         print("interrupted", file=sys.stderr)
         return 130
     except OSError as error:
-        advice = "\nFree some space, or set other --sample_path, --log_path and --model_save_path."
+        free = "Move it away" if error.errno in (errno.ENOTDIR, errno.EEXIST) else "Free some space"
+        advice = f"\n{free}, or set other --sample_path, --log_path and --model_save_path."
         if not getattr(error, "silent", False):
             console.report(f"{error.filename or 'the disk'}: {error.strerror or error}"
                            f"{advice if error.errno in _DISK_ERRORS else ''}")

@@ -328,7 +328,7 @@ def _check_range(flag, value):
         _check_text(flag, value)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"--{flag.name} {value}: give a finite number")
     if flag.below is not None and not flag.low <= value < flag.below:
         raise UsageError(f"--{flag.name} {value}: must be in [{flag.low:g}, {flag.below:g})")
@@ -395,7 +395,11 @@ def _check_effect(values, typed):
 
 
 def _check_version(version):
-    if not 0 < len(os.fsencode(version)) <= 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
+    try:
+        length = len(os.fsencode(version))
+    except UnicodeEncodeError:                          # half a character, from a file of JSON
+        length = 0
+    if not 0 < length <= 100 or version[0] in ".-" or re.search(r"[/\\:\x00-\x1f]", version):
         plain = re.split(r"[/\\]", version.rstrip("/\\"))[-1][:100].lstrip(".-")
         hint = f", such as {plain}" if plain and plain != version else ""
         raise UsageError(f"--version {version!r}: use a plain name of up to 100 bytes, without / \\ : "

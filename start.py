@@ -230,15 +230,28 @@ def _initialize(config, nets, classes, source):
     if not any(shapes.get(key, 0) > 1 for key in taken):
         raise UsageError(f"--init_from {name}: no weights of its G fit this one; use its --arch, --imsize and "
                          "--g_conv_dim")
-    random = sorted({f"D.{key}" for key in families.frozen_of_d(nets.D, config.freeze_d)} & set(left))
-    if random:
-        raise UsageError(f"--freeze_d {config.freeze_d}: {random[0]} does not fit, and would stay random; use "
-                         "the --d_conv_dim, --imsize and --channels of that run, or freeze fewer blocks")
+    _check_frozen(config, nets.D, left)
     say(f"initialized from '{name}', step {source['step']}: {len(taken)} of {len(taken) + len(left)} tensors")
     if left:
         # by part of a network: G.blocks, D.to_logit, ...
         parts = Counter(".".join(key.split(".")[:2]) for key in left)
         say("  new, as they do not fit: " + ", ".join(f"{count} of {part}" for part, count in parts.items()))
+    if len(left) > len(taken):
+        say("warning: most are new, so this is close to training from scratch; networks of another --imsize or width "
+            "have other shapes almost everywhere")
+
+
+def _check_frozen(config, D, left):
+    """Raise UsageError if weights that `--freeze_d` keeps are among `left`, which --init_from did not fill."""
+    def random(count):
+        return sorted({f"D.{key}" for key in families.frozen_of_d(D, count)} & set(left))
+
+    if not random(config.freeze_d):
+        return
+    fewer = sum(1 for count in range(1, config.freeze_d) if not random(count))
+    raise UsageError(f"--freeze_d {config.freeze_d}: {random(config.freeze_d)[0]} does not fit, and would stay random; "
+                     "use the --imsize, --d_conv_dim and --channels of that run, or "
+                     + (f"--freeze_d {fewer}" if fewer else "leave it out: not even the first block fits"))
 
 
 def _restore(trainer, state, folders):
@@ -248,7 +261,9 @@ def _restore(trainer, state, folders):
         moved = folders.supersede_records_after(-1) if distributed.is_first() else 0
         if moved:
             say(f"{moved} records of an older run moved to {folders.samples / 'superseded'}")
-        say(f"starting '{config.version}'; run the same command again to resume from the newest checkpoint")
+        say(f"starting '{config.version}'; run the same command again to resume from the newest checkpoint\n"
+            f"watch it in a browser, from step {min(config.sample_step, config.total_step)} on: "
+            f"{folders.samples / page.NAME}")
         return
     trainer.restore(state)
     if distributed.is_first():

@@ -90,18 +90,20 @@ def new_folders(*folders):
         raise
 
 
-def write_atomically(path, write):
+def write_atomically(path, write, lasting=True):
     """Call write(temporary path), fsync, then rename to `path`: a reader sees the whole old or the whole new file.
 
     If `write` raises, the old file stays and the temporary file is deleted; one that a killed process left of an
-    earlier attempt is deleted, too.
+    earlier attempt is deleted, too. `lasting` False, for many files that are easily made again: without fsync, and what
+    killed processes left is the caller's to remove.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if lasting:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -109,7 +111,8 @@ def write_atomically(path, write):
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)                  # a full disk names no file by itself
         raise
-    remove_leftovers(path.parent, path.name)
+    if lasting:
+        remove_leftovers(path.parent, path.name)
 
 
 def remove_leftovers(folder, name=None):

@@ -1,5 +1,6 @@
 """Videos from a list of pictures: animated WebP or GIF by Pillow, MP4 by imageio-ffmpeg; --mode evolution."""
 
+import errno
 import importlib.util
 from collections import Counter
 
@@ -25,14 +26,15 @@ def require(kind):
         raise UsageError("--film mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg, or use --film webp")
 
 
-def save(frames, path, kind):
+def save(frames, path, kind, shown=None):
     """Write Pillow images as a looping video of format `kind`; smaller ones are padded to the size of the largest.
 
-    The write is atomic. Raise OSError.
+    `shown`: for how many 20ths of a second each is shown; None: one. The write is atomic. Raise OSError.
     """
+    shown = shown or [1] * len(frames)
     size = tuple(max(sides) for sides in zip(*(frame.size for frame in frames), strict=True))
     frames = [frame if frame.size == size else _padded(frame, size) for frame in frames]
-    write_atomically(path, lambda temporary: _write(frames, temporary, kind))
+    write_atomically(path, lambda temporary: _write(frames, temporary, kind, shown))
 
 
 def _padded(frame, size):
@@ -42,21 +44,30 @@ def _padded(frame, size):
     return canvas
 
 
-def _write(frames, path, kind):
+def _write(frames, path, kind, shown):
     if kind == "mp4":
-        import imageio_ffmpeg
+        return _write_mp4([frame for frame, count in zip(frames, shown, strict=True) for _ in range(count)], path)
+    options = {"quality": 80, "method": 4} if kind == "webp" else {}
+    frames[0].save(path, kind, save_all=True, append_images=frames[1:], loop=0,
+                   duration=[count * 1000 // FRAMES_PER_SECOND for count in shown], **options)
 
-        width, height = (side + side % 2 for side in frames[0].size)    # H.264 needs even sides
-        writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1,
-                                             output_params=["-f", "mp4"])
+
+def _write_mp4(frames, path):
+    import imageio_ffmpeg
+
+    width, height = (side + side % 2 for side in frames[0].size)        # H.264 needs even sides
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1,
+                                         ffmpeg_log_level="quiet", output_params=["-f", "mp4"])
+    try:
         writer.send(None)
         for frame in frames:
             writer.send(np.ascontiguousarray(np.asarray(frame.crop((0, 0, width, height)))))
         writer.close()
-    else:
-        options = {"quality": 80, "method": 4} if kind == "webp" else {}
-        frames[0].save(path, kind, save_all=True, append_images=frames[1:], duration=1000 // FRAMES_PER_SECOND, loop=0,
-                       **options)
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))    # whatever became of it, close() raises nothing
+    except (OSError, RuntimeError):
+        written = 0
+    if written != len(frames):
+        raise OSError(errno.ENOSPC, "ffmpeg could not write it whole; the disk may be full")
 
 
 # --------------------------------------------------------------------------------------------------- --mode evolution
@@ -72,8 +83,10 @@ def evolution(config):
         raise UsageError("--pretrained_model best: --mode evolution shows all grids up to a step; name one")
     folders = RunFolders.of(config)
     until = config.pretrained_model
-    grids = {step: path for step, path in page.pictures_of(folders.samples, "fake").items()
-             if until is None or step <= until}
+    found = page.pictures_of(folders.samples, "fake")
+    grids = {step: path for step, path in found.items() if until is None or step <= until}
+    if found and not grids:
+        raise UsageError(f"--pretrained_model {until}: the first sample grid is that of step {min(found)}")
     if not grids:
         raise DataError(f"--mode evolution: there is no sample grid (0000100_fake.png, ...) in {folders.samples}; "
                         "training writes one every --sample_step")
@@ -88,8 +101,7 @@ def evolution(config):
     frames = [_with_caption(picture, step) for step, picture in shown.items()]
     each = max(1, min(LONGEST, EVOLUTION * FRAMES_PER_SECOND // len(frames)))
     path = folders.samples / step_name(last, f"_evolution.{config.film}")
-    save([frame for frame in frames[:-1] for _ in range(each)] + frames[-1:] * LAST * FRAMES_PER_SECOND, path,
-         config.film)
+    save(frames, path, config.film, [each] * (len(frames) - 1) + [LAST * FRAMES_PER_SECOND])
     if checkpoint.steps_in(folders.models):             # else the run's settings are not known, and its page has them
         page.write_pages(folders, config)
     if skipped:

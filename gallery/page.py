@@ -13,6 +13,7 @@ be silent (`Live`).
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import math
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flags.pictures import PictureShape
-from parameter import as_json, dataset_name
+from parameter import FAMILIES, GROUPS, as_json, dataset_name
 from storage.folders import step_name
 from storage.score_table import BESIDE
 from utils import write_atomically
@@ -39,7 +40,7 @@ BUCKETS = 200               # points of a curve, at most; even
 WITH_SCORE = (*BESIDE, "_floor")
 
 _RECORD = re.compile(r"(\d{7,})_(fake|recon|attn_.+)\.png", re.DOTALL)
-_EXTRA = re.compile(r"\d{7,}_.+\.(png|webp|gif)", re.DOTALL)
+_EXTRA = re.compile(r"\d{7,}_.+\.(png|webp|gif|mp4)", re.DOTALL)
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>', re.DOTALL)
 _SUMMARY_WITHIN = 1 << 16   # bytes: the summary ends within the first 64 KiB of a page
 _PROTOCOLS_WITHIN = 1 << 15 # bytes of the summary; one character may take twelve
@@ -86,17 +87,20 @@ def write_run_page(folders, config, classes=None, live=None):
     metrics = _metrics_of(os.path.abspath(folders.logs / "metrics.jsonl"))
     metrics.update()
     settings = json.loads(as_json(config), parse_constant=str)     # JSON has no infinity (--lambda_gp inf)
+    news = settings["mode"] in ("train", "evaluate")            # what is drawn later is no news of the run
     newest = {kind: _name(steps[-1] if indices is None else steps[indices[-1]], kind)
               for kind, indices in pictures.items()}
     before = _read_summary(folders.samples / NAME) or {}
-    now = int(time.time())
+    now, step = int(time.time()), max([*steps[-1:], metrics.last_step])
     summary = {
         "version": settings["version"], "model": settings["model"],
         "dataset": dataset_name(config).removeprefix("folder ") or "folder",
-        "imsize": PictureShape.of_config(config).key, "step": max([*steps[-1:], metrics.last_step]),
-        "total_step": settings["total_step"], "written": now, "thumb": newest.get("fake"), "figures": metrics.latest,
-        "measured": metrics.protocols(), "classes": classes or before.get("classes"),
+        "imsize": PictureShape.of_config(config).key, "step": step,
+        "total_step": settings["total_step"], "written": now if news else before.get("written", now),
+        "thumb": newest.get("fake"), "figures": metrics.latest, "measured": metrics.protocols(),
+        "classes": classes or before.get("classes"),
         "live": {**live._asdict(), "at": now} if live else before.get("live"),
+        "since": _begun(before, now, step),
     }
     real = "real.png" if (folders.samples / "real.png").is_file() else None
     data = {
@@ -107,9 +111,26 @@ def write_run_page(folders, config, classes=None, live=None):
         "curves": [curve.columns() for curve in metrics.curves], "measured": metrics.scores(),
         "by_class": metrics.by_class(),
         "others": [name for name in _runs_in(folders.samples.parent) if name != folders.samples.name],
-        "config": settings,
+        "config": _settings_of_run(settings, folders),
     }
     _write(folders.samples / NAME, summary, data)
+
+
+def _settings_of_run(settings, folders):
+    """Return the settings of the run that `folders` hold, without those of a call and of other families; `settings` are
+    those of the present call.
+    """
+    if settings["mode"] != "train":
+        with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
+            settings |= json.loads((folders.models / "config.json").read_text(encoding="utf-8"), parse_constant=str)
+    shown = {flag.name for title, flags in GROUPS.items() if title not in FAMILIES or title == settings["model"]
+             for flag in flags if not flag.per_call}
+    return {name: value for name, value in settings.items() if name in shown}
+
+
+def _begun(before, now, step):
+    """Return when the records that the page shows were begun: anew, if the run has gone back to an earlier step."""
+    return before["since"] if before and step >= before["step"] else now
 
 
 def pictures_of(folder, kind):
@@ -137,7 +158,7 @@ def write_overview(sample_root):
         summary = _read_summary(root / name / NAME)
         if summary is not None:
             runs.append({**summary, "folder": name})
-    runs.sort(key=lambda run: (-run["written"], run["folder"]))
+    runs.sort(key=lambda run: (-run["since"], run["folder"]))
     _write(root / NAME, {"page": "overview"}, {"runs": runs})
 
 
@@ -145,7 +166,8 @@ def write_overview(sample_root):
 
 
 def _find_pictures(folders):
-    """Return (steps, {kind: indices of steps or None}, path to the attention maps or None, other file names).
+    """Return (steps, {kind: indices of steps or None}, path to the attention maps or None, [[name, time of writing in
+    ms] of each other file]).
 
     A kind, such as fake or attn_g16, has None instead of indices if it has a picture at every step. The path is
     relative, in parts, and None if the maps are in the folder of the samples.
@@ -173,7 +195,15 @@ def _find_pictures(folders):
     pictures = {kind: None if len(steps_of[kind]) == len(steps) else
                 [index for index, step in enumerate(steps) if step in steps_of[kind]]
                 for kind in sorted(steps_of, key=_sort_key)}
-    return steps, pictures, attention, sorted(extras)
+    return steps, pictures, attention, [[name, _time_of(folders.samples / name)] for name in sorted(extras)]
+
+
+def _time_of(path):
+    """Return when a file was written last, in ms; 0 if it is gone."""
+    try:
+        return path.stat().st_mtime_ns // 10**6
+    except OSError:
+        return 0
 
 
 def _file_names(folder):
@@ -474,8 +504,9 @@ def _read_summary(path):
             isinstance(summary.get(key), kind) for key, kind in _SUMMARY_TYPES.items()):
         return None
     measured = summary.get("measured")      # missing in pages of older versions
-    live = summary.get("live")              # missing in those, too
-    return {**summary, "measured": list(filter(_is_protocol, measured)) if isinstance(measured, list) else [],
+    live, since = summary.get("live"), summary.get("since")     # missing in those, too
+    return {**summary, "since": since if type(since) is int else summary["written"],
+            "measured": list(filter(_is_protocol, measured)) if isinstance(measured, list) else [],
             "live": live if _is_live(live) else None}
 
 
@@ -506,7 +537,7 @@ def _template():
     """
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     style, script = (_hash(re.search(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)[1]) for tag in ("style", "script"))
-    policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; img-src 'self' file:; "
+    policy = ("default-src 'none'; base-uri 'none'; form-action 'none'; img-src 'self' file:; media-src 'self' file:; "
               "frame-src 'self' file:; "                # a newer self, see page.html
               f"style-src {style}; script-src {script}; require-trusted-types-for 'script'; trusted-types 'none'")
     head, rest = text.replace("{policy}", policy).split("{summary}")

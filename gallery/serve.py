@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         if os.path.isdir(path):
             if not urlsplit(self.path).path.endswith("/"):              # else relative links would lead elsewhere
                 return self._send(HTTPStatus.MOVED_PERMANENTLY,
-                                  {"Location": "/" + "".join(f"{quote(name)}/" for name in names)})
+                                  {"Location": "/" + "".join(f"{quote(os.fsencode(name))}/" for name in names)})
             path = _find(self.root, [*names, PAGE])
         try:
             with open(path or "", "rb") as file:
@@ -147,7 +147,11 @@ class Handler(BaseHTTPRequestHandler):
 
 def _names(address):
     """Return the names in the path of an address, decoded once; None if one is hidden, .. or no file name."""
-    names = [name for name in unquote(urlsplit(address).path, errors="surrogateescape").split("/") if name]
+    try:
+        path = urlsplit(address).path
+    except ValueError:                      # such as http://[/
+        return None
+    names = [name for name in unquote(path, errors="surrogateescape").split("/") if name]
     wrong = any(name.startswith(".") or "\0" in name or os.sep in name or "\\" in name or ":" in name for name in names)
     return None if wrong else names
 
@@ -165,7 +169,7 @@ def _find(root, names):
 
 def _part(asked, size):
     """Return (first, last) byte of a Range header; None if it is to be ignored, () if there are no such bytes."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", asked.strip(), re.ASCII)
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.strip(), re.ASCII)
     if not match or match[1] == match[2] == "":
         return None                         # several parts: the whole is an allowed answer
     if match[1] == "":

@@ -1,6 +1,7 @@
 """G's inputs: noise z, metadata appended to it if there is a bank, and labels if the run has classes."""
 
 import hashlib
+import tokenize
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ def _save_npz(path, arrays):
         np.savez(file, **arrays)
 
 
+# What numpy raises on files that are no such archives, or damaged.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, SyntaxError, MemoryError, zlib.error,
+           zipfile.BadZipFile, tokenize.TokenError)
+
+
 def read_latents(paths, latents, typed_classes=None):
     """Return the Inputs in `.npz` files of `save_latents`, in order, for a G with these Latents.
 
@@ -81,8 +87,8 @@ def read_latents(paths, latents, typed_classes=None):
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 z = arrays["z"]
-                classes = arrays["classes"].tolist() if "classes" in arrays else [None] * len(z)
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+                classes = list(arrays["classes"].tolist()) if "classes" in arrays else [None] * len(z)
+        except _DAMAGE as error:
             reason = getattr(error, "strerror", None) or "holds no array z"
             raise DataError(f"--latents {path}: {reason}; give files that --mode project wrote") from None
         with np.errstate(over="ignore"):

@@ -224,6 +224,8 @@ def load(version, step=None, device="auto", model_save_path="models"):
     `device` as in --device; `model_save_path` is the folder of all runs. Needs neither the pictures nor VGG-16. Raises
     UsageError if there is no such run, CheckpointError if it has no such checkpoint that can be read.
     """
+    if not isinstance(version, str) or not (step is None or step == "best" or type(step) is int):
+        raise UsageError("load(): give the name of a run and, as step, a whole number, 'best' or None")
     typed = {"version": version, "mode": "sample", "device": device, "model_save_path": str(model_save_path)}
     return Sampler(typed if step is None else {**typed, "pretrained_model": step})
 

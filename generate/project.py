@@ -1,7 +1,7 @@
 """--mode project: the closest that G can draw to a given picture, and the latent of it.
 
-Adam optimizes latents from the nearest of some samples, on LPIPS + 0.2 MSE (FastGAN section 4). `search` serves
-`--metrics lpips`, too.
+Adam optimizes latents from the nearest of some samples, on LPIPS + 0.2 MSE (FastGAN section 4); where VGG-16 is not to
+be had, on the pixels at several sizes. `search` serves `--metrics lpips`, too.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from dataset.decode import (
 from dataset.images import EncodedDataset
 from dataset.table import CELEBA_CROP, DATASETS
 from device.distributed import progress, say
-from errors import DataError, UsageError
+from errors import DataError, UsageError, first_line
 from flags.pictures import PictureShape
 from gallery import film, grid, sheets
 from generate.classes import require_classes
@@ -60,8 +60,8 @@ class Found:
 def search(G, net, start, target, steps, free, advance, watch=lambda step, images: None):
     """Optimize the first `free` dimensions of the latents of `start`, B Inputs, each for its target (B, C, H, W).
 
-    G is frozen, in eval mode; `net` is an Lpips. Return `Found`, the step of lowest LPIPS of each. Each step calls
-    `advance()` and `watch(step, images)`.
+    G is frozen, in eval mode; `net` is an Lpips, or Pixels. Return `Found`, the step of lowest distance of each. Each
+    step calls `advance()` and `watch(step, images)`.
     """
     with torch.no_grad():
         target_embedding = net.embed(target)                            # (B, D)
@@ -102,13 +102,40 @@ def project(config, place, precision):
     trained = load_generator(config, place, precision)
     trained.G.requires_grad_(False)
     candidates = _candidates(config, trained)
-    net = lpips.load_lpips(config.vgg_weights, FALLBACK_HINT).to(place.device)
+    net, measure = _load_distance(config)
+    net.to(place.device)
     trained.create_folder()
     with progress(len(targets) * config.backtrack_steps, "step", "projecting") as bar:
-        paths = [_project(config, trained, net, candidates, *target, bar) for target in targets.items()]
+        paths = [_project(config, trained, (net, measure), candidates, *target, bar) for target in targets.items()]
     trained.finish(config, f"{len(paths)} picture{'s' * (len(paths) > 1)} projected by step {trained.step}: "
                    f"{', '.join(map(str, paths))}; as pictures, and as latents for --latents, beside them")
     return 0
+
+
+class Pixels(torch.nn.Module):
+    """A distance that needs no weights: the mean squared error of images at full, half, ... 1/16 size. As Lpips."""
+
+    def embed(self, images):
+        """Return embeddings (B, D) of images (B, C, H, W) whose squared Euclidean distances are that error."""
+        images, parts = as_rgb(images), []
+        for scale in (1, 2, 4, 8, 16):
+            small = torch.nn.functional.avg_pool2d(images, scale).flatten(1)
+            parts.append(small / (5 * small.size(1)) ** 0.5)
+        return torch.cat(parts, 1)
+
+
+def _load_distance(config):
+    """Return (what `search` minimizes, its name): LPIPS, or if VGG-16 is not to be had, which it says, Pixels. Raise
+    UsageError, DataError of `--vgg_weights PATH`.
+    """
+    try:
+        net = lpips.load_lpips(config.vgg_weights, FALLBACK_HINT)
+    except (DataError, UsageError) as error:
+        if config.vgg_weights != "imagenet":
+            raise
+        say(f"note: without LPIPS, by pixels alone, which finds colours rather than contents: {first_line(error)}")
+        return Pixels(), "pixel distance"
+    return net, "LPIPS of random weights" if config.vgg_weights == "random" else "LPIPS"
 
 
 def _read(path, config):
@@ -159,9 +186,10 @@ def _candidates(config, trained):
     return replace(candidates, labels=chosen.repeat(-(-CANDIDATES // len(chosen)))[:CANDIDATES])
 
 
-def _project(config, trained, net, candidates, path, target, bar):
+def _project(config, trained, distance, candidates, path, target, bar):
     """Search for one target (1, C, H, W) and write what was found. Return the path of the picture."""
     device, frames = trained.precision.device, []
+    net, measure = distance
     target = target.to(device)
     start = candidates[_nearest(trained, net, candidates, target)].to(device)
     every = max(1, config.backtrack_steps // FRAMES)
@@ -176,21 +204,28 @@ def _project(config, trained, net, candidates, path, target, bar):
     latent = found.inputs[best:best + 1]
     image, target = trained.draw(latent), target.cpu()                  # as --latents will draw it
     out = _unused(trained.path(f"project_{_name(path)}", None, ".png"))
+    found_at, error = f"{measure} {found.lpips[best].item():.3f}", f"MSE {found.mse[best].item():.4f}"
+    name = printable(Path(path).name)
     sheets.save_reconstructions(
-        {"target": target, "closest image of G": image, "difference": _difference(image, target)}, out,
-        f"projection of {printable(Path(path).name)}", trained.step,
-        {"closest image of G": [f"LPIPS {found.lpips[best].item():.3f}"]}, "difference: black where they are equal")
+        {name: torch.cat([target, image, _difference(image, target)])}, out,
+        "projection", trained.step, {name: ["target", "closest image of G", "difference"]},
+        f"{found_at}, {error}; difference: black where equal" + ", transparency, too" * (image.size(1) == 4))
     film.save([_frame(target, frame[best:best + 1]) for frame in frames], out.with_suffix(f".{config.film}"),
               config.film)
     save_latents(latent, out.with_suffix(".npz"), trained.latents.classes)
-    say(f"{printable(path)}: LPIPS {found.lpips[best].item():.3f}, MSE {found.mse[best].item():.4f}")
+    say(f"{printable(path)}: {found_at}, {error}")
     return out
 
 
 def _difference(image, target):
-    """Return |image - target|, (1, 3, H, W) in [-1, 1], of colours as on white or, if larger, of transparency."""
-    difference = (as_rgb(image) - as_rgb(target)).abs()
-    return torch.maximum(difference, (image[:, 3:] - target[:, 3:]).abs().sum(1, keepdim=True)) - 1
+    """Return |image - target| as an opaque image (1, C, H, W); of transparent ones that of the colours on white or, if
+    it is larger, that of transparency.
+    """
+    if image.size(1) != 4:
+        return (image - target).abs() - 1
+    colours = (as_rgb(image) - as_rgb(target)).abs()
+    difference = torch.maximum(colours, (image[:, 3:] - target[:, 3:]).abs()) - 1
+    return torch.cat([difference, torch.ones_like(image[:, 3:])], 1)
 
 
 def _frame(target, image):

@@ -21,7 +21,7 @@ from gallery import grid
 from generate.classes import require_classes
 from generate.latents import digest_of, read_latents
 from generate.trained import load_generator
-from utils import spread_indices
+from utils import remove_leftovers, spread_indices, write_atomically
 
 KEY = "parameters"
 CONTRADICT = ("seed", "seeds", "num_samples")       # flags that --like replaces
@@ -45,6 +45,7 @@ def sample(config, place, precision):
         return _sample_classes(config, trained, folder, side, count, chosen)
     trained.create_folder()
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     with progress(count, "picture") as done:
         grid.save_grid(_write(trained, _batches(config, trained, chosen), folder, side**2, done), f"{folder}.png")
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
@@ -61,6 +62,7 @@ def _sample_classes(config, trained, folder, side, count, latents):
     with progress(count * len(chosen), "picture") as done:
         for label, name in zip(chosen, classes.folder_names(chosen), strict=True):
             (folder / name).mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder / name)
             rows[label] = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
     grid.save_grid(torch.cat([rows[label] for label in shown]), f"{folder}.png", min(side, count),
                    [classes.names[label] for label in shown])
@@ -139,7 +141,9 @@ def _save(trained, image, inputs, origin, path):
         recipe["class"] = trained.latents.classes.names[inputs.labels.item()]
     text = PngInfo()
     text.add_text(KEY, json.dumps(recipe))
-    grid.to_picture(grid.to_uint8(image[None])[0]).save(path, compress_level=1, pnginfo=text)
+    picture = grid.to_picture(grid.to_uint8(image[None])[0])
+    write_atomically(path, lambda temporary: picture.save(temporary, "PNG", compress_level=1, pnginfo=text),
+                     lasting=False)
 
 
 # --------------------------------------------------------------------------------------------------------- --like
@@ -168,7 +172,8 @@ def _is_whole(recipe):
              "metadata_sample": str}
     must = {"version", "step", "seed"} | ({"number", "count"} if "number" in recipe else set())
     return must <= set(recipe) and all(type(recipe[name]) is kind for name, kind in kinds.items() if name in recipe) \
-        and 0 <= recipe.get("number", 0) < recipe.get("count", 1)
+        and 0 <= recipe.get("number", 0) < recipe.get("count", 1) and 0 <= recipe["seed"] < 2**63 \
+        and 0 <= recipe["step"] < 2**31
 
 
 def settings_of(typed):

@@ -117,8 +117,9 @@ class Wandb:
         self.folder, self.run = Path(folder), None
         with self._tolerant():
             self.run = self._begin(name, settings)
-            offline = f"{self.folder / 'wandb'}, offline; `wandb sync` sends it"
-            say(f"wandb: {offline if self.run.offline else self.run.url}")
+            if not self.run.disabled:
+                offline = f"{self.folder / 'wandb'}, offline; `wandb sync` sends it"
+                say(f"wandb: {offline if self.run.offline else self.run.url}")
 
     def _begin(self, name, settings):
         import wandb
@@ -126,13 +127,20 @@ class Wandb:
         arguments = dict(                               # an absolute path: its service may work in another folder
             project=os.environ.get("WANDB_PROJECT", settings["model"]), name=name, id=self._find_id(), resume="allow",
             dir=self.folder.absolute(), config=settings)
-        # the console is the progress bar's; a prompt for the key would hold the training up
+        # the console is the progress bar's
         quiet = wandb.Settings(console="off", silent=True, init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT)
-        try:
-            return wandb.init(**arguments, settings=quiet)
-        except wandb.Error as error:
-            say(f"warning: wandb: {first_line(error)}")
-            return wandb.init(**arguments, settings=quiet, mode="offline")
+        if os.environ.get("WANDB_MODE", "online") == "online":
+            # who is not logged in would be asked for a key, on a terminal, which would hold the training up
+            if wandb.login(prompt=False, verify=False):
+                try:
+                    return wandb.init(**arguments, settings=quiet)
+                except wandb.Error as error:
+                    say(f"warning: wandb: {first_line(error)}")
+                    wandb.teardown()                    # its service still has a run of this id
+            else:
+                say("warning: wandb: not logged in, see `wandb login`")
+            quiet.mode = "offline"
+        return wandb.init(**arguments, settings=quiet)
 
     def _find_id(self):
         path = self.folder / WANDB_ID
@@ -163,7 +171,8 @@ class Wandb:
         try:
             yield
         except Exception as error:                      # whatever a library and its network may raise
-            say(f"warning: wandb: {type(error).__name__}: {first_line(error)}; training continues without it")
+            reason = " ".join(str(error).split())[:300] or first_line(error)
+            say(f"warning: wandb: {type(error).__name__}: {reason}; training continues without it")
             self.run = None
 
     def close(self, failed):

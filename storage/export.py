@@ -24,13 +24,23 @@ OTHER_BATCH = 3         # images of the check; the export itself sees two
 README = """\
 The generator of '{version}', step {step} ({model}), for other programs.
 
-G.onnx          ONNX, dynamic batch. onnxruntime: InferenceSession("G.onnx").run(None, {{{feeds}}})[0]
-G.ts.pt         TorchScript. torch.jit.load("G.ts.pt")({arguments}){missing}
-G.safetensors   the weights of this program's network, with its settings as metadata ("config", JSON)
+G.onnx          ONNX, dynamic batch
+G.ts.pt         TorchScript: torch.jit.load("G.ts.pt")({arguments}), of torch tensors{missing}
+G.safetensors   the weights of this program's network, with its settings as metadata ("config", JSON); its own
+                pictures are drawn by generate.modes.load("{version}"), from the folder of main.py
 latents.npz     z{and_labels} of {samples} samples: what to feed, and latents for this program's --latents
 
 z: float32 (N, {width}){what_z}
-{labels}image, the output: float32 (N, {C}, {H}, {W}), {channels} in [-1, 1]; (image + 1) * 127.5 are 8-bit values.
+{labels}image, the output: float32 (N, {C}, {H}, {W}), {channels} in [-1, 1]
+
+    import numpy, onnxruntime
+    from PIL import Image
+
+    z = numpy.load("latents.npz")["z"][:4]
+{label_line}    (images,) = onnxruntime.InferenceSession("G.onnx").run(None, {{{feeds}}})
+    pixels = (127.5 * (images + 1)).round().clip(0, 255).astype("uint8").transpose(0, 2, 3, 1)
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture.squeeze()).save(f"{{number}}.png")
 """
 
 
@@ -125,4 +135,5 @@ def _readme(inputs, facts, traced):
         missing="" if traced is not None else " -- not written: it does not serve for this network",
         what_z=" from N(0, 1)" + (f", cut off at +-{truncation:g}" if truncation else "")
         + f"; its last {metadata} numbers are metadata, as in latents.npz" * (metadata > 0),
-        labels=f"labels: int64 (N,), the numbers of the classes: {', '.join(names)}\n" if names else "")
+        labels=f"labels: int64 (N,), the numbers of the classes: {', '.join(names)}\n" if names else "",
+        label_line="    labels = numpy.zeros(len(z), int)                   # of the first class\n" if names else "")

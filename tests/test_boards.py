@@ -179,6 +179,14 @@ def test_wandb_gets_numbers_pictures_and_settings_and_a_resumed_run_goes_on(run,
     assert code == 0 and len(sessions()) == 1 and sessions()[0][0] != first, "another run"
 
 
+def test_who_is_not_logged_in_is_not_asked_but_logged_offline(run, offline, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    code, out, _ = run(*RUN, "--total_step", 2, "--wandb", "true")
+    assert code == 0 and "not logged in" in out and "wandb: logs/a/wandb, offline" in out and len(sessions()) == 1
+
+
 def test_without_wandb_a_run_is_refused_before_it_begins(run, monkeypatch):
     find = importlib.util.find_spec
     for there in (None, SimpleNamespace(origin=None)):  # none, and a folder of that name
@@ -199,10 +207,18 @@ class Broken:
     """A wandb whose run raises at this call of `log`, or whose `init` does."""
 
     Error = type("Error", (Exception,), {})
-    Settings = Image = staticmethod(lambda *_, **options: options)
+    Settings = staticmethod(lambda **options: SimpleNamespace(**options))
+    Image = staticmethod(lambda *_, **options: options)
+    disabled = False
 
     def __init__(self, at):
         self.at, self.calls, self.ended, self.url, self.offline = at, 0, None, "https://example.org/run", False
+
+    def login(self, prompt, verify):
+        return not prompt and not verify
+
+    def teardown(self):
+        pass
 
     def init(self, **_):
         if self.at == 0:

@@ -21,7 +21,7 @@ FOLDER = Path("samples/a/0000002_export")
 
 @pytest.mark.parametrize(("flags", "tiny"), [
     ((), True), (("--arch", "resnet", "--conditional", "true"), True), (FASTGAN, False)])
-def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, tiny):
+def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, tiny, monkeypatch):
     import onnxruntime
     from safetensors import safe_open
 
@@ -43,7 +43,12 @@ def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, t
     for images in (by_onnx, by_torch):
         pixels = ((images + 1) * 127.5).round().clip(0, 255).transpose(0, 2, 3, 1)
         assert abs(pixels - drawn).max() <= 1
-    assert len(text.splitlines()) <= 12 and f"float32 (N, {arrays['z'].shape[1]})" in text
+    assert f"float32 (N, {arrays['z'].shape[1]})" in text
+    with monkeypatch.context() as inside:
+        inside.chdir(FOLDER)
+        exec("".join(line[4:] for line in text[text.index("    import"):].splitlines(keepends=True)), {})
+    shown = [np.asarray(Image.open(FOLDER / f"{number}.png")) for number in range(4)]
+    assert "classes" in arrays or abs(np.stack(shown).astype(int) - drawn[:4]).max() <= 1, "the README's own lines"
 
     with safe_open(FOLDER / "G.safetensors", "pt") as file:
         config = parameter.Config.of(json.loads(file.metadata()["config"]))

@@ -1,14 +1,17 @@
 # ruff: noqa: F811 - the fixture `chromium` is imported
 """The page of a run that goes on: what it says of the run, and how it follows it in a real browser."""
 
+import io
 import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Launched
+from PIL import Image
 from test_page import SOURCE, STEP, Run, chromium, embedded, shade  # noqa: F401 - chromium is a fixture
 
 import loop
@@ -129,6 +132,7 @@ def test_step_layer_place_and_what_is_unfolded_stay_as_their_reader_left_them(ch
     chromium.keys(Keys.HOME)
     chromium.click(".layers button:nth-child(2)")
     chromium.click(".config summary")
+    chromium.js("document.body.style.paddingBottom = '100vh'")          # room to scroll
     chromium.js("document.querySelector('#curves').scrollIntoView()")
     heading = "document.querySelector('#curves h2').getBoundingClientRect().top"
     top, focused = chromium.js(heading), "document.activeElement.textContent"
@@ -234,6 +238,67 @@ def test_the_switch_turns_it_off_for_this_page_and_the_next(chromium, growing):
 
 
 @pytest.mark.browser
+def test_who_was_interrupted_and_goes_on_is_followed_again(chromium, growing):
+    growing.write("interrupted", 1)
+    chromium.wait(f"{TOLD} === 'interrupted'")
+    assert chromium.js("document.querySelector('.live label').checkVisibility()")
+    add(growing, 2)
+    growing.write("running", 1)
+    chromium.js("next = 0")                             # half a minute later
+    chromium.wait(f"{STEP} === 'step 300' && {TOLD} === 'running'")
+
+
+@pytest.mark.browser
+def test_another_run_of_this_name_is_shown_with_its_own_pictures(chromium, growing):
+    chromium.all_loaded()
+    chromium.js("window.sameDocument = true")
+    shutil.rmtree(growing.folders.samples)
+    (growing.folders.logs / "metrics.jsonl").unlink()
+    growing.folders.create()
+    time.sleep(1)                                       # runs are told apart by the second in which they were begun
+    growing.record(100, colour=(0, 200, 0))
+    growing.record(200, colour=(0, 200, 0))
+    growing.write("running", 1)
+    chromium.wait("window.sameDocument !== true")
+    chromium.all_loaded()
+    picture = chromium.driver.find_element("css selector", ".stage .picture img").screenshot_as_png
+    shown = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"), int)
+    assert (abs(shown - (0, 200, 0)).max(2) < 12).mean() > 0.5 and chromium.js(STEP) == "step 200"
+
+
+@pytest.mark.browser
+def test_the_space_bar_on_the_switch_turns_it_off_and_nothing_is_said_of_what_is_not_looked_at(
+        chromium, growing, monkeypatch):
+    from selenium.webdriver.common.keys import Keys
+
+    monkeypatch.setattr(page.time, "time", lambda: time.time_ns() / 1e9 - 1700)
+    growing.write("running", 1)
+    chromium.open(growing.path)
+    chromium.js(f"{SWITCH}.focus()")
+    chromium.keys(Keys.SPACE)
+    assert not chromium.js(f"{SWITCH}.checked")
+    assert chromium.js("document.querySelector('#play').ariaPressed") == "false"
+    chromium.js("Date.now = (now => () => now() + 1e6)(Date.now)")
+    chromium.wait(f"{TOLD}.startsWith('running at ')")
+
+
+@pytest.mark.browser
+def test_the_focus_stays_on_its_picture_among_those_of_checkpoints(chromium, growing):
+    for seed in range(3):
+        shutil.copy(growing.folders.samples / "0000100_fake.png",
+                    growing.folders.samples / f"0000100_generated_seed{seed}.png")
+    growing.write("running", 1)
+    focused = "document.activeElement.ariaLabel"
+    chromium.wait("document.querySelectorAll('.more button').length === 3")
+    chromium.js("document.querySelectorAll('.more button')[2].focus()")
+    before = chromium.js(focused)
+    add(growing, 2)
+    growing.write("running", 1)
+    chromium.wait(f"{STEP} === 'step 300'")
+    assert chromium.js(focused) == before and "seed2" in before
+
+
+@pytest.mark.browser
 def test_the_list_of_runs_follows_them_too(chromium, growing):
     page.write_overview(growing.root / "samples")
     chromium.open(growing.root / "samples" / "index.html")
@@ -250,6 +315,10 @@ def test_the_list_of_runs_follows_them_too(chromium, growing):
     chromium.wait("document.querySelectorAll('.runs li').length === 2")
     first, second = sorted(chromium.js(cards))
     assert "other" in first and "· done" in first and "step 300" in second and "· interrupted" in second
+    growing.write("done")
+    page.write_overview(growing.root / "samples")
+    look_now(chromium)
+    chromium.wait(f"{cards}.every(card => card.includes('· done'))")
     assert not chromium.js("document.querySelector('.live label').checkVisibility()")
     chromium.all_loaded()
     assert chromium.errors() == []

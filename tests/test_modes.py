@@ -89,6 +89,22 @@ def test_a_video_as_mp4(run):
     assert meta["size"] == (32, 32) and meta["fps"] == 20 and len(list(video)) == 5
 
 
+def test_an_mp4_that_could_not_be_written_whole_leaves_the_old_one(tmp_path):
+    pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg is not installed")
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), np.uint8)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))          # the disk is full
+    try:
+        with pytest.raises(OSError, match="could not write it whole"):
+            film.save(list(map(Image.fromarray, noise)), path, "mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_style_drives_the_skips_and_nothing_else():
     torch.manual_seed(0)
     G, _ = fastgan_models.build(resolve({"model": "fastgan", "imsize": 64, "g_conv_dim": 8, "d_conv_dim": 8, "z_dim": 8,
@@ -144,7 +160,7 @@ def test_the_evolution_of_a_run_is_a_video_of_its_grids_in_order_of_their_steps(
 
 def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_does_not_fit(run, monkeypatch):
     saved = []
-    monkeypatch.setattr(film, "save", lambda frames, path, kind: saved.extend(frames))
+    monkeypatch.setattr(film, "save", lambda frames, path, kind, shown: saved.append((frames, shown)))
     grids = Path("samples/a")
     fill_grids(grids, range(0, 1000, 5))
     Image.new("RGB", (40, 30), "red").save(grids / "0000995_fake.png")
@@ -152,8 +168,9 @@ def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_do
     assert code == 0 and "a video of 20 of 200 grids, up to step 995" in out
     assert not (grids / "index.html").exists(), "there is no checkpoint, whose settings the page would have"
     assert "a video of" not in run("--version", "a", "--mode", "evolution", "--dry_run", tiny=False)[1]
-    assert {frame.size for frame in saved} == {(40, 60)} and len(saved) < 14 * film.FRAMES_PER_SECOND
-    assert saved[-1].getpixel((5, 5)) == (255, 0, 0)
+    frames, shown = saved[0]
+    assert {frame.size for frame in frames} == {(40, 60)} and len(frames) == 20
+    assert shown == [10] * 19 + [2 * film.FRAMES_PER_SECOND] and frames[-1].getpixel((5, 5)) == (255, 0, 0)
     (grids / "0000005_fake.png").write_bytes(b"no picture")
     fill_grids(grids, [10], size=(80, 30))
     _, out, _ = run("--version", "a", "--mode", "evolution", "--num_frames", 500, tiny=False)
@@ -163,6 +180,9 @@ def test_an_evolution_of_many_grids_shows_some_the_newest_and_leaves_out_what_do
     assert "a video of 197 of 200 grids, up to step 990" in out, "one of another size leaves out none but itself"
     _, out, _ = run("--version", "a", "--mode", "evolution", "--pretrained_model", 102, tiny=False)
     assert "of 21 grids, up to step 100, in" in out
+    (grids / "0000000_fake.png").unlink()
+    code, _, error = run("--version", "a", "--mode", "evolution", "--pretrained_model", 3, tiny=False)
+    assert code == 2 and "--pretrained_model 3: the first sample grid is that of step 5" in error
 
 
 @pytest.mark.parametrize(("flags", "expected", "words"), [

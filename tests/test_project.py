@@ -50,6 +50,19 @@ def test_a_search_comes_nearer_and_its_latent_draws_what_it_found(trained):
     assert abs(drawn - as_array(target)).mean() < nearest, "nearer than any sample that it began with"
 
 
+def test_without_vgg16_pixels_are_searched_and_it_is_said(trained, monkeypatch):
+    command = trained()
+    command("--mode", "sample", "--num_samples", 1)
+    target = "samples/a/0000002_generated_seed0/000000.png"
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setenv("TORCH_HOME", str(Path("empty").absolute()))
+    code, out, err = command("--mode", "project", "--target", target, "--backtrack_steps", 30, "--vgg_weights",
+                             "imagenet")
+    assert code == 0 and "note: without LPIPS, by pixels alone" in out and "pixel distance 0.0" in out, err
+    code, _, err = command("--mode", "project", "--target", target, "--vgg_weights", "gone.pth")
+    assert code == 2 and "--vgg_weights gone.pth" in err
+
+
 def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
     command = trained("--arch", "resnet", "--conditional", "true", "--g_lr", 0.1)
     rng = np.random.default_rng(0)
@@ -76,7 +89,8 @@ def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
 def test_a_difference_is_of_colours_or_of_transparency():
     white, clear = torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2)
     clear[:, 3] = -1
-    assert (project._difference(white, white) == -1).all() and (project._difference(white, clear) == 1).all()
+    black = torch.tensor([-1, -1, -1, 1.0]).view(1, 4, 1, 1).expand_as(white)
+    assert (project._difference(white, white) == black).all() and (project._difference(white, clear) == 1).all()
     assert (project._difference(-white[:, :3], white[:, :3]) == 1).all()
 
 
