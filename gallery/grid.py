@@ -87,7 +87,7 @@ def save_grid(images, path, columns=None, names=None):
     if not len(cells):
         raise ValueError("save_grid: no images")
     if columns is None:
-        columns = len(cells) // len(names) if names else _columns(*cells.shape[:3])
+        columns = len(cells) // len(names) if names else columns_of(*cells.shape[:3])
     columns = min(columns, len(cells))
     if columns < 1:
         raise ValueError("save_grid: columns must be at least 1")
@@ -109,7 +109,7 @@ def save_grid(images, path, columns=None, names=None):
     save_png(picture, path)
 
 
-def _columns(count, height, width):
+def columns_of(count, height, width):
     """Return the columns of a nearly square grid of `count` images of height x width; if its longer side can be at most
     twice the shorter one without empty cells, there are none.
     """

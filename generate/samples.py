@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from dataset.decode import printable
 from device.distributed import progress
-from errors import UsageError
+from errors import CheckpointError, UsageError, first_line
 from gallery import grid
 from generate.classes import require_classes
 from generate.latents import digest_of, read_latents
@@ -34,7 +34,12 @@ def sample(config, place, precision):
     Picture i depends on the seed, i, its class and the checkpoint alone. Raises CheckpointError, UsageError.
     """
     recipe = config.like and read_recipe(config.like)
-    trained = load_generator(config, place, precision)
+    try:
+        trained = load_generator(config, place, precision)
+    except CheckpointError as error:
+        if not recipe:
+            raise
+        raise CheckpointError(f"--like {config.like}: {first_line(error)}") from None
     if recipe:
         return _sample_like(config, trained, recipe)
     chosen = read_latents(config.latents, trained.latents, config.classes) if config.latents else None
@@ -47,7 +52,10 @@ def sample(config, place, precision):
     folder.mkdir(exist_ok=True)
     remove_leftovers(folder)
     with progress(count, "picture") as done:
-        grid.save_grid(_write(trained, _batches(config, trained, chosen), folder, side**2, done), f"{folder}.png")
+        shown = _write(trained, _batches(config, trained, chosen), folder, side**2, done)
+    columns = grid.columns_of(len(shown), *shown.shape[2:])
+    rows = [config.seeds[start:start + columns] for start in range(0, len(shown), columns)] if config.seeds else ()
+    grid.save_grid(shown, f"{folder}.png", columns, [", ".join(map(str, seeds)) for seeds in rows])
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
                    f"{_first(side**2, count)} as a grid in {folder}.png{_older(folder, count)}")
     return 0
@@ -136,7 +144,8 @@ def _file_name(origin):
 
 def _save(trained, image, inputs, origin, path):
     """Write one image (C, H, W) with its recipe."""
-    recipe = {"version": trained.folders.models.name, "step": trained.step, **origin, **trained.latents.settings()}
+    recipe = {"version": trained.folders.models.name, "step": trained.step, "weights": trained.weights, **origin,
+              **trained.latents.settings()}
     if inputs.labels is not None:
         recipe["class"] = trained.latents.classes.names[inputs.labels.item()]
     text = PngInfo()
@@ -169,7 +178,7 @@ def read_recipe(path):
 def _is_whole(recipe):
     """Return whether a recipe has what it must have, each of its kind."""
     kinds = {"version": str, "step": int, "seed": int, "number": int, "count": int, "class": str, "truncation": float,
-             "metadata_sample": str}
+             "metadata_sample": str, "weights": str}
     must = {"version", "step", "seed"} | ({"number", "count"} if "number" in recipe else set())
     return must <= set(recipe) and all(type(recipe[name]) is kind for name, kind in kinds.items() if name in recipe) \
         and 0 <= recipe.get("number", 0) < recipe.get("count", 1) and 0 <= recipe["seed"] < 2**63 \
@@ -198,6 +207,10 @@ def settings_of(typed):
 
 def _sample_like(config, trained, recipe):
     """`sample` for `--like`: the picture of this recipe, in its own class or in those of `--classes`."""
+    named = (config.version, trained.step) == (recipe["version"], recipe["step"])
+    if named and recipe.get("weights", trained.weights) != trained.weights:         # of older pictures it is not known
+        raise UsageError(f"--like {config.like}: was drawn by another run that was named '{config.version}', too; name "
+                         f"the one that has its weights with --version, such as {config.version}.old1")
     classes = trained.latents.classes
     if config.classes is not None:
         labels = require_classes(classes).choose(config.classes)

@@ -1,6 +1,8 @@
 """Single pictures by the real command: those of chosen seeds, and one drawn again from what its file says."""
 
+import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -69,11 +71,43 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(run):
         path, = Path("samples/a").glob(f"0000002_{again}")
         assert code == 0 and str(path) in out, err
         assert path.read_bytes() == picture.read_bytes()
-    assert json.loads(Image.open(path).text["parameters"]) == {
-        "version": "a", "step": 2, "seed": 5, "class": "bob", "truncation": 0.5}
+    recipe = json.loads(Image.open(path).text["parameters"])
+    assert re.fullmatch("[0-9a-f]{8}", recipe.pop("weights"))
+    assert recipe == {"version": "a", "step": 2, "seed": 5, "class": "bob", "truncation": 0.5}
     run("--like", path, "--classes", "beard,bob", "--truncation", 2, tiny=False)
     changed = [Path(f"samples/a/0000002_seed000005_{name}_truncation2.png") for name in ("beard", "bob")]
     assert len({file.read_bytes() for file in (path, *changed)}) == 3
+
+
+def test_a_picture_of_another_run_of_that_name_is_not_drawn_again(run):
+    run("--version", "a", "--total_step", 2)
+    run("--version", "a", "--train", "false", "--seeds", 9, tiny=False)
+    Path("samples/a/0000002_seeds/seed000009.png").rename("mine.png")
+    assert run("--like", "mine.png", tiny=False)[0] == 0
+    run("--version", "a", "--total_step", 2, "--restart", "true", "--seed", 7)
+    code, _, err = run("--like", "mine.png", tiny=False)
+    assert code == 2 and "--like mine.png: was drawn by another run that was named 'a', too" in err
+    assert run("--like", "mine.png", "--version", "a.old1", tiny=False)[0] == 0
+    Path("models/a/0000002.pth").unlink()
+    run("--version", "a", "--total_step", 1, "--seed", 7)
+    code, _, err = run("--like", "mine.png", tiny=False)
+    assert code == 5 and err.startswith("error: --like mine.png: ")
+
+
+def test_a_full_disk_leaves_no_half_written_picture(run, monkeypatch):
+    run("--version", "a", "--total_step", 2)
+    save = Image.Image.save
+
+    def full(self, path, *rest, **options):
+        save(self, path, *rest, **options)
+        if "000003" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = run("--version", "a", "--train", "false", tiny=False)
+    assert code == 5 and "000003.png: No space left on device" in err
+    assert sorted(path.name for path in Path("samples/a/0000002_generated_seed0").iterdir()) == [
+        "000000.png", "000001.png", "000002.png"]
 
 
 def test_a_step_that_only_best_pth_has_left_is_found(run):
