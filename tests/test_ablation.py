@@ -32,7 +32,7 @@ BENCHMARKS = Path(ablation.__file__).parent
 
 # Stands in for main.py: notes its arguments in calls.txt, and writes the files that the ablation reads.
 STAND_IN = '''
-import json, os, random, sys, time
+import json, os, random, signal, sys, time
 from pathlib import Path
 argv = sys.argv[1:]
 flag = lambda name, default=None: argv[argv.index("--" + name) + 1] if "--" + name in argv else default
@@ -58,6 +58,7 @@ else:
         print("line one")
         sys.exit("error: --batch_size 9: the reason")
     if name == os.environ.get("HANG"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored where the suite runs in the background
         try:
             Path("hanging").touch()
             time.sleep(600)
