@@ -246,10 +246,11 @@ def _check_frozen(config, D, left):
     def random(count):
         return sorted({f"D.{key}" for key in families.frozen_of_d(D, count)} & set(left))
 
-    if not random(config.freeze_d):
+    missing = random(config.freeze_d)
+    if not missing:
         return
     fewer = sum(1 for count in range(1, config.freeze_d) if not random(count))
-    raise UsageError(f"--freeze_d {config.freeze_d}: {random(config.freeze_d)[0]} does not fit, and would stay random; "
+    raise UsageError(f"--freeze_d {config.freeze_d}: {missing[0]} does not fit, and would stay random; "
                      "use the --imsize, --d_conv_dim and --channels of that run, or "
                      + (f"--freeze_d {fewer}" if fewer else "leave it out: not even the first block fits"))
 

@@ -116,7 +116,8 @@ def _settings_of_run(settings, folders):
     """
     if settings["mode"] != "train":
         with contextlib.suppress(OSError, ValueError, RecursionError, TypeError):
-            settings |= json.loads((folders.models / "config.json").read_text(encoding="utf-8"), parse_constant=str)
+            saved = (folders.models / "config.json").read_text(encoding="utf-8")
+            settings = settings | json.loads(saved, parse_constant=str)
     shown = {flag.name for title, flags in GROUPS.items() if title not in FAMILIES or title == settings["model"]
              for flag in flags if not flag.per_call}
     return {name: value for name, value in settings.items() if name in shown}
@@ -140,7 +141,7 @@ def _truncated(text, length):
 
 
 def _begun(before, now, step):
-    """Return when the records that the page shows were begun: anew, if the run has gone back to an earlier step."""
+    """Return the time of the run's first page, in seconds; `now`, if it has gone back to an earlier step since."""
     return before["since"] if before and step >= before["step"] else now
 
 
