@@ -20,6 +20,7 @@ from data_loader import real_batches, to_images
 from dataset.images import split
 from device import distributed, watch
 from device.distributed import say
+from device.loss_scale import LONGEST_STREAK
 from errors import CheckpointError, NonFiniteError, first_line
 from families import FAMILIES
 from flags.common import written
@@ -155,16 +156,20 @@ class Run:
 
         Raise NonFiniteError if one of them is not finite or, before a checkpoint, a weight is not.
         """
-        means = self.window.means()
+        trainer, means = self.trainer, self.window.means()
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
-        if (due.save or due.measure or due.stop) and not wrong and not self.trainer.is_finite():
+        if (due.save or due.measure or due.stop) and not wrong and not trainer.is_finite():
             wrong = ["a weight, statistic or moment"]   # the step's losses were computed before its update
-        step = self.trainer.step
+        # in fp16 an update that overflows is skipped
+        wrong += [f"the gradients of {net}, {LONGEST_STREAK} times or more in a row,"
+                  for net, scale in trainer.loss_scales.items() if scale.is_stuck()]
+        step = trainer.step
         if wrong:
             saved = checkpoint.steps_in(self.folders.models)
             newest = f"the checkpoint of step {saved[-1]} is good" if saved else "no checkpoint was written yet"
             raise NonFiniteError(f"{', '.join(wrong)} became NaN or infinite between steps {self.finite_until} and "
-                                 f"{step}; {newest}.\nTry a lower --g_lr and --d_lr, or --sn both.")
+                                 f"{step}; {newest}.\nTry a lower --g_lr and --d_lr, or --sn both"
+                                 + (", or --precision fp32." if trainer.is_fp16 else "."))
         self.finite_until = step
         return means
 
@@ -247,6 +252,8 @@ class Run:
             "sec_per_step": window.seconds / window.steps,
             "images_per_sec": config.batch_size * config.d_iters * window.steps / window.seconds,
         }
+        for net, scale in trainer.loss_scales.items():
+            scalars |= {f"loss_scale/{net}_{name}": value for name, value in scale.figures().items()}
         if self.place.device.type == "cuda":
             scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.place.device) / 2**30
         self.health.watch(trainer.step, means)

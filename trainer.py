@@ -17,6 +17,7 @@ import utils
 from device import distributed
 from device.distributed import say
 from device.fast_step import FastStep, StepVariant, capture_cuda_graph
+from device.loss_scale import LossScale, finite_statistics
 from device.replicas import GradientAverage, check_replicas, draw_rows, sync_batch_norm
 from diffaug import augment
 from families import FAMILIES, build_networks, build_objective, frozen_of_d
@@ -52,6 +53,11 @@ class Trainer:
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
+        self.is_fp16 = precision.name == "fp16"
+        self.g_scale, self.d_scale = (LossScale(optimizer, device, self.is_fp16)
+                                      for optimizer in (self.g_optimizer, self.d_optimizer))
+        self.loss_scales = {"G": self.g_scale, "D": self.d_scale}
+        self._finite_stats = {}                         # in fp16: those of the last steps
         frozen = set(frozen_of_d(self.D, config.freeze_d).values())
         for weight in frozen:
             weight.requires_grad_(False)
@@ -79,7 +85,7 @@ class Trainer:
         self.is_whole = False                               # until the end of the step, the state belongs to no step
         self._set_learning_rates()
         with self.precision.switched():
-            stats = self._fast_step(tensors)
+            stats = self._without_overflows(self._fast_step(tensors))
         # EMA warm-up, so that early averages forget the initialization
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
         utils.ema_update(self.G_ema, self.G, decay if self.step >= self.config.ema_start else 0)
@@ -112,9 +118,9 @@ class Trainer:
                     reals.append((self.augment(real), real_labels))
                     loss, stats = self._d_loss(self.D, reals[-1][0], [self.augment(x.detach()) for x in fake],
                                                (real_labels, fake_labels))
-                self._backward(loss)
+                self._backward(loss, self.d_scale)
                 d_stats.append({"d_loss": loss.detach(), **stats})
-            self._optimize(self.d_optimizer, self.d_average)
+            self._optimize(self.d_scale, self.d_average)
 
         # G phase: minimize g_loss(G). Freezing D skips its weight gradients, which halves the backward pass.
         self._train_d(False)
@@ -124,10 +130,20 @@ class Trainer:
                 fake, fake_labels = self.generate(len(real))
             with shared_weights(self._compiled(self.D)), self.precision.autocast():
                 loss, stats = self._g_loss(self.D, real, [self.augment(x) for x in fake], (real_labels, fake_labels))
-            self._backward(loss)
+            self._backward(loss, self.g_scale)
             g_stats.append({"g_loss": loss.detach(), **stats})
-        self._optimize(self.g_optimizer, self.g_average)
+        self._optimize(self.g_scale, self.g_average)
         return {**_mean(d_stats), **_mean(g_stats)}
+
+    def _without_overflows(self, stats):
+        """In fp16: return the statistics, and for what overflowed in this step that of the last finite one.
+
+        Its update was skipped; what is not finite for long still ends the run, see `LossScale.is_stuck`.
+        """
+        if self.is_fp16:
+            self._finite_stats = {name: value.where(value.isfinite(), self._finite_stats.get(name, value.new_zeros(())))
+                                  for name, value in stats.items()}
+        return self._finite_stats if self.is_fp16 else stats
 
     def _parts(self, images, labels=None):
         """Return [(images, labels or None), ...]: the `--accumulate` parts of a batch."""
@@ -145,15 +161,15 @@ class Trainer:
         with shared_weights(self._compiled(self.G)), self.precision.autocast():
             return self._G(**inputs.as_arguments()), inputs.labels
 
-    def _backward(self, loss):
+    def _backward(self, loss, scale):
         """Accumulate the gradients of one of the `--accumulate` parts of a batch."""
-        (loss / self.config.accumulate).backward()
+        scale.backward(loss / self.config.accumulate)
 
     @staticmethod
-    def _optimize(optimizer, average):
-        average.finish()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def _optimize(scale, average):
+        average.finish()                                    # before `step`: ranks must skip the same updates
+        scale.step()
+        scale.optimizer.zero_grad(set_to_none=True)
 
     def _adam(self, net, lr):
         on_gpu = self.place.device.type == "cuda"
@@ -178,8 +194,12 @@ class Trainer:
 
     @cached_property
     def _fast_step(self):
-        return FastStep(self.update, (self.G, self.D), (self.g_optimizer, self.d_optimizer), self.place.device,
-                        self.step_variants())
+        def body(tensors):
+            with finite_statistics((self.G, self.D), self.is_fp16):
+                return self.update(tensors)
+
+        return FastStep(body, (self.G, self.D), (self.g_optimizer, self.d_optimizer), self.place.device,
+                        self.step_variants(), self.loss_scales.values())
 
     def step_variants(self):
         """Return the [StepVariant, ...] that flags, hardware and the number of steps ahead call for."""
@@ -234,6 +254,7 @@ class Trainer:
             "g_optimizer": self.g_optimizer.state_dict(), "d_optimizer": self.d_optimizer.state_dict(),
             "fixed_z": self.fixed_inputs.z, "metadata": self.latents.state(),
             "classes": self.latents.classes and self.latents.classes.state(),
+            "loss_scales": {net: scale.state() for net, scale in self.loss_scales.items()},     # of fp16
             "random": [utils.random_states(self.place.device)],     # a list: by rank in older checkpoints
         }
 
@@ -245,6 +266,8 @@ class Trainer:
             optimizer = getattr(self, name)
             # take the moments only: learning rates, betas and options are those of this command line and device
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state[name]["state"]})
+        for net, scale in self.loss_scales.items():
+            scale.restore(state.get("loss_scales", {}).get(net))    # older checkpoints have none
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.fixed_inputs = replace(self.fixed_inputs, z=state["fixed_z"])
         utils.restore_random_states(state["random"][0], self.place.device)      # last: no draws after

@@ -46,7 +46,7 @@ RESULTS = Path(__file__).parent.parent / "docs" / "measurements.md"
 # what the variants add to the flags, by model
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # those that the device has, but that `auto` does not take
-_PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "tf32", "bf16")
+_PRECISIONS = tuple(f"--precision {name}" for name in ("fp32", "tf32", "bf16", "fp16")
                     if Precision(name, _DEVICE).name == name != Precision("auto", _DEVICE).name)
 _POOLED = tuple(f"{one} --attn_pool true" for one in _PRECISIONS if _DEVICE.type == "cpu")
 _REST = ("--accumulate 4", *("--cuda_graph false",) * (_DEVICE.type == "cuda"))

@@ -30,13 +30,13 @@ class StepVariant:
 class FastStep:
     """`body(images) -> {name: 0-d tensor}`; after WARM_UP steps with the `variants` applied, each on top of the last.
 
-    `images` is a list of tensors of fixed shapes. `body` changes the `networks` and the state of the `optimizers` in
-    place, nothing else, and draws from the global random states.
+    `images` is a list of tensors of fixed shapes. `body` changes the `networks` and the state of the `optimizers` and
+    of the LossScales `scales` in place, nothing else, and draws from the global random states.
     """
 
-    def __init__(self, body, networks, optimizers, device, variants):
+    def __init__(self, body, networks, optimizers, device, variants, scales=()):
         self.step, self.variants, self.calls = body, list(variants), 0
-        self.networks, self.optimizers, self.device = networks, optimizers, device
+        self.networks, self.optimizers, self.scales, self.device = networks, optimizers, scales, device
 
     def __call__(self, images):
         for variant in self.variants if self.calls == WARM_UP else ():
@@ -62,9 +62,10 @@ class FastStep:
 
     @contextmanager
     def _rolled_back(self):
-        """Restore networks, optimizers and random states at the end."""
+        """Restore networks, optimizers, loss scales and random states at the end."""
         tensors = [tensor for net in self.networks for tensor in (*net.parameters(), *net.buffers())] + [
             tensor for optimizer in self.optimizers for slots in optimizer.state.values() for tensor in slots.values()]
+        scales = [(scale, scale.state()) for scale in self.scales]
         saved = {tensor: tensor.detach().to("cpu", copy=True) for tensor in tensors}     # the GPU may be nearly full
         try:
             with utils.forked_random_state(self.device):
@@ -73,6 +74,8 @@ class FastStep:
             with torch.no_grad():
                 for tensor, value in saved.items():
                     tensor.copy_(value)
+            for scale, state in scales:
+                scale.restore(state)
 
 
 def capture_cuda_graph(step, images):

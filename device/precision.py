@@ -1,7 +1,8 @@
 """The precision of convolutions and matrix products (`--precision`).
 
-fp32, tf32 (10 bits of mantissa, on GPUs), or bf16 by autocast. Weights, optimizers, batch statistics, spectral norms,
-gradient penalties and losses are fp32 at any setting. Without hardware support the precision falls back to fp32.
+fp32, tf32 (10 bits of mantissa, on GPUs), or bf16 or fp16 by autocast; fp16 trains with loss_scale.py. Weights,
+optimizers, batch statistics, spectral norms, gradient penalties and losses are fp32 at any setting. Without hardware
+support the precision falls back to fp32.
 """
 
 import contextlib
@@ -13,14 +14,17 @@ from device.distributed import say
 
 
 class Precision:
-    """The precision used on one device; `name` is "fp32", "tf32" or "bf16"."""
+    """The precision used on one device; `name` is "fp32", "tf32", "bf16" or "fp16"."""
+
+    AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
     def __init__(self, wanted, device):
         self.device, self.wanted = device, wanted
+        usable = {"fp32": True, "tf32": has_tensor_cores(device), "bf16": has_bf16(device), "fp16": has_fp16(device)}
         if wanted == "auto":
-            wanted = "bf16" if has_bf16(device) else "fp32"
-        usable = {"fp32": True, "tf32": has_tensor_cores(device), "bf16": has_bf16(device)}[wanted]
-        self.name = wanted if usable else "fp32"
+            # processors with fp16 units have those for bf16, too
+            wanted = next((name for name in ("bf16", "fp16") if usable[name]), "fp32")
+        self.name = wanted if usable[wanted] else "fp32"
 
     def announce(self):
         """Report a fallback to fp32."""
@@ -29,7 +33,7 @@ class Precision:
 
     def autocast(self):
         """Return the autocast context for forward passes and losses."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.name == "bf16")
+        return torch.autocast(self.device.type, self.AUTOCAST.get(self.name), enabled=self.name in self.AUTOCAST)
 
     @contextlib.contextmanager
     def arithmetic(self):
@@ -61,9 +65,20 @@ def has_bf16(device):
     """Return whether the device has bf16 units: without them bf16 is many times slower than fp32."""
     if device.type == "cuda":
         return has_tensor_cores(device)
+    return _cpu_has("amx_bf16", "avx512_bf16")      # AVX-512 BF16: AMD since 2022, some Intel
+
+
+def has_fp16(device):
+    """Return whether the device has fp16 units: without them fp16 is no faster than fp32, or many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (7, 0)       # Volta, 2017, or later
+    return _cpu_has("amx_fp16", "avx512_fp16")
+
+
+def _cpu_has(*units):
     get_capabilities = getattr(torch.cpu, "get_capabilities", dict)     # older torch has none
-    units = get_capabilities()                                          # AVX-512 BF16: AMD since 2022, some Intel
-    return any(units.get(name) for name in ("amx_bf16", "avx512_bf16"))
+    has = get_capabilities()
+    return any(has.get(name) for name in units)
 
 
 def exact(device):

@@ -318,9 +318,10 @@ FLAGS = {
         Flag("check_replicas", int, 1000, "steps between checks that all processes hold the same weights; exit code 4 "
              "if not; 0: never", 0),
         Flag("seed", int, 0, "random seed of weights, batch order, z and flips", 0, 2**31 - 1),
-        Flag("precision", one_of("auto", "fp32", "tf32", "bf16"), "auto", "of convolutions and matrix products, in "
-             "training and in sampling: fp32 | tf32 | bf16 (mixed precision); auto: bf16 where the hardware has units "
-             "for it (GPUs since 2020, CPUs with AMX or AVX-512 BF16), else fp32"),
+        Flag("precision", one_of("auto", "fp32", "tf32", "bf16", "fp16"), "auto", "of convolutions and matrix "
+             "products, in training and in sampling: fp32 | tf32 | bf16 | fp16 (mixed precision; fp16 with loss "
+             "scaling); auto: bf16 where the hardware has units for it (GPUs since 2020, CPUs with AMX or AVX-512 "
+             "BF16), fp16 on GPUs of 2017 to 2019 (V100, T4, RTX 20), else fp32"),
         Flag("compile", boolean_or_auto, "auto", "compile the networks for training (torch.compile), which takes a "
              "minute or two; auto: {families}"),
         Flag("cuda_graph", boolean_or_auto, "auto", "capture the training step as a CUDA graph and replay it; "

@@ -1,5 +1,6 @@
 """LPIPS-VGG: the perceptual distance of Zhang et al. 2018 (arXiv 1801.03924) on VGG-16, with torchmetrics' heads."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -28,8 +29,11 @@ class Lpips(nn.Module):
 
     def forward(self, a, b):
         """Return the distances (B,) of images a, b (B, C, H, W) in [-1, 1], H, W >= 16."""
-        return sum(F.conv2d((x - y).square(), weight).float().mean((1, 2, 3))           # (B, C, h, w) -> (B,)
-                   for (x, weight), (y, _) in zip(self._layers(a), self._layers(b), strict=True))
+        distances = []
+        for (x, weight), (y, _) in zip(self._layers(a), self._layers(b), strict=True):
+            with exact(x.device) if x.dtype == torch.float32 else nullcontext():
+                distances.append(F.conv2d((x - y).square(), weight).float().mean((1, 2, 3)))    # (B, C, h, w) -> (B,)
+        return sum(distances)
 
     def embed(self, images):
         """Return embeddings (B, D) of images (B, C, H, W) whose squared Euclidean distances are their LPIPS.
@@ -47,8 +51,9 @@ class Lpips(nn.Module):
             x = part(x)
             with exact(x.device):           # autocast would copy the map to fp32 before the sum
                 length = (x.square().sum(1, keepdim=True, dtype=torch.float32) + 1e-8).sqrt()       # (B, 1, h, w)
-                unit = x / length.to(x.dtype)
-            yield unit, getattr(self, f"head{i}").to(x.dtype)
+                # fp32 for fp16, in which squares of differences under 0.0002 are 0
+                unit = x / (length if x.dtype == torch.float16 else length.to(x.dtype))
+            yield unit, getattr(self, f"head{i}").to(unit.dtype)
 
 
 def require(weights, fallback_hint="--recon l1"):

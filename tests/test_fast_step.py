@@ -1,6 +1,7 @@
 """Faster variants of the step: same results as the plain step; a variant that fails leaves the state unchanged."""
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 import trainer
 from device import distributed, fast_step
 from device.fast_step import FastStep, StepVariant
+from device.loss_scale import LossScale
 from device.precision import Precision
 from metrics.cost import ConstantBatch
 from parameter import parse, resolve
@@ -27,11 +29,12 @@ class Training:
         self.net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
         self.optimizer = torch.optim.Adam(self.net.parameters(), 0.01, fused=True)
         self.images = [torch.randn(16, 8)]
+        self.backward, self.update = torch.Tensor.backward, self.optimizer.step
 
     def step(self, images, scale=1.0):
         loss = scale * (self.net(images[0] + torch.randn(16, 8)) - 1).square().mean()
-        loss.backward()
-        self.optimizer.step()
+        self.backward(loss)
+        self.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.detach()}
 
@@ -79,6 +82,20 @@ def test_variants_take_over_after_the_warm_up_each_on_top_of_the_one_before(caps
     trials = ["compiled", "captured", "compiled"]       # of each variant one step is undone
     assert calls == trials + ["captured", "compiled"] * (8 - fast_step.WARM_UP)
     assert capsys.readouterr().out == ""
+
+
+def test_the_loss_scale_of_fp16_is_that_without_trials():
+    """Each trial step overflows, too."""
+    found = []
+    for variants in ([], [variant("quick", [])]):
+        training = Training()
+        scale = LossScale(training.optimizer, CPU, enabled=True)
+        scale.restore({**scale.state(), "scale": 2.0**127})
+        training.backward, training.update = scale.backward, scale.step
+        step = FastStep(partial(training.step, scale=1e6), [training.net], [training.optimizer], CPU, variants, [scale])
+        found.append((training.after(step), scale.state()))
+    assert_equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] and found[0][1]["skipped"] >= 5
 
 
 def nan(step):
@@ -207,7 +224,7 @@ def on_gpu(*flags):
 
 
 def several(flags):
-    return [flags, (*flags, "--accumulate", "2"), (*flags, "--precision", "bf16")]
+    return [flags, (*flags, "--accumulate", "2"), (*flags, "--precision", "bf16"), (*flags, "--precision", "fp16")]
 
 
 @pytest.mark.gpu
@@ -237,8 +254,8 @@ def test_a_compiled_and_captured_step_gives_the_numbers_of_a_plain_one(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", ["false", "true"])
-@pytest.mark.parametrize("flags", [TINY, (*TINY, "--adv_loss", "wgan-gp"), FASTGAN],
-                         ids=["hinge", "penalty", "fastgan"])
+@pytest.mark.parametrize("flags", [TINY, (*TINY, "--adv_loss", "wgan-gp"), FASTGAN, (*FASTGAN, "--precision", "fp16")],
+                         ids=["hinge", "penalty", "fastgan", "fp16"])
 def test_a_step_never_waits_for_the_gpu(flags, graph):
     augmented = ("--augment", "color,translation,cutout", "--lr_decay", "0.9")
     training, batches = on_gpu(*flags, *augmented, "--cuda_graph", graph)

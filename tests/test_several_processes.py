@@ -258,6 +258,39 @@ def test_one_process_keeps_the_plain_one():
         assert nn.BatchNorm2d in kinds and SyncBatchNorm2d not in kinds
 
 
+# ---- fp16 ----
+
+OVERFLOW = """
+import torch
+from device import distributed, precision
+from metrics.cost import TimedConfig
+from parameter import parse, resolve
+precision.has_fp16 = lambda device: True
+config = resolve(parse(%r))
+place = distributed.start(config)
+training = TimedConfig(config, place)
+trainer = training.trainer
+before = {name: weight.clone() for name, weight in trainer.D.named_parameters()}
+last = trainer.D.to_logit
+hook = last.register_full_backward_hook(lambda layer, inputs, outputs: (inputs[0] * float("inf"),))
+if place.rank == 0:
+    hook.remove()                                       # only the other overflows
+trainer.train_step(training.batches)                    # checks the replicas
+assert all(weight.equal(before[name]) for name, weight in trainer.D.named_parameters()), "both skip"
+assert trainer.loss_scales["D"].figures() == {"scale": 2.0**15, "skipped": 1}
+hook.remove()
+trainer.train_step(training.batches)
+assert not all(weight.equal(before[name]) for name, weight in trainer.D.named_parameters())
+if place.rank == 0:
+    print("checked")
+distributed.stop()
+"""
+
+
+def test_an_overflow_in_fp16_on_one_rank_skips_the_update_on_all(tmp_path):
+    assert_checked_by_two(OVERFLOW % ((*HINGE, "--precision", "fp16", "--check_replicas", "1"),), tmp_path)
+
+
 # ---- gradients over all ranks ----
 
 AVERAGE = """
