@@ -17,7 +17,7 @@ class Failure(Exception):
 
 
 class UsageError(Failure):
-    """A flag that is invalid or contradicts another."""
+    """A flag that is invalid or contradicts another, or a training that needs more memory than there is."""
 
     code = 2
 

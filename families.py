@@ -68,7 +68,8 @@ def _require_lpips(config):
 
 
 def _self_supervised(config, device):
-    say(f"reconstruction loss of D: {config.recon}")
+    if device.type != "meta":                           # where nothing is trained
+        say(f"reconstruction loss of D: {config.recon}")
     distance = RECONSTRUCTIONS[config.recon](config, device)        # DataError if its weights are missing
     return losses.SelfSupervisedHinge(distance, config.recon_weight, config.label_noise)
 

@@ -122,10 +122,11 @@ def attend(q, k, v):
     `sdpa_kernel(SDPBackend.MATH)`.
     """
     N, M, C = q.size(1), k.size(1), v.size(2)
-    if N * M < FUSED_FROM_POSITIONS**2 and not (q.is_cuda and C <= FUSED_TO_WIDTH):
+    on_gpu = q.is_cuda or q.is_meta     # estimates of memory, which use the meta device, are for GPUs
+    if N * M < FUSED_FROM_POSITIONS**2 and not (on_gpu and C <= FUSED_TO_WIDTH):
         return torch.softmax(q @ k.transpose(1, 2), dim=-1) @ v
     # the CPU's fused kernel needs one head size for q, k and v; the GPU's in bf16 a multiple of 8
-    padding = (-q.size(2) % 8 if q.is_cuda else C - q.size(2))
+    padding = (-q.size(2) % 8 if on_gpu else C - q.size(2))
     if padding:
         q, k = (F.pad(t, (0, padding)) for t in (q, k))                 # zeros do not change any q.k
     # CRUCIAL: inputs that are not contiguous silently fall back to materializing the N x M matrix

@@ -90,12 +90,12 @@ def watched(config, interrupt):
     try:
         return dispatch(config, distributed.start(config), interrupt)
     except torch.OutOfMemoryError:
-        raise _out_of_memory("the GPU") from None
+        raise _out_of_memory(config, "the GPU") from None
     except MemoryError:
-        raise _out_of_memory("this machine") from None
+        raise _out_of_memory(config, "this machine") from None
     except (RuntimeError, Interrupted) as error:
         if "can't allocate memory" in str(error):       # torch's words for it on a CPU
-            raise _out_of_memory("this machine") from None
+            raise _out_of_memory(config, "this machine") from None
         raise watch.lost_rank(error) or workers.death(error) or error from None
 
 
@@ -123,7 +123,11 @@ def dispatch(config, place, interrupt):
     return start.train(config, place, precision, interrupt)
 
 
-def _out_of_memory(where):
+def _out_of_memory(config, where):
+    if config.mode == "train":
+        from metrics import cost
+
+        return cost.out_of_memory(config, where)
     return Failure(f"out of memory on {where}: lower --batch_size, --imsize, --z_dim, or the widths "
                    "--g_conv_dim and --d_conv_dim")
 
@@ -135,6 +139,7 @@ def describe(config, dataset, place):
     import start
     from device.distributed import say
     from generate.classes import Classes, lines_on_classes, require_classes
+    from metrics import cost
     from storage import checkpoint
     from storage.folders import RunFolders
 
@@ -158,6 +163,9 @@ def describe(config, dataset, place):
     for line in lines_on_classes(config, dataset, classes) if dataset else ():
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
+    if dataset is not None:
+        say(cost.describe_memory(config, place, len(classes or ())))
+        cost.require_memory(config, place, len(classes or ()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
 from loop import Run, find_standing, find_undone
+from metrics import cost
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
@@ -51,8 +52,8 @@ def train(config, place, precision, interrupt):
         say(f"nothing to do: '{config.version}' has {reason}. Open {folders.samples / page.NAME} in a browser")
         return 0
     found = find_dataset(config)
-    _compare(config, state, found)
-    meter = _load_what_is_needed(config, place, state, len(without_held_out(found, config)))
+    _, classes = _compare(config, state, found)
+    meter = _load_what_is_needed(config, place, state, classes, len(without_held_out(found, config)))
 
     # what takes work, whose results are cached
     dataset = build_dataset(config, found)
@@ -113,11 +114,12 @@ def _finish_page(config, folders):
         page.write_pages(folders, config, live=page.Live(page.DONE))
 
 
-def _load_what_is_needed(config, place, state, pictures):
-    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or pictures for the metrics, or
-    the package that --wandb needs.
+def _load_what_is_needed(config, place, state, classes, pictures):
+    """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or memory, or pictures for the
+    metrics, or the package that --wandb needs.
     """
     require_wandb(config)
+    cost.require_memory(config, place, len(classes or ()), resuming=state is not None)
     if config.metric_step:
         refuse_few(config.metrics, pictures, "real")
     families.require(config)

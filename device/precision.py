@@ -33,7 +33,8 @@ class Precision:
 
     def autocast(self):
         """Return the autocast context for forward passes and losses."""
-        return torch.autocast(self.device.type, self.AUTOCAST.get(self.name), enabled=self.name in self.AUTOCAST)
+        return torch.autocast(_autocast_device(self.device), self.AUTOCAST.get(self.name),
+                              enabled=self.name in self.AUTOCAST)
 
     @contextlib.contextmanager
     def arithmetic(self):
@@ -83,7 +84,11 @@ def _cpu_has(*units):
 
 def exact(device):
     """Return a context that disables autocast, for what must be computed in fp32."""
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(_autocast_device(device), enabled=False)
+
+
+def _autocast_device(device):
+    return "cpu" if device.type == "meta" else device.type      # the meta device has no autocast of its own
 
 
 def choose_algorithms(deterministic):

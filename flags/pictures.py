@@ -39,6 +39,12 @@ def short_side(imsize):
     return min(sides(imsize))
 
 
+def halved(imsize):
+    """Return the imsize of half the height and width: 64 -> 32, "64x128" -> "32x64"; None if one is odd."""
+    height, width = sides(imsize)
+    return None if height % 2 or width % 2 else as_imsize(f"{height // 2}x{width // 2}")
+
+
 def sides_at(imsize, size):
     """Return (height, width) of this shape at a shorter side of `size`: "64x128" at 4 -> (4, 8)."""
     short = short_side(imsize)

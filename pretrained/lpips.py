@@ -90,7 +90,15 @@ def load_lpips(weights, fallback_hint="--recon l1"):
 
 
 def load_on_every_rank(weights, device, fallback_hint="--recon l1"):
-    """Return `load_lpips` on `device`, on every rank: rank 0 loads first, as it may have to download the weights."""
+    """Return `load_lpips` on `device`, on every rank: rank 0 loads first, as it may have to download the weights.
+
+    The meta device needs neither weights nor torchmetrics.
+    """
+    if device.type == "meta":
+        features = vgg.build_on_meta().requires_grad_(False)
+        heads = [features[last - 2].bias.view(1, -1, 1, 1) for last in LPIPS_LAYERS]
+        return Lpips(features, nn.Identity(), heads).to(memory_format=torch.channels_last)
+
     def load():
         return load_lpips(weights, fallback_hint)
 

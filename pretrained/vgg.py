@@ -66,8 +66,11 @@ def features_shapes(imsize):
 def load_maps_on_every_rank(weights, device, fallback_hint):
     """Return `FrozenMaps` with these weights on `device`, on every rank: rank 0 loads first, as it may download them.
 
-    Raise what `load_vgg` does.
+    The meta device needs no weights. Raise what `load_vgg` does.
     """
+    if device.type == "meta":
+        return FrozenMaps(build_on_meta().requires_grad_(False)).to(memory_format=torch.channels_last)
+
     def load():
         return FrozenMaps(load_vgg(weights, fallback_hint))
 
@@ -90,7 +93,7 @@ def load_vgg(weights, fallback_hint):
         state = _random_state()
     else:
         state = _features(FILE.load(weights, fallback_hint), weights)
-    net = _build()
+    net = build_on_meta()
     net.load_state_dict(state, assign=True)
     return net.requires_grad_(False).eval()
 
@@ -104,8 +107,8 @@ def imagenet_normalize(images):
     return (images + (1 - 2 * mean)) / (2 * std)
 
 
-def _build():
-    """Build the modules on the meta device: no memory, no random numbers."""
+def build_on_meta():
+    """Return the modules of `load_vgg` on the meta device: shapes alone, no memory, no random numbers."""
     modules, width = [], 3
     with torch.device("meta"):
         for step in _PLAN:
@@ -121,7 +124,7 @@ def _random_state():
     """Return He-initialized weights, which preserve the scale of activations; the same ones every time."""
     generator = torch.Generator().manual_seed(_SEED)
     state = {}
-    for name, tensor in _build().state_dict().items():
+    for name, tensor in build_on_meta().state_dict().items():
         fan_in = tensor[0].numel()                      # of a weight; biases are set to 0
         state[name] = (torch.randn(tensor.shape, generator=generator) * (2 / fan_in) ** 0.5 if tensor.ndim == 4
                        else torch.zeros(tensor.shape))
@@ -131,7 +134,7 @@ def _random_state():
 def _features(loaded, weights):
     """Return {"0.weight": float32, ...} from a state dict of torchvision's whole vgg16 or of its features only."""
     state = {}
-    for name, expected in _build().state_dict().items():
+    for name, expected in build_on_meta().state_dict().items():
         tensor = loaded.get(f"features.{name}", loaded.get(name))
         if not isinstance(tensor, torch.Tensor) or tensor.shape != expected.shape:
             raise DataError(f"--vgg_weights {weights}: this is not torchvision's vgg16, features.{name} "

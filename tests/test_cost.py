@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,15 @@ import pytest
 import torch
 from conftest import lines
 
+import layers
+from device import precision
 from device.distributed import Place
 from errors import DataError
+from generate.classes import Classes
+from generate.metadata import Bank
 from metrics import cost
 from parameter import parse, resolve
+from pretrained import vgg
 
 ALONE = Place(torch.device("cpu"))
 SMALL = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")
@@ -67,6 +73,86 @@ def test_memory_is_that_of_the_training_and_not_of_this_process():
     images = 32 * 3 * 64 * 64 * 4
     assert 4 * images < cost.peak_memory(config_of_batch(32), None, ALONE, AfterASmallBatch()) < 2**27
     assert ballast[0] == 1
+
+
+# ---- the estimate, before there is anything to measure ----
+
+WIDE = ("--imsize", "64", "--batch_size", "8", "--device", "cpu", "--dataset", "toy")
+OF_FASTGAN = (*WIDE, "--model", "fastgan", "--g_conv_dim", "16", "--d_conv_dim", "16", "--vgg_weights", "random")
+PRECISE = ("--precision", "fp32")
+
+
+@pytest.mark.parametrize(("flags", "classes"), [
+    (WIDE, 0), ((*WIDE, "--accumulate", "4"), 0), ((*WIDE, "--adv_loss", "wgan-gp"), 0),
+    ((*WIDE, "--arch", "resnet", "--conditional", "true", "--imsize", "32", "--g_conv_dim", "32", "--d_conv_dim", "32"),
+     3),
+    ((*OF_FASTGAN, "--metadata", "false", "--recon", "lpips"), 0),
+    ((*OF_FASTGAN, "--recon", "l1", "--augment", "color,cutout"), 0),
+    ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--d_features", "vgg16", "--accumulate", "2"), 0)],
+    ids=["sagan", "accumulated", "penalty", "resnet", "lpips", "metadata", "features"])
+def test_the_estimated_memory_is_that_of_the_tensors_of_a_real_step(flags, classes, monkeypatch):
+    """Weights, averages and moments are counted, and the step is that of the same update on the CPU."""
+    monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", 0)      # as a GPU, which never holds the N x N matrix
+    config = resolve(parse((*flags, *PRECISE)))
+    estimate = cost.estimate_memory(config, ALONE, classes)
+    bank = Bank(torch.randn(8, 512).half(), "relu5_3", vgg.FILE.sha256, "") if config.metadata else None
+    names = Classes(tuple("abc"), (4, 4, 4)) if classes else None
+    timed = cost.TimedConfig(config, ALONE, bank, names)
+    timed.run(1)                                        # makes Adam's moments
+    trainer, batch = timed.trainer, next(timed.batches)
+    tensors = [batch.images] * config.d_iters + ([batch.labels] * config.d_iters if classes else [])
+    with cost._Ledger() as ledger:
+        trainer.update(tensors)
+    assert estimate.step == pytest.approx(ledger.peak, rel=0.2)
+    adam = [moment for optimizer in (trainer.g_optimizer, trainer.d_optimizer)
+            for slots in optimizer.state.values() for name, moment in slots.items() if name != "step"]
+    held = [weight for net in (trainer.G, trainer.D, trainer.G_ema) for weight in net.parameters()] + adam
+    frozen = [part for part in vars(trainer.objective).values() if isinstance(part, torch.nn.Module)]
+    held += [weight for part in frozen for weight in part.parameters()]
+    assert estimate.constant == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
+
+
+def test_mixed_precision_and_parts_of_a_batch_take_less_memory(monkeypatch):
+    monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    whole, rounded, parts = (cost.estimate_memory(
+        resolve(parse((*WIDE, "--batch_size", "64", *more))), ALONE).step for more in (
+        PRECISE, ("--precision", "bf16"), (*PRECISE, "--accumulate", "8")))
+    assert rounded < 0.8 * whole and parts < 0.7 * whole
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """small_machine(flags, share): with room for this share of what the flags need."""
+    def shrink(flags, share):
+        needed = cost.estimate_memory(resolve(parse(flags)), ALONE).total
+        monkeypatch.setattr(cost, "available_memory", lambda: int(share * needed))
+    return shrink
+
+
+def test_a_run_that_will_not_fit_is_refused_with_what_fits(run, small_machine):
+    flags = ("--imsize", "64", "--batch_size", "32", "--g_conv_dim", "8", "--d_conv_dim", "8", "--device", "cpu",
+             "--dataset", "toy", *PRECISE)
+    small_machine(flags, 0.7)
+    for more in ((), ("--dry_run",)):
+        code, out, err = run(*flags, "--version", "a", "--total_step", 1, *more, tiny=False)
+        assert code == 2 and "--batch_size 32 at --imsize 64: a step needs about 30 MiB, and this machine has" in err
+        assert not Path("samples").exists() and not Path("models").exists()
+    assert "of a step: about 30 MiB, of which weights, averages and Adam's moments 3 MiB; this machine has 21" in out
+    advice = re.search(r"Give (--accumulate \d+) \(a batch in parts\), which needs", err)[1].split()
+    assert run(*flags, *advice, "--version", "a", "--total_step", 1, tiny=False)[0] == 0
+
+
+@pytest.mark.parametrize(("share", "more", "advice"), [
+    (0.5, (), "Give --imsize 32"), (0.01, (), "Give smaller --g_conv_dim and --d_conv_dim, or a smaller"),
+    (0.2, ("--total_step", "2"), "Give smaller --g_conv_dim and --d_conv_dim\n")], ids=["size", "nothing", "going on"])
+def test_pictures_that_are_too_large_are_told_what_fits(run, small_machine, share, more, advice):
+    flags = ("--imsize", "64", "--batch_size", "2", "--g_conv_dim", "8", "--d_conv_dim", "8", "--device", "cpu",
+             "--dataset", "toy", *PRECISE)
+    if more:
+        assert run(*flags, "--version", "a", "--total_step", 1, tiny=False)[0] == 0
+    small_machine(flags, share)
+    code, _, err = run(*flags, "--version", "a", *more, tiny=False)
+    assert code == 2 and advice in err
 
 
 def without_weights(config, place, bank, classes):
