@@ -12,6 +12,7 @@ import flags.fastgan
 import losses
 import resnet_models
 import sagan_models
+from device import mps
 from device.distributed import say
 from errors import UsageError
 from gallery import records
@@ -110,11 +111,9 @@ def require(config):
 
 
 def build_networks(config, device, classes=None):
-    """Return [G, D] for the Classes, newly initialized, on the device, in channels-last memory format: fastest for
-    convolutions.
-    """
+    """Return [G, D] for the Classes, newly initialized, on the device, in its memory format."""
     built = build(config, len(classes or ()))
-    return [net.to(device, memory_format=torch.channels_last) for net in built]
+    return [mps.with_contiguous_maps(net.to(device, memory_format=mps.memory_format(device)), device) for net in built]
 
 
 def find_mismatch(config, state):

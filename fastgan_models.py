@@ -205,7 +205,7 @@ class SkipExcitation(nn.Module):
 def _pool_to(sides, x):
     """(B, C, H, W) -> (B, C, *sides), average pooling. Adaptive pooling has no deterministic backward on CUDA."""
     height, width = sides
-    if x.is_cuda:           # avg_pool2d is slow there: one thread reads a whole window
+    if x.device.type != "cpu":      # avg_pool2d is slow on CUDA: one thread reads a whole window
         return x.unflatten(3, (width, -1)).unflatten(2, (height, -1)).mean((3, 5))
     return F.avg_pool2d(x, x.size(-1) // width)
 

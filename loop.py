@@ -256,6 +256,8 @@ class Run:
             scalars |= {f"loss_scale/{net}_{name}": value for name, value in scale.figures().items()}
         if self.place.device.type == "cuda":
             scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.place.device) / 2**30
+        if self.place.device.type == "mps":
+            scalars["gpu_memory_gib"] = torch.mps.driver_allocated_memory() / 2**30
         self.health.watch(trainer.step, means)
         self.write_line(scalars)
         self.progress.set_postfix_str(_summary(scalars), refresh=False)

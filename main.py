@@ -59,8 +59,9 @@ def run(argv, interrupt):
         return serve.serve(parameter.resolve(typed))    # without torch
     # of several ranks, the end of one lets the others print 20 lines of C++ frames for each connection to it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")      # on Macs, the CPU does what their GPUs cannot
     # importing torch takes seconds, so parse first: mistakes are reported at once
-    from device import distributed, launch, watch
+    from device import distributed, watch
     from gallery import film
     from generate import clean, samples
     from pretrained import vgg
@@ -72,7 +73,7 @@ def run(argv, interrupt):
     if config.mode == "evolution" and not config.dry_run:
         return film.evolution(config) if distributed.is_first() else 0
     if config.parallel and config.mode in ("train", "evaluate") and not distributed.launched():
-        return launch.on_every_gpu(__file__, argv)
+        return distributed.on_every_gpu(__file__, argv)
     try:
         with watch.Watch():
             return watched(config, interrupt)
@@ -94,7 +95,7 @@ def watched(config, interrupt):
     except MemoryError:
         raise _out_of_memory(config, "this machine") from None
     except (RuntimeError, Interrupted) as error:
-        if "can't allocate memory" in str(error):       # torch's words for it on a CPU
+        if "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error):      # of RuntimeErrors
             raise _out_of_memory(config, "this machine") from None
         raise watch.lost_rank(error) or workers.death(error) or error from None
 

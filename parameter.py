@@ -415,8 +415,8 @@ def _world_size():
 
 def _check_device(values):
     device = values["device"]
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise UsageError(f"--device {device}: use auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise UsageError(f"--device {device}: use auto, cpu, cuda, cuda:N or mps")
     if device in ("auto", "cpu") and not values["parallel"]:
         return
     import torch  # slow to import: only where needed, so that --help and most mistakes answer at once
@@ -427,7 +427,11 @@ def _check_device(values):
         if number >= count:
             available = f"CUDA devices here: {count}" if count else "no CUDA device here"
             raise UsageError(f"--device {device}: {available}; use --device auto or cpu")
-    if values["parallel"] and _world_size() == 1 and (count < 2 or device == "cpu"):
+    if device == "mps" and _world_size() > 1:
+        raise UsageError("--device mps: is for one process; use --device cpu with torchrun")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: no GPU of Apple's here, or a PyTorch without MPS; use --device auto or cpu")
+    if values["parallel"] and _world_size() == 1 and (count < 2 or device in ("cpu", "mps")):
         raise UsageError(f"--parallel true: needs two or more CUDA devices, found {count}; leave it out, or start "
                          "processes yourself with torchrun --nproc_per_node=2 main.py ...")
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from device.mps import memory_format
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
 from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x, sum_pool
 from spectral import maybe_spectral_norm
@@ -114,7 +115,7 @@ class Generator(Attentive):
 
     def forward(self, z, labels=None):
         x = self.start(z).unflatten(1, (-1, *self.first))               # (B, width, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=memory_format(x.device))
         for size, block in self.blocks.items():
             x = block(x, labels)                                        # (B, width, size, size)
             if f"g{size}" in self.attention:

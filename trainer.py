@@ -153,7 +153,8 @@ class Trainer:
 
     def augment(self, images):
         """Apply `--augment`: to all images that D takes, real and fake, in both phases."""
-        return augment(images, self.config.augment, draw_rows)
+        augmented = augment(images, self.config.augment, draw_rows)
+        return augmented.contiguous() if images.device.type == "mps" else augmented     # see device/mps.py
 
     def generate(self, count):
         """Return (G's [images, ...], largest first; their labels or None) for `count` newly drawn inputs."""
@@ -172,9 +173,10 @@ class Trainer:
         scale.optimizer.zero_grad(set_to_none=True)
 
     def _adam(self, net, lr):
-        on_gpu = self.place.device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=self.place.device) if on_gpu else lr,
-                                (self.config.beta1, self.config.beta2), fused=True, capturable=on_gpu)
+        device = self.place.device
+        on_gpu = device.type == "cuda"
+        return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=device) if on_gpu else lr,
+                                (self.config.beta1, self.config.beta2), fused=device.type != "mps", capturable=on_gpu)
 
     def _train_d(self, wanted):
         """Switch the gradients of D's weights on or off."""

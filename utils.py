@@ -29,16 +29,21 @@ def random_states(device):
     states = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
 def restore_random_states(states, device):
-    """Restore what `random_states` returned. CUDA's state is left alone if `states` has none or `device` is a CPU."""
+    """Restore what `random_states` returned. A GPU's state is left alone if `states` has none or `device` is another.
+    """
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     torch.set_rng_state(states["torch"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
 
 
 @contextlib.contextmanager

@@ -1,14 +1,18 @@
-"""Several processes in one run: start under torchrun, collectives, output on rank 0."""
+"""Several processes in one run: start, alone, under torchrun or by `--parallel true`; collectives; output on rank 0."""
 
 import datetime
+import logging
 import os
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from device import mps
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def start(config):
 
 def place_alone(config):
     """Return the Place of one process on `--device`, whoever started it."""
-    device = torch.device(("cuda" if _on_cuda(config) else "cpu") if config.device == "auto" else config.device)
+    best = "cuda" if _on_cuda(config) else "mps" if mps.is_available() else "cpu"
+    device = torch.device(best if config.device == "auto" else config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                   # CUDA graphs are captured on the current device
     return Place(device)
@@ -47,6 +52,41 @@ def place_alone(config):
 
 def _on_cuda(config):
     return config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+
+
+def on_every_gpu(script, argv):
+    """Run `script` with these arguments in one process per visible GPU (`--parallel true`). Return the exit code."""
+    return launch(torch.cuda.device_count(), script, argv)
+
+
+def launch(count, script, argv):
+    """Run `script` with these arguments in `count` processes of one run. Return the exit code of the first to fail.
+
+    It is what torchrun does on one machine, without its report of 40 lines for every failure.
+    """
+    # late: they take half a second
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)   # the processes say themselves what is wrong
+    os.environ.setdefault("OMP_NUM_THREADS", "1")                       # as torchrun does
+    config = LaunchConfig(1, 1, count, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                          max_restarts=0)
+    sys.stdout.flush()
+    try:
+        elastic_launch(config, sys.executable)("-u", script, *argv)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        return exit_code(error.failures.values())
+    return 0
+
+
+def exit_code(failures):
+    """Return the first exit code that a process gave itself; without one, 128 + the first signal that killed one."""
+    codes = [failure.exitcode for failure in sorted(failures, key=lambda failure: failure.timestamp)]
+    return next((code for code in codes if code > 0), 128 - codes[0])
 
 
 def launched():

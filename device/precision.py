@@ -29,7 +29,10 @@ class Precision:
     def announce(self):
         """Report a fallback to fp32."""
         if self.wanted not in ("auto", self.name):
-            say(f"note: this device has no {self.wanted} units; using --precision fp32, which is faster here")
+            why = f"this device has no {self.wanted} units; using --precision fp32, which is faster here"
+            if self.device.type == "mps":
+                why = f"--precision {self.wanted} is for other GPUs and CPUs; using fp32"
+            say(f"note: {why}")
 
     def autocast(self):
         """Return the autocast context for forward passes and losses."""
@@ -64,7 +67,7 @@ def has_tensor_cores(device):
 
 def has_bf16(device):
     """Return whether the device has bf16 units: without them bf16 is many times slower than fp32."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return has_tensor_cores(device)
     return _cpu_has("amx_bf16", "avx512_bf16")      # AVX-512 BF16: AMD since 2022, some Intel
 
@@ -73,7 +76,7 @@ def has_fp16(device):
     """Return whether the device has fp16 units: without them fp16 is no faster than fp32, or many times slower."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (7, 0)       # Volta, 2017, or later
-    return _cpu_has("amx_fp16", "avx512_fp16")
+    return device.type == "cpu" and _cpu_has("amx_fp16", "avx512_fp16")
 
 
 def _cpu_has(*units):

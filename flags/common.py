@@ -310,7 +310,8 @@ FLAGS = {
              "one", 0, 65535, per_call=True,
              unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
-        Flag("device", str, "auto", "auto | cpu | cuda | cuda:N; auto: CUDA if available", per_call=True),
+        Flag("device", str, "auto", "auto | cpu | cuda | cuda:N | mps (Apple's GPUs, never tried on a Mac); "
+             "auto: CUDA if available, else MPS", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
              "divided among them", per_call=True),
         Flag("sync_bn", boolean_or_auto, "auto", "batch norm's statistics over the images of all processes, so that "

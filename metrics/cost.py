@@ -28,7 +28,7 @@ import families
 import parameter
 from data_loader import Batch
 from dataset.decoded_cache import available_memory
-from device import distributed, fast_step
+from device import distributed, fast_step, mps
 from device.loss_scale import LossScale
 from device.precision import Precision
 from device.replicas import GradientAverage
@@ -93,8 +93,8 @@ class TimedConfig:
         began = time.perf_counter()
         for _ in range(steps):
             self.trainer.train_step(self.batches)
-        if self.place.device.type == "cuda":
-            torch.cuda.synchronize(self.place.device)
+        if self.place.device.type != "cpu":
+            torch.accelerator.synchronize()
         return (time.perf_counter() - began) / steps
 
     def parameters(self):
@@ -279,6 +279,8 @@ def _free_memory(place):
     """Return the bytes of memory that this process can get on its device, 0 if unknown."""
     if place.device.type == "cuda":
         return torch.cuda.mem_get_info(place.device)[0]
+    if place.device.type == "mps":
+        return mps.free_memory()
     return available_memory() // distributed.on_this_machine()
 
 

@@ -18,6 +18,7 @@ import torch
 from dataset.images import ThreadedReader
 from device import distributed
 from device.distributed import say
+from device.mps import for_float64
 from errors import DataError
 from flags.common import score_name
 from metrics.meter import refuse_few
@@ -72,8 +73,9 @@ class SetMeter:
             return None
         self._warn_of_few(min(len(self.reference), len(pictures)))
         refuse_not_finite(fake, self.kind.flag, "generated")
+        device = for_float64(self.place.device)
         return distributed.on_first(lambda: Score(
-            distances(self.real, fake.divided_by(self.real.scale), self.chosen, self.place.device, self.net_name),
+            distances(self.real, fake.divided_by(self.real.scale), self.chosen, device, self.net_name),
             self._protocol(pictures, fake), source))
 
     def _warn_of_few(self, count):
@@ -155,14 +157,14 @@ def compute_features(net, pictures, place, what, logits=False, stopped=lambda: F
     if count < 2:
         raise ValueError("a set needs at least two pictures")
     kept = set(spread_indices(MAX_ROWS, count))
-    total = outer = torch.zeros((), dtype=torch.float64, device=place.device)
+    total = outer = torch.zeros((), dtype=torch.float64, device=for_float64(place.device))
     chunks = {}                                         # {first picture: (its rows, its logits)}
     with distributed.progress(count, "picture", what) as progress:
         for start in place.share(count, CHUNK):
             if stopped():
                 return None
             features, part = net(as_rgb(pictures[start:start + CHUNK].to(place.device)))
-            exact = features.double()                   # (B, D)
+            exact = features.to(total.device).double()  # (B, D)
             total, outer = total + exact.sum(0), outer + exact.T @ exact
             chosen = [i for i in range(len(features)) if start + i in kept]
             chunks[start] = features[chosen].cpu(), part.cpu() if logits else None
@@ -232,7 +234,7 @@ def reference_features(config, place, net, reference):
     say(f"reference: {reference.words}, computing features once")
     features = compute_features(net, ThreadedReader(reference.dataset), place, "reference")
     refuse_not_finite(features, kind.flag, "real")
-    real = distributed.on_first(lambda: prepare_real(features, kind.standardize, place.device))
+    real = distributed.on_first(lambda: prepare_real(features, kind.standardize, for_float64(place.device)))
     if distributed.is_first():
         cache.write({name: getattr(real, name) for name in RealFeatures.CACHED})
     return real

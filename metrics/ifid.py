@@ -15,6 +15,7 @@ from dataset.decode import printable
 from dataset.images import Subset, ThreadedReader
 from device import distributed
 from device.distributed import say
+from device.mps import for_float64
 from errors import DataError
 from flags.common import score_name
 from generate.classes import LISTED
@@ -59,7 +60,7 @@ def evaluate(evaluation):
         chosen = {label: pictures[label] for label in group}
         found |= distributed.on_first(partial(
             _compare, _features_of_real(evaluation, net, real, chosen),
-            _features_of_samples(evaluation, net, real, group, count), chosen, count, place.device))
+            _features_of_samples(evaluation, net, real, group, count), chosen, count, for_float64(place.device)))
     floors = [floor for _, floor in found.values() if floor is not None]
     values = {name: sum(distance for distance, _ in found.values()) / len(found)}
     if len(floors) == len(found):                   # a mean over fewer classes would not compare

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from device.distributed import say
+from device.mps import memory_format
 from errors import DataError, UsageError, first_line
 from flags.pictures import sides_at
 from pretrained import inception, vgg
@@ -47,7 +48,8 @@ class VggFeatures(nn.Module):
         size = sides_at(f"{height}x{width}", vgg_side(min(height, width)))
         images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
         with _exact_convolutions():
-            maps = self.net(images.contiguous(memory_format=torch.channels_last))       # (B, 512, side/16, side/16)
+            images = images.contiguous(memory_format=memory_format(images.device))
+            maps = self.net(images)                                     # (B, 512, side/16, side/16)
         return maps.float().mean((2, 3)), None
 
 

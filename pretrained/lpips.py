@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from device import distributed
+from device.mps import memory_format
 from device.precision import exact
 from errors import UsageError
 from pretrained import vgg
@@ -102,4 +103,4 @@ def load_on_every_rank(weights, device, fallback_hint="--recon l1"):
     def load():
         return load_lpips(weights, fallback_hint)
 
-    return distributed.after_first(load, load).to(device)
+    return distributed.after_first(load, load).to(device, memory_format=memory_format(device))

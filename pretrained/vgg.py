@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from device import distributed
+from device.mps import memory_format
 from errors import DataError
 from flags.pictures import short_side
 from pretrained.weights import Published
@@ -74,7 +75,7 @@ def load_maps_on_every_rank(weights, device, fallback_hint):
     def load():
         return FrozenMaps(load_vgg(weights, fallback_hint))
 
-    return distributed.after_first(load, load).to(device, memory_format=torch.channels_last)
+    return distributed.after_first(load, load).to(device, memory_format=memory_format(device))
 
 
 # ---------------------------------------------------------------------------------------------------- the network

@@ -64,7 +64,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--version /etc/x", "--version '/etc/x'"),
     ("--version ..", "--version '..'"),
     ("--device cuda:99", "--device cuda:99"),
-    ("--device tpu", "--device tpu: use auto, cpu, cuda or cuda:N"),
+    ("--device tpu", "--device tpu: use auto, cpu, cuda, cuda:N or mps"),
     ("--imgsize 64", "unknown flag --imgsize: did you mean --imsize?"),
     ("--batch-size 64", "did you mean --batch_size?"),
     ("--xyzzy 1", "unknown flag --xyzzy"),

@@ -11,7 +11,7 @@ import pytest
 from conftest import MAIN, TINY, lines, two_processes
 from kills import Group, Two, is_running
 
-from device import launch
+from device import distributed
 from storage import checkpoint
 
 ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
@@ -75,7 +75,7 @@ def test_what_all_ranks_meet_is_printed_once(tmp_path, monkeypatch):
         assert done.returncode == code and done.stderr.count("error:") == 1, done.stderr
 
 
-LAUNCH = "import sys; from device import launch; sys.exit(launch.run(2, sys.argv[1], sys.argv[2:]))"
+LAUNCH = "import sys; from device import distributed; sys.exit(distributed.launch(2, sys.argv[1], sys.argv[2:]))"
 
 
 def launched(*flags, **more):
@@ -104,8 +104,8 @@ def test_the_exit_code_is_the_first_that_a_process_gave_itself():
         def __init__(self, exitcode, timestamp):
             self.exitcode, self.timestamp = exitcode, timestamp
 
-    assert launch.exit_code([Failure(-9, 5), Failure(7, 6), Failure(3, 8)]) == 7
-    assert launch.exit_code([Failure(-15, 6), Failure(-9, 5)]) == 137
+    assert distributed.exit_code([Failure(-9, 5), Failure(7, 6), Failure(3, 8)]) == 7
+    assert distributed.exit_code([Failure(-15, 6), Failure(-9, 5)]) == 137
 
 
 @pytest.fixture
