@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+ON_WINDOWS = os.name == "nt"
 LEFTOVER = 86_400               # seconds after which a temporary file of a live or unknown process is removed, too
 
 
@@ -107,7 +108,7 @@ def write_atomically(path, write, lasting=True):
     try:
         write(temporary)
         if lasting:
-            with open(temporary, "rb") as file:
+            with open(temporary, "rb+") as file:        # Windows needs a file that is open for writing
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
@@ -142,6 +143,8 @@ def _machine():
 
 def _is_alive(pid):
     """Return whether a process of this number may exist on this machine."""
+    if ON_WINDOWS:                                      # signal 0 is a Ctrl-C there
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

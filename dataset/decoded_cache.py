@@ -6,6 +6,7 @@ the program ends. A checksum per picture tells whether the picture is in the cac
 failure or by another program is decoded again.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -144,7 +145,8 @@ class _File:
         kind = self.path.name.rpartition("_")[0]
         for other in self.path.parent.glob(f"{kind}_*.u8"):
             if other != self.path:
-                other.unlink(missing_ok=True)  # processes that have mapped it can still use it
+                with contextlib.suppress(PermissionError):  # of Windows, where it stays if a process has mapped it
+                    other.unlink(missing_ok=True)  # elsewhere such a process can still use it
 
     def _write(self, path: Path):
         with open(path, "wb") as file:

@@ -185,7 +185,7 @@ class Watch:
         """Save and end as after `kill`: without torchrun nobody would know of a run that holds GPUs and folders."""
         if not self.rank:
             print("\nnote: torchrun is gone: the run saves and ends", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
     def _message(self, lost):
         names = [self.peers[rank].name(rank) for rank in lost]

@@ -168,8 +168,8 @@ def _require_unlocked(folder, owner):
 
 def _lock(file, folder, owner):
     """Lock an open lock file. Return False if its file system has no locks. Raise LockedError."""
-    if fcntl is None:
-        return True
+    if fcntl is None:                                   # Windows
+        return False
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
