@@ -23,18 +23,20 @@ import time
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from flags.pictures import PictureShape
 from parameter import FAMILIES, GROUPS, as_json, dataset_name
 from storage.curves import metrics_of
 from storage.folders import step_name
-from utils import write_atomically
+from utils import spread_indices, write_atomically
 
 NAME = "index.html"
 RUNNING, DONE, INTERRUPTED, FAILED = STATES = ("running", "done", "interrupted", "failed")
 
 _RECORD = re.compile(r"(\d{7,})_(fake|recon|attn_.+)\.png", re.DOTALL)
 _EXTRA = re.compile(r"\d{7,}_.+\.(png|webp|gif|mp4)", re.DOTALL)
+_JSON = re.compile(r'<script type="application/json" id="(?:summary|data)">(.*?)</script>', re.DOTALL)
 _SUMMARY = re.compile(rb'<script type="application/json" id="summary">(.*?)</script>', re.DOTALL)
 _SUMMARY_WITHIN = 1 << 16   # bytes: the summary ends within the first 64 KiB of a page
 _PROTOCOLS_WITHIN = 1 << 15 # bytes of the summary; one character may take twelve
@@ -143,6 +145,44 @@ def _truncated(text, length):
 def _begun(before, now, step):
     """Return the time of the run's first page, in seconds; `now`, if it has gone back to an earlier step since."""
     return before["since"] if before and step >= before["step"] else now
+
+
+def as_one_file(path, most_bytes=2**23):
+    """Return the HTML of the run's page at `path` with its pictures inside, for notebooks and mails.
+
+    As many records as `most_bytes` of pictures allow, the newest among them, evenly spread; without links to other
+    files. Raise OSError, ValueError if this is no such page.
+    """
+    text, folder = path.read_text(encoding="utf-8"), path.parent
+    summary, data = (json.loads(match) for match in _JSON.findall(text))
+    steps = data["steps"]
+    addresses = {(index, kind): "/".join((*(data["attention"] or () if kind.startswith("attn_") else ()),
+                                          _name(steps[index], kind)))
+                 for kind, indices in data["pictures"].items()
+                 for index in (range(len(steps)) if indices is None else indices)}
+    count = len(steps)
+    while True:
+        # counted from the end, as the newest record is always shown
+        kept = sorted(len(steps) - 1 - index for index in spread_indices(count, len(steps)))
+        files = [address for (index, _), address in addresses.items() if index in kept]
+        files += [data["real"]] if data["real"] else []
+        if count <= 1 or sum(os.path.getsize(folder / file) for file in files) <= most_bytes:
+            break
+        count //= 2
+    data |= {
+        "steps": [steps[index] for index in kept], "rows": [data["rows"][index] for index in kept],
+        "pictures": {kind: [new for new, index in enumerate(kept) if (index, kind) in addresses]
+                     for kind in data["pictures"]},
+        "inside": {quote(file, safe="/"): _data_address(folder / file) for file in files},
+        "extras": [], "others": [],
+    }
+    head, middle, tail = _template()
+    head = head.replace("img-src 'self' file:", "img-src data:")
+    return "".join((head, _to_json(summary | {"live": None}), middle, _to_json(data), tail))
+
+
+def _data_address(path):
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def pictures_of(folder, kind):

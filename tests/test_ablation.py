@@ -313,6 +313,7 @@ def test_runs_that_differ_in_more_than_the_two_flags_are_told_of(stand_in, monke
     assert "than they should" not in Path("ablation/ablation.md").read_text()
 
 
+@pytest.mark.soak
 def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 6)
     assert run(*TWO, "--jobs", 3) == 0

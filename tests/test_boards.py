@@ -257,7 +257,7 @@ def test_an_upload_without_end_does_not_hold_the_program_up(run, monkeypatch):
     assert code == 0 and "not all is uploaded yet" in out
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_only_the_first_of_several_processes_logs(tmp_path, monkeypatch, offline):
     monkeypatch.chdir(tmp_path)
     done = torchrun(MAIN, *TINY, *RUN, "--total_step", 2, "--wandb", "true")

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import io
 import json
 import math
@@ -591,6 +592,36 @@ def test_opens_by_double_click_and_shows_the_newest(chromium, shown):
     assert chromium.js("document.querySelectorAll('.curve svg path').length") == 6
     assert "d_loss\n6" in chromium.js("document.querySelector('.values').innerText")
     assert chromium.js("document.title") == HOSTILE_VERSION
+    assert chromium.errors() == []
+
+
+def test_a_page_in_one_file_keeps_the_newest_records_that_fit(run):
+    for index in range(8):
+        run.record(100 * (index + 1), ("fake", "attn_g8") if index % 2 else ("fake",), shade(index))
+    run.log(*({"step": step, "d_loss": step / 100} for step in range(10, 810, 10)))
+    run.write()
+    size = (run.folders.samples / "0000100_fake.png").stat().st_size
+    (run.root / "one.html").write_text(page.as_one_file(run.path, 8 * size), encoding="utf-8")
+    data = embedded(run.root / "one.html", "data")
+    assert data["steps"] == [200, 400, 600, 800] and [row[0] for row in data["rows"]] == data["steps"]
+    assert data["pictures"] == {"attn_g8": [0, 1, 2, 3], "fake": [0, 1, 2, 3]} and len(data["inside"]) == 8
+    with pytest.raises(ValueError, match="unpack"):
+        page.as_one_file(page.Path(page.__file__).with_name("page.html"))
+
+
+@pytest.mark.browser
+def test_a_page_in_one_file_needs_no_other(chromium, shown, tmp_path):
+    """Within another page, too, as in a notebook."""
+    alone = tmp_path / "alone.html"
+    alone.write_text(page.as_one_file(shown.path), encoding="utf-8")
+    chromium.open(alone)
+    chromium.all_loaded()
+    assert chromium.js(STEP) == "step 600" and chromium.colour(0) == shade(5) == chromium.colour(1)
+    assert not chromium.js("document.querySelector('nav').checkVisibility()") and chromium.errors() == []
+    framed = f'<iframe srcdoc="{html.escape(alone.read_text(encoding="utf-8"))}" width="1000" height="900"></iframe>'
+    (tmp_path / "notebook.html").write_text(framed, encoding="utf-8")
+    chromium.open(tmp_path / "notebook.html")
+    chromium.wait("frames[0].document.querySelector('.picture img').naturalWidth")
     assert chromium.errors() == []
 
 

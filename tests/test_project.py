@@ -94,6 +94,7 @@ def test_a_difference_is_of_colours_or_of_transparency():
     assert (project._difference(-white[:, :3], white[:, :3]) == 1).all()
 
 
+@pytest.mark.soak
 def test_a_target_of_twelve_bits_is_as_bright_as_the_training_pictures_are(trained, tmp_path, monkeypatch):
     deep = np.full((32, 32), 2048, np.uint16)
     deep[0, 0] = 4095

@@ -402,7 +402,7 @@ def test_two_processes_train_one_run(tmp_path, monkeypatch):
     assert state("straight", 4)["samples_seen"] == 16
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_processes_start_equal_and_average_gradients(tmp_path):
     script = tmp_path / "two.py"
     script.write_text("""

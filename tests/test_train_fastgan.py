@@ -194,7 +194,7 @@ def test_dry_run_counts_fastgans_parameters_and_touches_no_cache(fastgan):
     assert f"D parameters: {sum(w.numel() for w in D.parameters())}\n" in out
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = (*FASTGAN, "--image_path", pictures, "--vgg_weights", "random")

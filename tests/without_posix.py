@@ -2,8 +2,8 @@
 
     python without_posix.py FLAGS [--then FLAGS ...]
 
-Modules, functions and signals that Windows has not are missing, /proc and /dev/shm too; processes are spawned, and files
-are synchronized, replaced and deleted by its rules.
+Modules, functions and signals that Windows has not are missing, /proc and /dev/shm too; processes are spawned, and
+files are synchronized, replaced and deleted by its rules.
 """
 
 import builtins

@@ -85,7 +85,7 @@ def launched(*flags, **more):
                             **more)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_parallel_prints_only_what_the_program_says_and_returns_its_exit_code(tmp_path):
     mistake = launched(*TINY, "--imsize", 33, cwd=tmp_path)
     _, err = mistake.communicate(timeout=60)

@@ -1,0 +1,63 @@
+"""docs/colab.ipynb, the notebook for Colab and Kaggle, executed from its first to its last cell at a tiny size."""
+
+import re
+import runpy
+import shutil
+import zipfile
+from pathlib import Path
+
+import nbformat
+from conftest import MAIN, lines
+from nbclient import NotebookClient
+
+ROOT = Path(MAIN).parent
+TINY = ("--imsize 32 --batch_size 4 --g_conv_dim 4 --d_conv_dim 4 --z_dim 8 --sample_step 2 --model_save_step 2 "
+        "--num_workers 0 --device cpu")
+LEFT_OUT = shutil.ignore_patterns(".*", "*.png", "tests", "samples", "models", "logs", "cache", "attn", "__pycache__")
+
+
+def outputs_of(cell):
+    """{mime type: what the cell shows}, printed text included."""
+    shown = {}
+    for output in cell.outputs:
+        for kind, data in ({"text/plain": output.text} if output.output_type == "stream" else output.data).items():
+            shown[kind] = shown.get(kind, "") + data
+    return shown
+
+
+def executed(source, folder, cells=None, **settings):
+    """What each code cell shows after the notebook, or its first `cells` cells, ran with these settings."""
+    notebook = nbformat.read(source, as_version=4)
+    notebook.cells = notebook.cells[:cells]
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for name, value in settings.items():
+        first.source, count = re.subn(rf"^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, first.source,
+                                      flags=re.MULTILINE)
+        assert count == 1, name
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return [outputs_of(cell) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_the_notebook_is_the_written_one():
+    written = runpy.run_path(str(ROOT / "docs/write_notebook.py"))["text"]()
+    assert (ROOT / "docs/colab.ipynb").read_text(encoding="utf-8") == written, "python docs/write_notebook.py"
+
+
+def test_it_trains_shows_goes_on_samples_and_exports(pictures, tmp_path, monkeypatch):
+    program = tmp_path / "program"
+    shutil.copytree(ROOT, program, ignore=LEFT_OUT)
+    archive = shutil.make_archive(tmp_path / "mine", "zip", pictures)
+    keep, settings = tmp_path / "kept", {"PICTURES": archive, "FLAGS": TINY, "KEEP": str(tmp_path / "kept")}
+    shown = executed(program / "docs/colab.ipynb", program / "docs", STEPS=4, **settings)
+    _, setup, training, page, end, samples, video, export, taken = shown
+    assert "memory of a step: about" in setup["text/plain"] and "12 pictures in" in setup["text/plain"]
+    assert "done: 4 steps" in training["text/plain"] and "done: 4 steps" in end["text/plain"]
+    assert page["text/html"].startswith("<iframe srcdoc=") and "data:image/png;base64" in page["text/html"]
+    assert "image/png" in samples and "image/webp" in video
+    assert {path.name for path in keep.glob("samples/mine/*_export/*")} >= {"G.onnx", "G.safetensors", "G.ts.pt"}
+    assert "index.html" in zipfile.ZipFile(taken["text/plain"].split()[0]).namelist()
+    monkeypatch.chdir(keep)
+    assert lines("mine")[-1]["step"] == 4
+
+    _, _, training = executed(program / "docs/colab.ipynb", program / "docs", cells=6, STEPS=6, **settings)
+    assert "resuming 'mine' from step 4" in training["text/plain"] and "done: 6 steps" in training["text/plain"]
