@@ -3,12 +3,17 @@
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import nbformat
-from conftest import MAIN, lines
+import pytest
+from conftest import MAIN, lines, small_disk_at
 from nbclient import NotebookClient
+
+from storage import checkpoint
 
 ROOT = Path(MAIN).parent
 TINY = ("--imsize 32 --batch_size 4 --g_conv_dim 4 --d_conv_dim 4 --z_dim 8 --sample_step 2 --model_save_step 2 "
@@ -61,3 +66,28 @@ def test_it_trains_shows_goes_on_samples_and_exports(pictures, tmp_path, monkeyp
 
     _, _, training = executed(program / "docs/colab.ipynb", program / "docs", cells=6, STEPS=6, **settings)
     assert "resuming 'mine' from step 4" in training["text/plain"] and "done: 6 steps" in training["text/plain"]
+
+
+KAGGLE = """
+mount -t tmpfs -o size=2m tmpfs /dev/shm && mount -o remount,ro input && cd working || exit 77
+"$0" "$1" --dataset folder --image_path ../input/pictures --version a --total_step 4 $2 || exit 1
+"$0" "$1" --version a --mode sample --num_samples 4 || exit 2
+"$0" "$1" --version a --total_step 200 --model_save_step 1 --keep_checkpoints 99
+"""
+
+
+@pytest.mark.soak
+def test_a_read_only_input_little_shared_memory_and_a_small_disk_as_on_kaggle(pictures, tmp_path):
+    """The run trains, samples, and when the disk is full ends with 5 and whole checkpoints."""
+    with small_disk_at(tmp_path / "input", "8m") as given, small_disk_at(tmp_path / "working", "12m") as disk:
+        shutil.copytree(pictures, given / "pictures")
+        flags = TINY.replace("--num_workers 0", "--num_workers 2")
+        done = subprocess.run(["unshare", "-m", "bash", "-c", KAGGLE, sys.executable, MAIN, flags], cwd=tmp_path,
+                              capture_output=True, text=True)
+        if done.returncode == 77:
+            pytest.skip("cannot mount here")
+        assert done.returncode == 5 and "Free some space" in done.stderr, done.stdout + done.stderr
+        assert "decoded cache" in done.stdout and not (given / "pictures/.decoded").exists()
+        assert len(list(disk.glob("samples/a/*_seed0/*.png"))) == 4
+        newest = checkpoint.steps_in(disk / "models/a")[-1]
+        assert newest > 4 and checkpoint.load(checkpoint.path_of(disk / "models/a", newest))["step"] == newest
