@@ -262,8 +262,10 @@ def out_of_memory(config, where):
     """Return the UsageError for a training that ran out of memory on `where`, though it had been expected to fit."""
     place = distributed.start(config)
     needed = estimate_memory(config, place).total
+    # what was taken when it ran out may not be free yet
+    there = (torch.cuda.mem_get_info(place.device)[1] if place.device.type == "cuda" else _free_memory(place)) or needed
     return UsageError(f"out of memory on {where}: a step needs about {_in_words(needed)}.\n"
-                      + _what_fits(config, place, 0, needed, resuming=False))
+                      + _what_fits(config, place, 0, min(needed, there), resuming=False))
 
 
 def _bound(config, place):
@@ -286,7 +288,10 @@ def _free_memory(place):
 
 def _what_fits(config, place, classes, free, resuming):
     """Return in words with which flags a step fits into `free` bytes: a batch in more parts, or smaller pictures."""
+    step = estimate_memory(config, place, classes).step
     for changed in _smaller(config, place, resuming):
+        if step * config.accumulate > 4 * free * changed.accumulate and changed.imsize == config.imsize:
+            continue                                    # clearly too few parts: each estimate takes a second
         needed = estimate_memory(changed, place, classes).total
         if needed * MARGIN < free:
             flags = [f"--{name} {getattr(changed, name)}" for name in ("imsize", "accumulate")

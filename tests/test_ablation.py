@@ -466,6 +466,7 @@ class OneByOne:
         return future
 
 
+@pytest.mark.soak
 def test_two_variants_of_a_small_model(tmp_path, pictures, monkeypatch):
     """What main.py prints, saves and calls its files is what the ablation looks for."""
     monkeypatch.chdir(tmp_path)

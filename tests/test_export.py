@@ -20,7 +20,8 @@ FOLDER = Path("samples/a/0000002_export")
 
 
 @pytest.mark.parametrize(("flags", "tiny"), [
-    ((), True), (("--arch", "resnet", "--conditional", "true"), True), (FASTGAN, False)])
+    pytest.param((), True, marks=pytest.mark.soak), (("--arch", "resnet", "--conditional", "true"), True),
+    pytest.param(FASTGAN, False, marks=pytest.mark.soak)])
 def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, tiny, monkeypatch):
     import onnxruntime
     from safetensors import safe_open

@@ -39,7 +39,7 @@ def test_the_table_says_how_many_times_the_reference(monkeypatch, capsys, tmp_pa
 @pytest.mark.parametrize("flags", [(), ("--attn_pool", "true"), ("--arch", "resnet")])
 def test_the_reference_computes_the_same_images_and_logits(flags):
     torch.manual_seed(0)
-    nets = [net.eval() for net in build_networks(resolve(parse((*SMALL, "--sn", "none", *flags))), "cpu")]
+    nets = [net.eval() for net in build_networks(resolve(parse((*SMALL, "--sn", "none", *flags))), torch.device("cpu"))]
     for net, x in zip(nets, (torch.randn(2, 16), torch.randn(2, 3, 32, 32)), strict=True):
         for layer in net.attention.values():
             torch.nn.init.ones_(layer.gamma)

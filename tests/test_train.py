@@ -363,7 +363,8 @@ def wait_for(path, seconds=60):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak)])
 def test_an_interrupt_saves_first(tmp_path, monkeypatch, number, code):
     monkeypatch.chdir(tmp_path)
     process = start("--version", "a", "--num_workers", 1, "--sample_step", 5, start_new_session=True)

@@ -63,8 +63,9 @@ def test_without_slae_there_is_no_mask_to_draw(fastgan):
     assert not Path("cache/metadata").exists(), "nothing was asked of VGG"
 
 
-@pytest.mark.parametrize("flags", [(), ("--slae", "false", "--metadata", "false", "--d_features", "vgg16"),
-                                   ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")])
+@pytest.mark.parametrize("flags", [(), *(pytest.param(flags, marks=pytest.mark.soak) for flags in (
+    ("--slae", "false", "--metadata", "false", "--d_features", "vgg16"),
+    ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")))])
 def test_six_steps_are_three_and_three_bit_for_bit(fastgan, flags):
     fastgan("--version", "straight", "--total_step", 6, *flags)
     fastgan("--version", "resumed", "--total_step", 3, "--sample_step", 1, "--log_step", 1, *flags)

@@ -403,7 +403,7 @@ def without_times(lines):
             for line in lines]
 
 
-@pytest.mark.parametrize("total", [4, 6])
+@pytest.mark.parametrize("total", [4, pytest.param(6, marks=pytest.mark.soak)])
 def test_what_a_killed_run_had_not_written_for_its_last_step_is_written_later(run, total, pictures, monkeypatch):
     """Of a run that has steps left, and of one that was killed at its end."""
     monkeypatch.setattr(swd, "sliced_wasserstein", small_swd)
