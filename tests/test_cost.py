@@ -111,6 +111,18 @@ def test_the_estimated_memory_is_that_of_the_tensors_of_a_real_step(flags, class
     assert estimate.constant == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.01)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [("--imsize", "64", "--batch_size", "64"), (
+    "--model", "fastgan", "--imsize", "256", "--metadata", "false", "--recon", "lpips", "--vgg_weights", "random")],
+    ids=["sagan", "fastgan"])
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+def test_the_estimated_memory_is_what_a_gpu_takes(flags, name):
+    config = resolve(parse(("--dataset", "toy", "--preset", "published", "--cuda_graph", "false", "--precision", name,
+                            *flags)))
+    place = Place(torch.device("cuda"))
+    assert cost.estimate_memory(config, place).total == pytest.approx(cost.peak_memory(config, None, place), rel=0.25)
+
+
 def test_mixed_precision_and_parts_of_a_batch_take_less_memory(monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
     whole, rounded, parts = (cost.estimate_memory(
