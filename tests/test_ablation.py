@@ -231,6 +231,7 @@ print(json.dumps({{key: eval(text, values) for key, text in {columns!r}.items()}
 PAIR = ("--variants", "baseline,both")
 
 
+@pytest.mark.soak
 def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, capsys):
     score = scorer_of(stand_in, vgg_kid="10 * seed + 8 - step - both + 0.1 * seed * both", nearest="0.9")
     assert run(*PAIR, "--seeds", 3, "--points", 2, "--score", score) == 0

@@ -83,7 +83,7 @@ PRECISE = ("--precision", "fp32")
 
 
 @pytest.mark.parametrize(("flags", "classes"), [
-    ((*WIDE, "--adv_loss", "wgan-gp"), 0),
+    pytest.param((*WIDE, "--adv_loss", "wgan-gp"), 0, marks=pytest.mark.soak),
     ((*WIDE, "--arch", "resnet", "--conditional", "true", "--imsize", "32", "--g_conv_dim", "32", "--d_conv_dim", "32"),
      3),
     ((*OF_FASTGAN, "--recon", "lpips", "--augment", "color,cutout"), 0),

@@ -113,6 +113,7 @@ def test_no_family_is_named_outside_its_own_files():
     assert not {path: families for path, families in names.items() if families and path not in OF_A_FAMILY}
 
 
+@pytest.mark.soak
 def test_modules_of_a_user_and_of_hugging_face_stay_themselves(tmp_path):
     """Ours shadow no installed package called datasets or evaluate, and are not shadowed by a user's folders."""
     installed, work = tmp_path / "site-packages", tmp_path / "work"

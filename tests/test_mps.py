@@ -21,7 +21,8 @@ def apple(monkeypatch):
         yield operations
 
 
-@pytest.mark.parametrize(("more", "scores"), [((), SCORED), (FASTGAN, ()), (RESNET, ())],
+@pytest.mark.parametrize(("more", "scores"), [
+    ((), SCORED), (FASTGAN, ()), pytest.param(RESNET, (), marks=pytest.mark.soak)],
                          ids=["sagan", "fastgan", "resnet"])
 def test_training_and_sampling_on_mps_are_those_on_the_cpu(run, pictures, monkeypatch, more, scores):
     flags = (*FLAGS, *more, "--dataset", "folder", "--image_path", pictures) if more != RESNET else (*FLAGS, *more)

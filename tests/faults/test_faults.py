@@ -447,6 +447,7 @@ def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_res
             before = step
 
 
+@pytest.mark.soak
 def test_a_checkpoint_whose_log_statistics_are_damaged_is_used_without_them(run):
     flags = ("--version", "a", "--log_step", 2, "--sample_step", 100)
     run(*flags, "--total_step", 2)
