@@ -52,6 +52,13 @@ class LostRankError(Failure):
     code = 7
 
 
+def out_of_memory_on(error):
+    """Return what has no memory left, "the GPU" or "this machine", by an exception; None if that is of another kind."""
+    if type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error):
+        return "the GPU"
+    return "this machine" if isinstance(error, MemoryError) or "can't allocate memory" in str(error) else None
+
+
 def first_line(error):
     """Return the first line of an exception's message, joined with the second if it ends in a colon, at most 200
     characters; the name of the exception's type if the message is empty.

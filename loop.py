@@ -161,8 +161,8 @@ class Run:
         if (due.save or due.measure or due.stop) and not wrong and not trainer.is_finite():
             wrong = ["a weight, statistic or moment"]   # the step's losses were computed before its update
         # in fp16 an update that overflows is skipped
-        wrong += [f"the gradients of {net}, {LONGEST_STREAK} times or more in a row,"
-                  for net, scale in trainer.loss_scales.items() if scale.is_stuck()]
+        stuck = [net for net, scale in trainer.loss_scales.items() if scale.is_stuck()]
+        wrong += [f"the gradients of {' and '.join(stuck)} ({LONGEST_STREAK} times or more in a row)"] * bool(stuck)
         step = trainer.step
         if wrong:
             saved = checkpoint.steps_in(self.folders.models)

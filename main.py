@@ -19,7 +19,7 @@ import sys
 import parameter
 from device import console
 from device.signals import Interrupt, Interrupted
-from errors import CheckpointError, Failure
+from errors import CheckpointError, Failure, out_of_memory_on
 
 
 def main(argv):
@@ -83,20 +83,16 @@ def run(argv, interrupt):
 
 def watched(config, interrupt):
     """`dispatch`, which names the cause if memory, a loader process or another rank is lost."""
-    import torch
-
     from dataset import workers
     from device import distributed, watch
 
     try:
         return dispatch(config, distributed.start(config), interrupt)
-    except torch.OutOfMemoryError:
-        raise _out_of_memory(config, "the GPU") from None
-    except MemoryError:
-        raise _out_of_memory(config, "this machine") from None
-    except (RuntimeError, Interrupted) as error:
-        if "can't allocate memory" in str(error) or "MPS backend out of memory" in str(error):      # of RuntimeErrors
-            raise _out_of_memory(config, "this machine") from None
+    except (MemoryError, RuntimeError, Interrupted) as error:
+        where = out_of_memory_on(error)
+        if where:
+            raise Failure(f"out of memory on {where}: lower --batch_size, --imsize, --z_dim, or the widths "
+                          "--g_conv_dim and --d_conv_dim") from None
         raise watch.lost_rank(error) or workers.death(error) or error from None
 
 
@@ -122,15 +118,6 @@ def dispatch(config, place, interrupt):
     if place.device.type == "cpu" and config.preset == "published":
         say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
     return start.train(config, place, precision, interrupt)
-
-
-def _out_of_memory(config, where):
-    if config.mode == "train":
-        from metrics import cost
-
-        return cost.out_of_memory(config, where)
-    return Failure(f"out of memory on {where}: lower --batch_size, --imsize, --z_dim, or the widths "
-                   "--g_conv_dim and --d_conv_dim")
 
 
 def describe(config, dataset, place):
@@ -166,7 +153,7 @@ def describe(config, dataset, place):
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
     if dataset is not None:
         say(cost.describe_memory(config, place, len(classes or ())))
-        cost.require_memory(config, place, len(classes or ()))
+        start.require_memory(config, place, classes)
 
 
 if __name__ == "__main__":

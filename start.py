@@ -16,7 +16,7 @@ from dataset import table
 from dataset.check import write_lists
 from device import distributed
 from device.distributed import say
-from errors import CheckpointError, LockedError, UsageError, first_line
+from errors import CheckpointError, LockedError, UsageError, first_line, out_of_memory_on
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
@@ -71,10 +71,32 @@ def train(config, place, precision, interrupt):
         run = Run(trainer, meter, dataset, data, folders, interrupt, undone, unlogged)
         del state, source                               # frees the checkpoints' memory
         run.try_to("write the lists of pictures", lambda: write_lists(found, config))
-        return run.loop()
+        return _loop(run)
     finally:
         if lock:
             lock.close()
+
+
+def _loop(run):
+    """Return `run.loop()`. Raise UsageError, with what fits, for a step that ran out of memory."""
+    try:
+        return run.loop()
+    except (MemoryError, RuntimeError) as error:
+        where = out_of_memory_on(error)
+        if where is None or run.trainer.is_whole:       # not by a step, but by what is measured or shown
+            raise
+        raise cost.out_of_memory(run.config, run.place, len(run.classes or ()), _has_begun(run.config), where) from None
+
+
+def require_memory(config, place, classes):
+    """Raise UsageError, with what fits, if a step clearly needs more memory than there is."""
+    cost.require_memory(config, place, len(classes or ()), _has_begun(config))
+
+
+def _has_begun(config):
+    """Return whether the run has checkpoints, so that its networks are given."""
+    folders = RunFolders.of(config)
+    return bool(checkpoint.steps_in(folders.models)) and not _is_restart(config, folders)
 
 
 def compare_with_run(config, dataset):
@@ -119,7 +141,7 @@ def _load_what_is_needed(config, place, state, classes, pictures):
     metrics, or the package that --wandb needs.
     """
     require_wandb(config)
-    cost.require_memory(config, place, len(classes or ()), resuming=state is not None)
+    require_memory(config, place, classes)
     if config.metric_step:
         refuse_few(config.metrics, pictures, "real")
     families.require(config)

@@ -32,6 +32,7 @@ CELLS = [("markdown", """
 """), ("code", """
     import html
     import os
+    import shlex
     import signal
     import subprocess
     import sys
@@ -43,6 +44,8 @@ CELLS = [("markdown", """
     if any(folder.startswith("/content/drive") for folder in (PICTURES, KEEP)) and not Path("/content/drive").exists():
         from google.colab import drive
         drive.mount("/content/drive")
+    if PICTURES != "toy":
+        PICTURES = os.path.abspath(PICTURES)
     if not Path("main.py").exists():
         if REPOSITORY and not Path("gan").exists():
             subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "gan"], check=True)
@@ -63,7 +66,7 @@ CELLS = [("markdown", """
         if done.returncode:
             raise SystemExit(f"exit code {done.returncode}")
 
-    TRAINING = [*DATA, *FLAGS.split(), "--total_step", STEPS]
+    TRAINING = [*DATA, *shlex.split(FLAGS), "--total_step", STEPS]
     run(*TRAINING, "--dry_run")         # parameters, pictures, device, and the memory of a step
 """), ("markdown", """
     ## Train

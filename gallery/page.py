@@ -151,15 +151,18 @@ def as_one_file(path, most_bytes=2**23):
     """Return the HTML of the run's page at `path` with its pictures inside, for notebooks and mails.
 
     As many records as `most_bytes` of pictures allow, the newest among them, evenly spread; without links to other
-    files. Raise OSError, ValueError if this is no such page.
+    files, and without pictures that are gone. Raise OSError, ValueError if this is no such page.
     """
     text, folder = path.read_text(encoding="utf-8"), path.parent
     summary, data = (json.loads(match) for match in _JSON.findall(text))
-    steps = data["steps"]
+    if "steps" not in data:
+        raise ValueError(f"{path} is not the page of a run")
+    steps, data["real"] = data["steps"], data["real"] if data["real"] and (folder / data["real"]).is_file() else None
     addresses = {(index, kind): "/".join((*(data["attention"] or () if kind.startswith("attn_") else ()),
                                           _name(steps[index], kind)))
                  for kind, indices in data["pictures"].items()
                  for index in (range(len(steps)) if indices is None else indices)}
+    addresses = {key: address for key, address in addresses.items() if (folder / address).is_file()}
     count = len(steps)
     while True:
         # counted from the end, as the newest record is always shown

@@ -258,14 +258,13 @@ def require_memory(config, place, classes=0, resuming=False):
                          + _what_fits(config, place, classes, free, resuming))
 
 
-def out_of_memory(config, where):
-    """Return the UsageError for a training that ran out of memory on `where`, though it had been expected to fit."""
-    place = distributed.start(config)
-    needed = estimate_memory(config, place).total
+def out_of_memory(config, place, classes, resuming, where):
+    """Return the UsageError for a step that ran out of memory on `where`, though it had been expected to fit."""
+    needed = estimate_memory(config, place, classes).total
     # what was taken when it ran out may not be free yet
     there = (torch.cuda.mem_get_info(place.device)[1] if place.device.type == "cuda" else _free_memory(place)) or needed
     return UsageError(f"out of memory on {where}: a step needs about {_in_words(needed)}.\n"
-                      + _what_fits(config, place, 0, min(needed, there), resuming=False))
+                      + _what_fits(config, place, classes, min(needed, there), resuming))
 
 
 def _bound(config, place):
@@ -274,7 +273,10 @@ def _bound(config, place):
     attention = max((*(config.g_attn or ()), *(config.d_attn or ())), default=0)        # positions on the shorter side
     aspect = shape.height * shape.width / min(shape.height, shape.width)**2
     per_image = 8000 * shape.values * wide**2 + 48 * (attention**2 * aspect)**2         # WGAN-GP holds the N x N matrix
-    return 2 * 2**30 + config.batch_size // place.world_size // config.accumulate * per_image
+    batch = config.batch_size // place.world_size
+    images = 4 * config.d_iters * batch * shape.values
+    constant = 2 * 2**30 * wide**2 + 2**19 * wide * config.z_dim
+    return constant + images + batch // config.accumulate * per_image
 
 
 def _free_memory(place):
@@ -298,11 +300,16 @@ def _what_fits(config, place, classes, free, resuming):
                      if getattr(changed, name) != getattr(config, name)]
             parts = " (a batch in parts)" if changed.accumulate > 1 else ""
             return f"Give {' '.join(flags)}{parts}, which needs about {_in_words(needed)}"
-    return "Give smaller --g_conv_dim and --d_conv_dim" + ("" if resuming else ", or a smaller --imsize")
+    if resuming:
+        return "Not even one picture at a time fits; this run needs a larger machine"
+    return "Give smaller --g_conv_dim and --d_conv_dim, or a smaller --imsize" + (
+        ", or leave out --d_features" if config.d_features != "none" else "")
 
 
 def _smaller(config, place, resuming):
-    """Yield the config with a batch in more and more parts, then with smaller pictures, as far as a run may change."""
+    """Yield the config with a batch in more and more parts, then, of a run whose networks are not given yet, with smaller
+    pictures.
+    """
     count, family = config.batch_size // place.world_size, parameter.FAMILIES[config.model]
     divisors = [parts for parts in range(1, count + 1) if count % parts == 0]
     for parts in divisors:
@@ -322,7 +329,7 @@ def _holder(place):
 
 
 def _in_words(size):
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(1, size / 2**20):.0f} MiB"
 
 
 class _Shapes(Trainer):

@@ -12,12 +12,12 @@ import torch
 from conftest import lines
 
 import layers
-from device import precision
+from device import fast_step, precision
 from device.distributed import Place
 from errors import DataError
 from generate.classes import Classes
 from generate.metadata import Bank
-from metrics import cost
+from metrics import cost, meter
 from parameter import parse, resolve
 from pretrained import vgg
 
@@ -155,15 +155,30 @@ def test_a_run_that_will_not_fit_is_refused_with_what_fits(run, small_machine):
 
 @pytest.mark.parametrize(("share", "more", "advice"), [
     (0.5, (), "Give --imsize 32"), (0.01, (), "Give smaller --g_conv_dim and --d_conv_dim, or a smaller"),
-    (0.2, ("--total_step", "2"), "Give smaller --g_conv_dim and --d_conv_dim\n")], ids=["size", "nothing", "going on"])
+    (0.1, ("--total_step", "2"), "Not even one picture at a time fits")], ids=["size", "nothing", "going on"])
 def test_pictures_that_are_too_large_are_told_what_fits(run, small_machine, share, more, advice):
     flags = ("--imsize", "64", "--batch_size", "2", "--g_conv_dim", "8", "--d_conv_dim", "8", "--device", "cpu",
              "--dataset", "toy", *PRECISE)
     if more:
         assert run(*flags, "--version", "a", "--total_step", 1, tiny=False)[0] == 0
     small_machine(flags, share)
-    code, _, err = run(*flags, "--version", "a", *more, tiny=False)
-    assert code == 2 and advice in err
+    for dry in ((), ("--dry_run",)):
+        code, _, err = run(*flags, "--version", "a", *more, *dry, tiny=False)
+        assert code == 2 and advice in err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_step_that_runs_out_of_memory_says_what_fits_and_a_metric_does_not(run, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_step.FastStep, "__call__", fail)
+        code, _, err = run("--version", "a", "--total_step", 2)
+    assert code == 2 and "out of memory on this machine: a step needs about" in err and "Give --accumulate 2" in err
+    monkeypatch.setattr(meter.Meter, "measure", fail)
+    code, _, err = run("--version", "b", "--total_step", 2, "--metric_step", 1, "--metrics", "swd", "--num_eval", 4)
+    assert code == 1 and "out of memory on this machine: lower" in err
 
 
 def without_weights(config, place, bank, classes):

@@ -177,7 +177,7 @@ BEGINNING = {
                                   other_weights),
     "no torch-fidelity": Refusal((*MEASURING, "fid"), 2, "pip install torch-fidelity",
                                  without("torch_fidelity.feature_extractor_inceptionv3")),
-    "no memory": Refusal((), 2, "out of memory on this machine: a step needs about", no_memory),
+    "no memory": Refusal((), 1, "out of memory on this machine: lower", no_memory),
     "a file for samples": Refusal(("--sample_path", "way"), 5, "way/a: Not a directory", file_in_the_way),
     "a file for checkpoints": Refusal(("--model_save_path", "way/m"), 5, "way/m/a: Not a directory", file_in_the_way),
     "a link to nothing": Refusal((), 5, "samples/a: Not a directory", link_to_nothing),
