@@ -307,9 +307,7 @@ def _what_fits(config, place, classes, free, resuming):
 
 
 def _smaller(config, place, resuming):
-    """Yield the config with a batch in more and more parts, then, of a run whose networks are not given yet, with smaller
-    pictures.
-    """
+    """Yield the config with a batch in more and more parts, then, unless `resuming` a run, with smaller pictures."""
     count, family = config.batch_size // place.world_size, parameter.FAMILIES[config.model]
     divisors = [parts for parts in range(1, count + 1) if count % parts == 0]
     for parts in divisors:
