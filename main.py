@@ -152,8 +152,9 @@ def describe(config, dataset, place):
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
     if dataset is not None:
-        say(cost.describe_memory(config, place, len(classes or ())))
-        start.require_memory(config, place, classes)
+        estimate = cost.estimate_memory(config, place, len(classes or ()))
+        say(cost.describe_memory(estimate, place))
+        start.require_memory(config, place, classes, estimate)
 
 
 if __name__ == "__main__":

@@ -88,9 +88,9 @@ def _loop(run):
         raise cost.out_of_memory(run.config, run.place, len(run.classes or ()), _has_begun(run.config), where) from None
 
 
-def require_memory(config, place, classes):
-    """Raise UsageError, with what fits, if a step clearly needs more memory than there is."""
-    cost.require_memory(config, place, len(classes or ()), _has_begun(config))
+def require_memory(config, place, classes, estimate=None):
+    """Raise what `cost.require_memory` raises: a step needs more memory than there is."""
+    cost.require_memory(config, place, len(classes or ()), _has_begun(config), estimate)
 
 
 def _has_begun(config):
@@ -235,8 +235,7 @@ def _load_source(config):
 def try_source(config, G, D, classes):
     """Raise what a run would raise for its `--init_from` and `--freeze_d`, with these new networks; report as it."""
     families.frozen_of_d(D, config.freeze_d)
-    folders = RunFolders.of(config)
-    if config.init_from and (_is_restart(config, folders) or not checkpoint.steps_in(folders.models)):
+    if config.init_from and not _has_begun(config):
         _initialize(config, SimpleNamespace(G=G, D=D, G_ema=copy.deepcopy(G)), classes, _load_source(config))
 
 

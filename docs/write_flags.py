@@ -116,7 +116,7 @@ def _exit_codes():
     """What `main.py` returns; the docstrings of errors.py say why."""
     codes = {failure.code: failure.__doc__.splitlines()[0] for failure in vars(errors).values()
              if isinstance(failure, type) and issubclass(failure, errors.Failure) and failure is not errors.Failure}
-    rows = [("0", "Done."), (str(errors.Failure.code), "Anything unexpected, and out of memory outside training."),
+    rows = [("0", "Done."), (str(errors.Failure.code), "Anything unexpected, and out of memory except in a step."),
             *((str(code), codes[code]) for code in sorted(codes)),
             ("130, 143", "Interrupted by SIGINT (Ctrl-C) or SIGTERM, after the step was finished and saved.")]
     lines = table(("code", "meaning"), rows, padded=True)

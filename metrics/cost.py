@@ -239,32 +239,35 @@ def estimate_memory(config, place, classes=0, precision=None):
     return Estimate(shapes.constant_bytes(), ledger.peak + sum(tensor.nbytes for tensor in tensors))
 
 
-def describe_memory(config, place, classes=0):
-    """Return a line on the Estimate and on the memory that is free."""
-    estimate, free = estimate_memory(config, place, classes), _free_memory(place)
+def describe_memory(estimate, place):
+    """Return a line on an Estimate and on the memory that is free."""
+    free = _free_memory(place)
     return (f"memory of a step: about {_in_words(estimate.total)}, of which weights, averages and Adam's moments "
             f"{_in_words(estimate.constant)}" + (f"; {_holder(place)} has {_in_words(free)} free" if free else ""))
 
 
-def require_memory(config, place, classes=0, resuming=False):
-    """Raise UsageError, with flags that fit, if a step clearly needs more memory than is free."""
+def require_memory(config, place, classes, resuming, estimate=None):
+    """Raise UsageError, with flags that fit, if a step clearly needs more memory than is free. `estimate`: that of the
+    config, if it is known.
+    """
     free = _free_memory(place)
     if not free or _bound(config, place) < free:        # the estimate takes a second
         return
-    needed = estimate_memory(config, place, classes).total
-    if needed > free * MARGIN:
+    estimate = estimate or estimate_memory(config, place, classes)
+    if estimate.total > free * MARGIN:
         raise UsageError(f"--batch_size {config.batch_size} at --imsize {config.imsize}: a step needs about "
-                         f"{_in_words(needed)}, and {_holder(place)} has {_in_words(free)} free.\n"
-                         + _what_fits(config, place, classes, free, resuming))
+                         f"{_in_words(estimate.total)}, and {_holder(place)} has {_in_words(free)} free.\n"
+                         + _what_fits(config, place, classes, resuming, estimate, free))
 
 
 def out_of_memory(config, place, classes, resuming, where):
     """Return the UsageError for a step that ran out of memory on `where`, though it had been expected to fit."""
-    needed = estimate_memory(config, place, classes).total
+    estimate = estimate_memory(config, place, classes)
+    needed = estimate.total
     # what was taken when it ran out may not be free yet
     there = (torch.cuda.mem_get_info(place.device)[1] if place.device.type == "cuda" else _free_memory(place)) or needed
     return UsageError(f"out of memory on {where}: a step needs about {_in_words(needed)}.\n"
-                      + _what_fits(config, place, classes, min(needed, there), resuming))
+                      + _what_fits(config, place, classes, resuming, estimate, min(needed, there)))
 
 
 def _bound(config, place):
@@ -288,11 +291,12 @@ def _free_memory(place):
     return available_memory() // distributed.on_this_machine()
 
 
-def _what_fits(config, place, classes, free, resuming):
-    """Return in words with which flags a step fits into `free` bytes: a batch in more parts, or smaller pictures."""
-    step = estimate_memory(config, place, classes).step
+def _what_fits(config, place, classes, resuming, estimate, free):
+    """Return in words with which flags a step fits into `free` bytes: a batch in more parts, or smaller pictures.
+    `estimate` is that of the config.
+    """
     for changed in _smaller(config, place, resuming):
-        if step * config.accumulate > 4 * free * changed.accumulate and changed.imsize == config.imsize:
+        if estimate.step * config.accumulate > 4 * free * changed.accumulate and changed.imsize == config.imsize:
             continue                                    # clearly too few parts: each estimate takes a second
         needed = estimate_memory(changed, place, classes).total
         if needed * MARGIN < free:
