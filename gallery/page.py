@@ -176,7 +176,7 @@ def as_one_file(path, most_bytes=2**23):
         "steps": [steps[index] for index in kept], "rows": [data["rows"][index] for index in kept],
         "pictures": {kind: [new for new, index in enumerate(kept) if (index, kind) in addresses]
                      for kind in data["pictures"]},
-        "inside": {quote(file, safe="/"): _data_address(folder / file) for file in files},
+        "inside": {quote(file, safe="/!'()*"): _data_address(folder / file) for file in files},
         "extras": [], "others": [],
     }
     head, middle, tail = _template()

@@ -541,7 +541,7 @@ def chromium(tmp_path_factory):
 def shown(tmp_path_factory):
     """A finished run with attention elsewhere, reconstructions, curves, a hostile layer and a hostile version."""
     root = tmp_path_factory.mktemp("look")
-    run = Run(root, HOSTILE_VERSION, attention=root / "ma #ps" / "v?")
+    run = Run(root, HOSTILE_VERSION, attention=root / "ma #ps" / "v? (1)!'*")
     for index in range(6):
         step = 100 * (index + 1)
         run.record(step, ("fake", "attn_g8", "attn_g16", f"attn_{HOSTILE.replace('/', '')}", "recon"), shade(index))
