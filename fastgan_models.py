@@ -11,9 +11,10 @@ shrink with the image, and G's three skip connections lead to its last three map
 `slae` and `metadata`, G and D have 29.13 M and 11.53 M parameters. No layer has a bias.
 """
 
+from collections import OrderedDict
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from device.precision import exact
 from device.replicas import draw_rows
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
-from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, Upsample2x, capture, sum_pool
+from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, UpConv, capture, sum_pool
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -75,22 +76,28 @@ class _Layers:
     def conv(self, channels, out, kernel, stride=1, padding=0):
         return self.wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=False))
 
-    def up(self, channels, out, noise=False):
-        """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block; with `noise`, the first half of the deep block."""
-        return Block(Upsample2x(), *self.gated(channels, out, noise))
+    def up(self, channels, out):
+        """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block."""
+        return _block(self.gated(UpConv(channels, 2 * out, bias=False), out))
 
     def deep_up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the deep block, two convolutions with noise after each."""
-        return Block(*self.up(channels, out, noise=True), *self.gated(out, out, noise=True))
+        return _block(self.gated(UpConv(channels, 2 * out, bias=False), out, noise=True),
+                      self.gated(nn.Conv2d(out, 2 * out, 3, padding=1, bias=False), out, noise=True))
 
-    def gated(self, channels, out, noise=False):
-        """conv 3x3, noise, batch norm, gated linear unit."""
-        yield self.conv(channels, 2 * out, 3, padding=1)
+    def gated(self, conv, out, noise=False):
+        """The convolution, noise, batch norm, gated linear unit."""
+        yield self.wrap(conv)
         if noise:
             self.noises += 1
             yield Noise(self.noises)
         yield self.norm(2 * out)
         yield GLU(dim=1)
+
+
+def _block(*parts):
+    """Return the layers of all parts as a Block. Numbered from 1: in old checkpoints 0 was an upsampling layer."""
+    return Block(OrderedDict((f"{number}", layer) for number, layer in enumerate(chain(*parts), 1)))
 
 
 class GLU(nn.GLU):

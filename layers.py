@@ -19,6 +19,8 @@ FUSED_FROM_POSITIONS = 512
 FUSED_TO_WIDTH = 256
 # From so many values of an image on, class-conditional batch norm goes over the images one by one in its backward pass.
 ONE_BY_ONE_FROM = 50_000
+# From so many positions of the smaller map on, a 3x3 convolution is merged with the change of size before or after it.
+MERGED_FROM_POSITIONS = 64
 
 
 class FromVector(nn.ConvTranspose2d):
@@ -132,6 +134,55 @@ def attend(q, k, v):
     # CRUCIAL: inputs that are not contiguous silently fall back to materializing the N x M matrix
     q, k, v = (t.contiguous().unsqueeze(1) for t in (q, k, v))          # one head: (B, 1, N or M, ·)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1)
+
+
+class UpConv(nn.Conv2d):
+    """(B, C, H, W) -> (B, out, 2H, 2W): nearest-neighbour upsampling by 2, then a 3x3 convolution.
+
+    The nine weights meet only four different pixels. So both are one transposed convolution with a 4x4 kernel, sums of
+    the weights: 4 products instead of 9, and no larger map in between.
+    """
+
+    def __init__(self, channels, out, bias=True):
+        super().__init__(channels, out, 3, padding=1, bias=bias)
+        self.upsample = Upsample2x()
+
+    def forward(self, x):
+        if not _is_merged(x):
+            return super().forward(self.upsample(x))
+        kernel = _sum_neighbours(self.weight.flip(2, 3)).transpose(0, 1)                # (C, out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+class DownConv(nn.Conv2d):
+    """(B, C, H, W) -> (B, out, H/2, W/2): a 3x3 convolution, then 2x2 average pooling; as one convolution, like
+    `UpConv`, of 4x4 and stride 2.
+    """
+
+    def __init__(self, channels, out, bias=True):
+        super().__init__(channels, out, 3, padding=1, bias=bias)
+
+    def forward(self, x):
+        if not _is_merged(x, scale=2):
+            return F.avg_pool2d(super().forward(x), 2)
+        return F.conv2d(x, _sum_neighbours(self.weight) / 4, self.bias, stride=2, padding=1)
+
+
+def _is_merged(x, scale=1):
+    """Whether `UpConv` and `DownConv` merge their two steps for x, whose smaller map has 1 / scale of its sides.
+
+    Where that map is tiny, summing the weights takes longer than it saves; on GPUs it was not measured. Exported and
+    compiled networks keep the plain layers.
+    """
+    if x.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    return x.size(-2) * x.size(-1) >= MERGED_FROM_POSITIONS * scale**2
+
+
+def _sum_neighbours(weight):
+    """(out, C, 3, 3) -> (out, C, 4, 4): at each position the sum of the up to four weights around it."""
+    weight = F.pad(weight, (0, 1)) + F.pad(weight, (1, 0))
+    return F.pad(weight, (0, 0, 0, 1)) + F.pad(weight, (0, 0, 1, 0))
 
 
 class Upsample2x(nn.Upsample):

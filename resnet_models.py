@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from device.mps import memory_format
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
-from layers import Attentive, ConditionalBatchNorm, Projection, SelfAttention, Upsample2x, sum_pool
+from layers import Attentive, ConditionalBatchNorm, DownConv, Projection, SelfAttention, UpConv, Upsample2x, sum_pool
 from spectral import maybe_spectral_norm
 
 # Channels of G's first map and of its blocks' outputs, in units of conv_dim.
@@ -58,13 +58,13 @@ class UpBlock(nn.Module):
     def __init__(self, channels, out, classes, wrap):
         super().__init__()
         self.norm1, self.norm2 = ConditionalBatchNorm(channels, classes), ConditionalBatchNorm(out, classes)
-        self.conv1, self.conv2 = _conv(wrap, channels, out, 3), _conv(wrap, out, out, 3)
+        self.conv1, self.conv2 = wrap(UpConv(channels, out)), _conv(wrap, out, out, 3)
         self.skip, self.upsample = _conv(wrap, channels, out, 1), Upsample2x()
 
     def forward(self, x, labels=None):
         # CRUCIAL: no ReLU in place here, the skip needs x itself
-        h = self.upsample(F.relu(self.norm1(x, labels)))                  # (B, channels, 2H, 2W)
-        h = self.conv2(F.relu(self.norm2(self.conv1(h), labels)))                       # (B, out, 2H, 2W)
+        h = self.conv1(F.relu(self.norm1(x, labels)))                     # (B, out, 2H, 2W)
+        h = self.conv2(F.relu(self.norm2(h, labels)))                   # (B, out, 2H, 2W)
         # a 1x1 convolution commutes with repeating pixels; before it, it has a quarter of the work
         return h + self.upsample(self.skip(x))
 
@@ -78,12 +78,13 @@ class DownBlock(nn.Module):
     def __init__(self, channels, out, wrap, down=True, first=False):
         super().__init__()
         self.first, self.pool = first, nn.AvgPool2d(2) if down else nn.Identity()
-        self.conv1, self.conv2 = _conv(wrap, channels, out, 3), _conv(wrap, out, out, 3)
+        self.conv1 = _conv(wrap, channels, out, 3)
+        self.conv2 = wrap(DownConv(out, out)) if down else _conv(wrap, out, out, 3)
         self.skip = _conv(wrap, channels, out, 1) if down or channels != out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(x if self.first else F.relu(x))                  # (B, out, H, W); not in place, as above
-        h = self.pool(self.conv2(F.relu(h)))                            # (B, out, H/2, W/2)
+        h = self.conv2(F.relu(h))                                       # (B, out, H/2, W/2)
         return h + self.skip(self.pool(x))                              # pooled first: the same, a quarter of the work
 
 

@@ -12,13 +12,14 @@ import copy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from device.precision import Precision
 from diffaug import augment
 from families import build, build_objective
 from fastgan_models import GLU
-from layers import FromVector, SelfAttention, ToVector
+from layers import DownConv, FromVector, SelfAttention, ToVector, UpConv
 from metrics.cost import ConstantBatch, TimedConfig
 
 
@@ -35,7 +36,22 @@ class PlainAttention(SelfAttention):
         return self.gamma * self.out(out) + x
 
 
-PUBLISHED = {SelfAttention: PlainAttention, GLU: nn.GLU, FromVector: nn.ConvTranspose2d, ToVector: nn.Conv2d}
+class PlainUpConv(UpConv):
+    """`UpConv` in two steps."""
+
+    def forward(self, x):
+        return nn.Conv2d.forward(self, self.upsample(x))
+
+
+class PlainDownConv(DownConv):
+    """`DownConv` in two steps."""
+
+    def forward(self, x):
+        return F.avg_pool2d(nn.Conv2d.forward(self, x), 2)
+
+
+PUBLISHED = {SelfAttention: PlainAttention, GLU: nn.GLU, FromVector: nn.ConvTranspose2d, ToVector: nn.Conv2d,
+             UpConv: PlainUpConv, DownConv: PlainDownConv}
 
 
 def published(net):

@@ -1,10 +1,14 @@
-"""Convolutions computed as one matmul equal torch's own: outputs, weights, first and second derivatives."""
+"""Convolutions computed as one matmul equal torch's own: outputs, weights, first and second derivatives. So do those
+that are merged with the change of size before or after them.
+"""
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from layers import FromVector, ToVector
+import layers
+from layers import DownConv, FromVector, ToVector, UpConv
 
 LAYERS = {
     "from": (FromVector, nn.ConvTranspose2d, (6, 5, 4), (3, 6, 1, 1)),
@@ -53,3 +57,21 @@ def test_bf16_stays_bf16(case):
 def test_maps_from_a_vector_lie_channels_last():
     ours, _, x = pair("from", bias=True)
     assert ours(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("cls", [UpConv, DownConv])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_changing_size_and_convolving_at_once_are_the_two_steps(monkeypatch, cls, layout):
+    torch.manual_seed(0)
+    layer, found = cls(3, 5).to(memory_format=layout), []
+    x, by = torch.randn(2, 3, 16, 24).to(memory_format=layout).requires_grad_(), None
+    for merged_from in (64, 10_000):
+        monkeypatch.setattr(layers, "MERGED_FROM_POSITIONS", merged_from)
+        with FlopCounterMode(display=False) as counter:
+            maps = layer(x)
+        by = torch.randn_like(maps) if by is None else by
+        found.append((counter.get_total_flops(), maps, *torch.autograd.grad(maps, [x, *layer.parameters()], by)))
+    (flops, *merged), (plain_flops, *plain) = found
+    assert flops == plain_flops * 4 / 9
+    for one, other in zip(merged, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

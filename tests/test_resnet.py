@@ -43,20 +43,24 @@ def test_every_size_has_its_shapes(imsize, classes):
         assert of_layer.shape == (2, 1, half, half) and torch.allclose(of_layer.sum((2, 3)), torch.ones(2, 1))
 
 
-def test_blocks_compute_the_published_formulas():
-    """There the 1x1 convolution of a skip comes after upsampling, and before pooling."""
+@pytest.mark.parametrize("side", [4, 16])
+def test_blocks_compute_the_published_formulas(side):
+    """There the 1x1 convolution of a skip comes after upsampling, and before pooling, and so does the 3x3 one."""
     def wrap(layer):
         return nn.init.normal_(layer.bias) is None or layer
 
-    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([1, 0])
+    def conv(x, layer):
+        return F.conv2d(x, layer.weight, layer.bias, padding=1)
+
+    x, labels = torch.randn(2, 3, side, side), torch.tensor([1, 0])
     up = UpBlock(3, 5, 2, wrap).eval()
     nn.init.normal_(up.norm1.scale.weight)
-    h = up.conv1(F.interpolate(F.relu(up.norm1(x, labels)), scale_factor=2))
+    h = conv(F.interpolate(F.relu(up.norm1(x, labels)), scale_factor=2), up.conv1)
     expected = up.conv2(F.relu(up.norm2(h, labels))) + up.skip(F.interpolate(x, scale_factor=2))
     assert torch.allclose(up(x, labels), expected, atol=1e-5)
     for first, ahead in ((True, x), (False, F.relu(x))):
         down = DownBlock(3, 5, wrap, first=first)
-        expected = F.avg_pool2d(down.conv2(F.relu(down.conv1(ahead))), 2) + F.avg_pool2d(down.skip(x), 2)
+        expected = F.avg_pool2d(conv(F.relu(down.conv1(ahead)), down.conv2), 2) + F.avg_pool2d(down.skip(x), 2)
         assert torch.allclose(down(x), expected, atol=1e-5)
     keep = DownBlock(3, 3, wrap, down=False)
     assert torch.allclose(keep(x), keep.conv2(F.relu(keep.conv1(F.relu(x)))) + x, atol=1e-5)
