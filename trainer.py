@@ -40,6 +40,8 @@ class Trainer:
         self.step = self.samples_seen = 0
         self.is_whole = True                                # whether the state is that after a whole step
         device = place.device
+        if device.type == "cpu":
+            utils.keep_freed_memory()
         utils.seed_everything(config.seed)
         self.G, self.D = (net.train() for net in build_networks(config, device, classes))
         self.objective = build_objective(config, device)

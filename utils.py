@@ -1,6 +1,9 @@
-"""Seeding and random states, the averaged generator, new folders, atomic writes, evenly spread indices, RGB."""
+"""Seeding and random states, freed memory, the averaged generator, new folders, atomic writes, evenly spread indices,
+RGB.
+"""
 
 import contextlib
+import ctypes
 import glob
 import os
 import random
@@ -23,6 +26,22 @@ def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next allocations, on Linux with glibc.
+
+    By itself it returns large blocks to the system, and the tensors of each training step on a CPU get new pages, which
+    the system fills with zeros first: a tenth of a step of SAGAN at 64 px, a quarter of one of FastGAN at 256 px.
+    Settings of a user's own (MALLOC_..., GLIBC_TUNABLES) are left alone.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ) or ON_WINDOWS:
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)       # other C libraries have none
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3                 # their numbers in malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def random_states(device):

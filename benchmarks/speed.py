@@ -3,11 +3,12 @@
     python benchmarks/speed.py [--growth | --loading] [--variant FLAGS ...] [--seconds S] [--results FILE]
                                [FLAGS of main.py]
 
-Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns in one process, in an order that changes
-from round to round; `reference` is `reference.py`. Prints a table (variant, images per second, ratio to the reference
-with the range of its middle half, peak memory) and puts it into docs/measurements.md, or what --results names, in place
-of the table of the same hardware and flags if there is one. Loading is left out, and so is `--compile auto`;
-`--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be repeated.
+Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns, in an order that changes from round to
+round; `reference` is `reference.py`, on CPUs in a process of its own. Prints a table (variant, images per second, ratio
+to the reference with the range of its middle half, peak memory) and puts it into docs/measurements.md, or what
+--results names, in place of the table of the same hardware and flags if there is one. Loading is left out, and so is
+`--compile auto`; `--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be
+repeated.
 
 --growth instead: one step's time and memory over image and batch sizes, beside the ideal, which is the step's
 arithmetic at the speed of a large matrix product on the same device.
@@ -16,8 +17,10 @@ arithmetic at the speed of a large matrix product on the same device.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
+import multiprocessing
 import platform
 import re
 import shlex
@@ -75,6 +78,34 @@ def config_of(flags, more=()):
     return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
 
 
+class Apart:
+    """A TimedConfig of the class `kind` in a process of its own, for what the rest of this program changes in its own:
+    on CPUs it keeps freed memory. Raises Failure if that process ends.
+    """
+
+    def __init__(self, kind, config, place):
+        self.seconds = []
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        context.Process(target=_serve, args=(kind, vars(config), place, other), daemon=True).start()
+        other.close()
+
+    def run(self, steps):
+        """Train for `steps` steps; return the seconds per step."""
+        try:
+            self.pipe.send(steps)
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            raise Failure("the process that trains the plain way ended (out of memory?)") from None
+
+
+def _serve(kind, values, place, pipe):
+    side = kind(parameter.Config.of(values), place)
+    with contextlib.suppress(EOFError):                 # the other end has been closed
+        while True:
+            pipe.send(side.run(pipe.recv()))
+
+
 def compare(flags, seconds=None, variants=None):
     """Lines of the table of this program's `variants` (None: the usual ones) and the reference."""
     config = config_of(flags)
@@ -85,7 +116,8 @@ def compare(flags, seconds=None, variants=None):
     kinds |= {f"this program {more}".strip(): (TimedConfig, config_of(flags, more.split()))
               for more in variants or VARIANTS[config.model]}
     memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
-    sides = {name: kind(its, place) for name, (kind, its) in kinds.items()}
+    sides = {name: Apart(kind, its, place) if kind is PlainConfig and place.device.type == "cpu" else kind(its, place)
+             for name, (kind, its) in kinds.items()}
     alternate(list(sides.values()), seconds)
     yield "| variant | images/s | times the reference (middle half) | peak memory, MiB | of the reference's |"
     yield "|---|---|---|---|---|"
