@@ -80,13 +80,13 @@ class Children:
             raise Stopped
 
     def stop(self, kill=False):
-        """Start no more; ask those that run to save and end, or end them at once."""
+        """Start no more; ask those that run to save and end, once, or end them at once."""
         with self._lock:
-            self._stopped = True
+            asked, self._stopped = self._stopped, True
             for process in self._running:
                 if kill:
                     process.kill()
-                else:
+                elif not asked:                         # the second signal ends a training without saving
                     process.send_signal(signal.SIGINT)
 
     def handle(self, number, frame):

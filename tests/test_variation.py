@@ -55,7 +55,7 @@ def test_shares_of_the_real_generator():
 
     found = share()
     assert 0.2 < found["z"] < 1 and 0.2 < found["metadata"] < 1 and found["noise"] == 0, "the noise starts at 0"
-    G.blocks["8"][2].weight.data.fill_(1)
+    G.blocks["8"].get_submodule("2").weight.data.fill_(1)
     assert share()["noise"] > 0.01
     assert Generator(64, 16, 4, metadata=False).parts == {"z": slice(16)}
 
