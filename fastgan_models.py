@@ -78,16 +78,15 @@ class _Layers:
 
     def up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the plain block."""
-        return _block(self.gated(UpConv(channels, 2 * out, bias=False), out))
+        return _block(self.gated(channels, out, up=True))
 
     def deep_up(self, channels, out):
         """(B, channels, H, W) -> (B, out, 2H, 2W): the deep block, two convolutions with noise after each."""
-        return _block(self.gated(UpConv(channels, 2 * out, bias=False), out, noise=True),
-                      self.gated(nn.Conv2d(out, 2 * out, 3, padding=1, bias=False), out, noise=True))
+        return _block(self.gated(channels, out, noise=True, up=True), self.gated(out, out, noise=True))
 
-    def gated(self, conv, out, noise=False):
-        """The convolution, noise, batch norm, gated linear unit."""
-        yield self.wrap(conv)
+    def gated(self, channels, out, noise=False, up=False):
+        """conv 3x3, of the upsampled map if `up`, noise, batch norm, gated linear unit."""
+        yield self.wrap(UpConv(channels, 2 * out, bias=False)) if up else self.conv(channels, 2 * out, 3, padding=1)
         if noise:
             self.noises += 1
             yield Noise(self.noises)

@@ -12,6 +12,7 @@ from fastgan_models import (
     Generator,
     Noise,
     SpatialAttention,
+    _Layers,
     _pool_to,
     build,
     downscale,
@@ -19,9 +20,10 @@ from fastgan_models import (
     small_size,
     take_quadrant,
 )
-from layers import Upsample2x
+from layers import ConditionalBatchNorm, Upsample2x
 from losses import SelfSupervisedHinge, hinge, l1
 from parameter import resolve
+from spectral import spectral_norm
 
 
 def count(net):
@@ -158,6 +160,18 @@ def test_noise_begins_without_effect_and_in_evaluation_depends_on_z_alone():
     assert still.flatten(1).std(1).mean().item() == pytest.approx(0.5, rel=0.1), "over an image"
     close = noise(x, noise_coefficients(z + 0.01 * torch.randn(64, 16)))[:, 0]
     assert (close - still).abs().max() < 0.1, "it changes smoothly with z"
+
+
+def test_layers_draw_their_initial_weights_one_after_the_other():
+    """So that a seed begins as it did in earlier versions."""
+    torch.manual_seed(0)
+    block = _Layers(True, classes=3).deep_up(6, 4)
+    torch.manual_seed(0)
+    for conv, norm, channels in ((block[0], block[2], 6), (block[4], block[6], 4)):
+        again = spectral_norm(nn.Conv2d(channels, 8, 3, padding=1, bias=False)), ConditionalBatchNorm(8, 3)
+        for layer, other in zip((conv, norm), again, strict=True):
+            for name, tensor in other.state_dict().items():
+                assert torch.equal(layer.state_dict()[name], tensor), name
 
 
 def test_every_layer_has_noise_of_its_own_in_evaluation():
