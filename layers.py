@@ -279,8 +279,9 @@ def _sums_by_image(gradient, x, mean, rstd):
     """Return the sums over each image's positions of gradient * (x - mean) * rstd and of gradient, fp32 (B, C)."""
     if x[0].numel() < ONE_BY_ONE_FROM:
         total = torch.promote_types(x.dtype, torch.float32)
-        d_shift = gradient.sum((2, 3), dtype=total)
-        return ((gradient * x).sum((2, 3), dtype=total) - mean * d_shift) * rstd, d_shift
+        gradient, x = (t.permute(0, 2, 3, 1).flatten(1, 2) for t in (gradient, x))      # (B, H W, C): summed faster
+        d_shift = gradient.sum(1, dtype=total)
+        return ((gradient * x).sum(1, dtype=total) - mean * d_shift) * rstd, d_shift
     # batch norm's own kernel gives both from one reading of an image
     sums = [torch.ops.aten.native_batch_norm_backward(*pair, None, None, None, mean, rstd, True, 0.0,
                                                       [False, True, True])[1:]

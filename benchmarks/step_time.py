@@ -14,14 +14,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import parameter  # noqa: E402
-from device import distributed  # noqa: E402 - found through the line above
+from data_loader import build_dataset  # noqa: E402 - found through the line above
+from device import distributed  # noqa: E402
 from errors import Failure, UsageError  # noqa: E402
+from generate.classes import find_classes  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio  # noqa: E402
 
 
 def _side(argv):
     config = parameter.resolve(parameter.parse(["--dataset", "toy", *argv]))
-    return TimedConfig(config, distributed.start(config))
+    classes = find_classes(config, build_dataset(config)) if config.conditional else None
+    return TimedConfig(config, distributed.start(config), classes=classes)
 
 
 def main(argv):

@@ -23,6 +23,11 @@ def test_the_dearer_side_is_told_from_the_cheaper_one(monkeypatch, capsys):
     assert "--d_iters 4" in out and a > b and ratio > 1.5
 
 
+def test_a_side_with_classes_trains_with_them():
+    sides = [step_time._side([*TINY, "--conditional", word]).trainer for word in ("true", "false")]
+    assert [trainer.latents.classes and len(trainer.latents.classes) for trainer in sides] == [7, None]
+
+
 def test_mistakes_are_told_in_a_line(capsys):
     assert step_time.main(["--model", "fastgan"]) == 2
     assert step_time.main([*TINY, "--", "--slae", "true", "--"]) == 2
