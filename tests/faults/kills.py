@@ -297,7 +297,8 @@ def assert_goes_on(flags, saved, go=run_to_the_end, ended=None):
     words = "starting 'a'" if newest is None else f"resuming 'a' from step {newest}"
     # one killed at its end may have all its records, or not
     assert words in out or (newest == STEPS and f"has reached step {STEPS}" in out), out
-    assert "warning" not in out, out
+    told = [line for line in out.splitlines() if "warning" in line and "pictures are fewer than" not in line]
+    assert not told, out                    # so few pictures, of which every run of these tests is warned
     assert_same_state(never_killed(go, *flags)[STEPS], state("a", STEPS))
     assert_same_records(never_killed(go, *flags)["records"], ended)
     assert [str(path) for path in Path().rglob("*.tmp")] == []
