@@ -160,13 +160,13 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
         values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
     _clear_other_families(values, typed)
     _fill_in(values, weights_there)
+    if saved:                                           # first: what is typed may contradict what follows from the run
+        _check_fixed(values, saved, values["version"])
     validate(values)
     _check_effect(values, typed)
     told = {**(saved or source or {}), **given}
     if values["dataset"] == "folder" and "image_path" not in told and not values["real_dir"]:
         raise UsageError("--dataset folder: say where the pictures are with --image_path DIR")
-    if saved:
-        _check_fixed(values, saved, values["version"])
     return Config.of(values)
 
 

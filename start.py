@@ -191,7 +191,8 @@ def _find_bank(config, dataset, place, state):
 def _cure(config, dataset, before, now):
     """Return in words how a run goes on whose Classes, or None, were others `before` than those of the data `now`."""
     if before and now:
-        return "Give the classes their old names and order"
+        return ("Give the classes their old names and order" if before.names != now.names else
+                "Give the pictures their old classes")
     if now:
         return "Give --conditional false"
     if config.conditional is False:
@@ -203,9 +204,10 @@ def _compare(config, state, dataset, tell=lambda line: None):
     """Return (the data set's record for checkpoints, its Classes or None); tell how it differs from that of the
     checkpoint `state`.
 
-    Raise UsageError if all pictures differ, or the classes; DataError if labels are wrong.
+    Raise UsageError if all pictures differ, or the classes, or those of most pictures; DataError if labels are wrong.
     """
-    data, classes = table.summarize(dataset, config), find_classes(config, dataset)
+    classes = find_classes(config, dataset)
+    data = table.summarize(dataset, config, classes is not None)
     if state is None:
         return data, classes
     before = state.get("data")                          # older checkpoints have none
@@ -213,14 +215,19 @@ def _compare(config, state, dataset, tell=lambda line: None):
     other = changes and table.is_other_set(before, data) and f"other pictures ({changes})"
     old_classes = Classes.from_state(state.get("classes"))
     changed_classes = describe_changes(old_classes, classes)
+    moved, compared = table.count_relabelled(before or {}, data)
+    relabelled = moved and f"{moved:,} of {compared:,} pictures have another class"
+    if 2 * moved > compared:
+        changed_classes = changed_classes or relabelled
     if other or changed_classes:
         fix = "Use" if other else f"{_cure(config, dataset, old_classes, classes)}, or use"
         raise UsageError(f"--version {config.version}: this run was trained on "
                          f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version, with "
                          f"--init_from {config.version} to begin from its weights; or --restart true, which moves this "
                          "run aside and begins again.")
-    if changes:
-        tell(f"note: {changes}")
+    for note in (changes, relabelled):
+        if note:
+            tell(f"note: {note}")
     return data, classes
 
 

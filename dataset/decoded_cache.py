@@ -93,6 +93,12 @@ class DecodedCache(ImageDataset):
     def labels(self):
         return self.dataset.labels
 
+    def stray(self):
+        return self.dataset.stray()
+
+    def advice_on_labels(self):
+        return self.dataset.advice_on_labels()
+
     def is_decoded(self, indices=None):
         return bool((self.sums if indices is None else self.sums[indices]).all())
 

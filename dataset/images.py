@@ -194,14 +194,18 @@ class Files(EncodedDataset):
 
     @classmethod
     def _find_labels(cls, folder: Path, paths: list[str]) -> Labels | None:
-        file, below = os.path.join(folder, labels.FILE), cls._below(folder, paths)
-        try:
-            data = Path(file).read_bytes()
-        except FileNotFoundError:
-            return labels.from_folders(below)
-        except OSError as error:
-            raise DataError(f"cannot read {printable(file)}: {error.strerror}") from error
-        return labels.from_json(data, below, lambda path: os.path.isfile(os.path.join(folder, path)), file)
+        def read(path):
+            try:
+                return Path(folder, path).read_bytes()
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise labels.unusable(f"{folder}/{path}", f"cannot be read: {error.strerror}") from error
+
+        def is_file(path):
+            return os.path.isfile(os.path.join(folder, path))
+
+        return labels.find(cls._below(folder, paths), read, is_file, folder)
 
     def open(self, index):
         path = self.sources[index]
@@ -298,15 +302,13 @@ class Archive(EncodedDataset):
         return labels.find_stray(self.names)
 
     def _find_labels(self, others: dict) -> Labels | None:
-        if labels.FILE not in others:
-            return labels.from_folders(self.names)
-        file = f"{self.home}/{labels.FILE}"
-        try:
-            data = self._unpack(others[labels.FILE])
-        except ValueError as error:
-            raise DataError(f"{printable(file)}: {error}; zip it again, or train without classes: --conditional false"
-                            ) from None
-        return labels.from_json(data, self.names, others.__contains__, file)
+        def read(path):
+            try:
+                return self._unpack(others[path]) if path in others else None
+            except ValueError as error:
+                raise labels.unusable(f"{self.home}/{path}", f"cannot be read ({error}); zip it again") from None
+
+        return labels.find(self.names, read, others.__contains__, self.home)
 
     def open(self, index):
         data = self._picture(index)

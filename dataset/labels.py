@@ -1,6 +1,7 @@
 """The classes of a data set's pictures: from subfolders, or from a dataset.json."""
 
 import json
+import os
 import posixpath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 from dataset.decode import printable
 from errors import DataError
 
-FILE = "dataset.json"  # in the top folder of the pictures
+FILE = "dataset.json"  # beside the pictures or above them, see find()
 MOST_CLASSES = 100_000  # a larger number is no class, but an identity or a mistake
 
 
@@ -36,24 +37,45 @@ class Labels:
         return np.array([place.get(name, -1) for name in self.names], np.int64)[self.numbers]
 
 
+def tops(paths: Sequence[str]) -> list[str]:
+    """Return the folders that count as the top folder of the pictures at `paths`: "", then the subfolder that has all
+    of them, as "a/", then the one in it, as "a/b/".
+    """
+    common = os.path.commonprefix([min(paths), max(paths)])
+    return [""] + [common[:place + 1] for place, letter in enumerate(common) if letter == "/"]
+
+
+def find(paths: Sequence[str], read: Callable[[str], bytes | None], is_file: Callable[[str], bool],
+         home: str | os.PathLike) -> Labels | None:
+    """Return the labels of the pictures at `paths` below `home`: those of a dataset.json in one of their `tops`, the
+    outermost first, else one class per subfolder; None if there is neither.
+
+    `paths` have forward slashes. `read(path)` returns the content of a file, None if it is not there. Raises DataError.
+    """
+    for top in tops(paths):
+        data = read(f"{top}{FILE}")
+        if data is not None:
+            return from_json(data, [path[len(top):] for path in paths], lambda path, top=top: is_file(f"{top}{path}"),
+                             f"{home}/{top}{FILE}")
+    return from_folders(paths)
+
+
 def from_folders(paths: Sequence[str]) -> Labels | None:
     """Return one class per subfolder of the top folder; None if a picture is in none, or there is only one.
 
-    `paths` are the pictures below the top folder, with forward slashes. If all are in one subfolder, that counts as the
-    top folder. What is nested deeper belongs to its subfolder. The classes are sorted by name, by value if all names
-    are numbers.
+    `paths` are as in `find`; the innermost of their `tops` is the top folder. What is nested deeper belongs to its
+    subfolder. The classes are sorted by name, by value if all names are numbers.
     """
-    tops = [path.partition("/")[0] if "/" in path else None for path in paths]
-    if len(set(tops)) == 1 and tops[0] is not None:
-        return from_folders([path.partition("/")[2] for path in paths])
-    names = set(tops)
+    skip = len(tops(paths)[-1])
+    folders = [path[skip:].partition("/")[0] if "/" in path[skip:] else None for path in paths]
+    names = set(folders)
     if None in names or len(names) < 2:
         return None
     ordered = sorted(names)
     if all(name.isdecimal() for name in ordered):
         ordered.sort(key=int)  # 2 before 10
     number = {name: place for place, name in enumerate(ordered)}
-    return Labels(tuple(ordered), np.fromiter((number[top] for top in tops), np.int64, len(tops)))
+    return Labels(tuple(ordered), np.fromiter((number[name] for name in folders), np.int64, len(paths)))
 
 
 HOW = ('Put the pictures of each class into a subfolder of its own, or add a dataset.json: {"labels": [["a/1.jpg", 0], '
@@ -62,6 +84,8 @@ HOW = ('Put the pictures of each class into a subfolder of its own, or add a dat
 
 def find_stray(paths: Sequence[str]) -> str | None:
     """Return in words what keeps several subfolders from being classes: pictures in none of them; else None."""
+    skip = len(tops(paths)[-1])
+    paths = [path[skip:] for path in paths]
     stray = [path for path in paths if "/" not in path]
     folders = {path.partition("/")[0] for path in paths if "/" in path}
     if len(folders) < 2 or not stray:
@@ -81,9 +105,9 @@ def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool],
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise _wrong(name, f"is not JSON ({printable(error)})") from None
+        raise unusable(name, f"is not JSON ({printable(error)})") from None
     if not isinstance(content, dict) or "labels" not in content:
-        raise _wrong(name, 'has no "labels"; it must be {"labels": [["a/1.jpg", 0], ...]}')
+        raise unusable(name, 'has no "labels"; it must be {"labels": [["a/1.jpg", 0], ...]}')
     if content["labels"] is None:
         return None
     number = _numbers(content["labels"], name)  # {path: class}
@@ -97,11 +121,11 @@ def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool],
 
 def _numbers(entries: object, name: str) -> dict[str, int]:
     if not isinstance(entries, list):
-        raise _wrong(name, 'has "labels" that are not a list; it must be {"labels": [["a/1.jpg", 0], ...]}')
+        raise unusable(name, 'has "labels" that are not a list; it must be {"labels": [["a/1.jpg", 0], ...]}')
     wrong = [(entry, problem) for entry in entries if (problem := _problem(entry))]
     if wrong:
         entry, problem = wrong[0]
-        raise _wrong(name, f"has {len(wrong)} of {len(entries)} entries that cannot be used, the first: "
+        raise unusable(name, f"has {len(wrong)} of {len(entries)} entries that cannot be used, the first: "
                            f"{printable(json.dumps(entry)[:100])} {problem}")
     number, twice = {}, {}
     for path, label in entries:
@@ -110,8 +134,8 @@ def _numbers(entries: object, name: str) -> dict[str, int]:
             twice.setdefault(path, label)
     if twice:
         path, label = next(iter(twice.items()))
-        raise _wrong(name, f"gives {len(twice)} of {len(number)} files more than one class, such as {printable(path)}: "
-                           f"{number[path]} and {label}")
+        raise unusable(name, f"gives {len(twice)} of {len(number)} files more than one class, such as "
+                             f"{printable(path)}: {number[path]} and {label}")
     return number
 
 
@@ -135,12 +159,12 @@ def _names(names: object, least: int, name: str) -> tuple[str, ...]:
     if names is None:
         return tuple(map(str, range(least)))
     if not isinstance(names, list) or not all(isinstance(one, str) and one for one in names):
-        raise _wrong(name, 'has "classes" that are not a list of names')
+        raise unusable(name, 'has "classes" that are not a list of names')
     if len(names) < least:
-        raise _wrong(name, f'has {len(names)} "classes", but labels up to {least - 1}, which need {least}')
+        raise unusable(name, f'has {len(names)} "classes", but labels up to {least - 1}, which need {least}')
     if len(set(names)) < len(names):
         twice = next(one for place, one in enumerate(names) if one in names[:place])
-        raise _wrong(name, f'has the name {printable(twice)} twice in "classes"')
+        raise unusable(name, f'has the name {printable(twice)} twice in "classes"')
     return tuple(names)
 
 
@@ -149,8 +173,9 @@ def _refuse(wrong: list[str], count: int, problem: str, name: str):
     if wrong:
         words = f"{len(wrong)} of {count} pictures", "is" if len(wrong) == 1 else "are"
         first = printable(wrong[0]) + ", ..." * (len(wrong) > 1)
-        raise _wrong(name, problem.format(*words, first))
+        raise unusable(name, problem.format(*words, first))
 
 
-def _wrong(name: str, problem: str) -> DataError:
+def unusable(name: str, problem: str) -> DataError:
+    """Return the error for a dataset.json `name` with this problem."""
     return DataError(f"{printable(name)} {problem}\ncorrect it, or train without classes: --conditional false")

@@ -24,13 +24,14 @@ _PAGE = b'<script type="application/json" id="summary">'  # near the beginning o
 @dataclass
 class Found:
     """What is below `folder`, or in the archive of this name: the sorted `paths` of the pictures; the number of
-    `ignored` files of each ending; {path: reason} of what was `left_out`, such as links to nothing; folders that runs
-    write to, in `own`.
+    `ignored` files of each ending; the dataset.jsons in `label_files`; {path: reason} of what was `left_out`, such as
+    links to nothing; folders that runs write to, in `own`.
     """
 
     folder: str
     paths: list = field(default_factory=list)
     ignored: Counter = field(default_factory=Counter)
+    label_files: list[str] = field(default_factory=list)
     left_out: dict = field(default_factory=dict)
     own: list = field(default_factory=list)
 
@@ -79,7 +80,10 @@ def find_pictures(folder: Path, own: dict | None = None) -> Found:
 
 
 def _sorted(found: Found) -> Found:
-    """Sort the paths. Raise DataError if there are none."""
+    """Sort the paths; count what is no label file of these. Raise DataError if there are none."""
+    paths = [path.replace(os.sep, "/") for path in found.paths]
+    used = {f"{top}{labels.FILE}" for top in labels.tops(paths)} if paths else ()
+    found.ignored.update(".json" for path in found.label_files if path.replace(os.sep, "/") not in used)
     if not found.paths:
         problem = (f"holds {found.ignored.total()} files, but no picture ({found.kinds()})" if found.ignored else
                    "holds no picture" if found.left_out or found.own else "is empty")
@@ -114,7 +118,9 @@ def _list(folder: str, found: Found, training: bool) -> dict:
             found.left_out[path] = kind
         elif ending in SUFFIXES:
             found.paths.append(path)
-        elif folder != found.folder or entry.name != labels.FILE:
+        elif entry.name == labels.FILE:
+            found.label_files.append(path)
+        else:
             found.ignored[ending] += 1
     return inside
 
@@ -202,10 +208,12 @@ def find_in_archive(path: Path) -> tuple[Found, dict[str, Member]]:
             del files[name]
         elif ending in SUFFIXES:
             found.paths.append(name)
-        elif name != labels.FILE:
+        elif os.path.basename(name) == labels.FILE:
+            found.label_files.append(name)
+        else:
             found.ignored[ending] += 1
     _sorted(found)
-    _refuse_unreadable(path, [files[name] for name in (*found.paths, labels.FILE) if name in files])
+    _refuse_unreadable(path, [files[name] for name in (*found.paths, *found.label_files)])
     return found, {name: Member(entry.header_offset, entry.compress_size, entry.file_size, entry.CRC,
                                 entry.compress_type) for name, entry in files.items()}
 

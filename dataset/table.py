@@ -204,23 +204,46 @@ def fingerprint(dataset: ImageDataset, config) -> str:
 _SIZE_BITS = 24  # of an identity: the lower ones, see ImageDataset.identities
 
 
-def summarize(dataset: ImageDataset, config) -> dict:
+def summarize(dataset: ImageDataset, config, labelled: bool = False) -> dict:
     """Return a record of the data set to compare a later one with, such as one that a checkpoint keeps.
 
-    {"dataset", "folder", "pictures": their number, "identities"}: the last is text, 11 letters per picture.
-    Pictures of --holdout count too: which ones they are changes with the number of pictures. Raises DataError if a file
-    is missing.
+    {"dataset", "folder", "pictures": their number, "identities"}: the last is text, 11 letters per picture. If
+    `labelled`, with "labels", the class of each picture in the order of the identities, 6 letters per picture. Pictures
+    of --holdout count too: which ones they are changes with the number of pictures. Raises DataError if a file is
+    missing.
     """
     if config.holdout and isinstance(dataset, Subset):
         dataset = dataset.whole
     folder = "" if config.dataset == "toy" else os.path.abspath(config.image_path)
-    return {"dataset": config.dataset, "folder": folder, "pictures": len(dataset),
-            "identities": base64.b64encode(np.sort(dataset.identities).astype("<i8").tobytes()).decode()}
+    order = np.argsort(dataset.identities, kind="stable")
+    record = {"dataset": config.dataset, "folder": folder, "pictures": len(dataset),
+              "identities": _as_text(dataset.identities[order], "<i8")}
+    return {**record, "labels": _as_text(dataset.labels.numbers[order], "<i4")} if labelled else record
+
+
+def _as_text(numbers: np.ndarray, kind: str) -> str:
+    return base64.b64encode(numbers.astype(kind).tobytes()).decode()
 
 
 def _identities(record: dict) -> np.ndarray:
     """Return the pictures of a record, int64 (pictures,), sorted."""
     return np.frombuffer(base64.b64decode(record["identities"]), "<i8")
+
+
+def count_relabelled(before: dict, now: dict) -> tuple[int, int]:
+    """Return (how many pictures have another class in the record `now` than in `before`, how many could be compared):
+    none without labels in both, and none of those whose name and size another picture has, too.
+    """
+    if "labels" not in before or "labels" not in now:
+        return 0, 0
+    found = []
+    for record in (before, now):
+        identities, first, count = np.unique(_identities(record), return_index=True, return_counts=True)
+        numbers = np.frombuffer(base64.b64decode(record["labels"]), "<i4")
+        found.append((identities[count == 1], numbers[first][count == 1]))
+    (old, old_classes), (new, new_classes) = found
+    _, at_old, at_new = np.intersect1d(old, new, assume_unique=True, return_indices=True)
+    return int((old_classes[at_old] != new_classes[at_new]).sum()), len(at_old)
 
 
 def describe_changes(before: dict, now: dict) -> str | None:

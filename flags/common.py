@@ -279,6 +279,13 @@ def no_classes(values):
     return values["conditional"] is False and "--conditional false (true trains with classes)"
 
 
+def _shows_no_classes(values):
+    """For `Flag.unused`: what does not choose among classes."""
+    if values["mode"] not in ("train", "sample", "interpolate", "project"):
+        return f"--mode {values['mode']}"
+    return no_classes(values)
+
+
 def _by_loss(setting):
     return ", ".join(f"{row[setting]} for {loss}" for loss, row in LOSSES.items())
 
@@ -406,7 +413,7 @@ FLAGS = {
         Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
         Flag("classes", names, None, "with classes: those that grids show, one a row, and --mode interpolate walks "
              "between, by name or number, such as 3,tabby, or all (default: a spread); --mode sample draws of each",
-             per_call=True, unused=no_classes),
+             per_call=True, unused=_shows_no_classes),
         Flag("model_save_step", int, 1000, "steps between checkpoints", 1),
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
         Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl: numbers, "

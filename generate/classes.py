@@ -1,5 +1,6 @@
 """The classes of a conditional run: names, how frequent they are, which of them a grid shows."""
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from utils import spread_indices
 
 LISTED = 12                 # classes that are named in a line, at most
 FOLDER_BYTES = 200          # of a folder's name; file systems allow 255
+LONGEST_SUFFIX = 40         # letters
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,25 @@ class Classes:
                                  "leave it out")
         return numbers if limit is None else [numbers[index] for index in spread_indices(limit, len(numbers))]
 
+    def suffix(self, names):
+        """Return what `--classes` adds to the name of a file: the classes' numbers; of many, how many and a digest."""
+        numbers = "-".join(map(str, self.choose(names)))
+        if len(numbers) > LONGEST_SUFFIX:
+            numbers = f"{numbers.count('-') + 1}_{hashlib.sha256(numbers.encode()).hexdigest()[:8]}"
+        return f"_classes{numbers}"
+
     def _number(self, name):
         if name in self.names:                          # a name first: classes may be called 7 and 3
             return self.names.index(name)
         if name.isdecimal() and int(name) < len(self):
             return int(name)
+        if name in ("", "all"):
+            raise UsageError(f"--classes: {'an empty name' if not name else 'all goes alone'}; give names or numbers, "
+                             "parted by commas, or all")
         more = f" and {len(self) - 20} more" if len(self) > 20 else ""
         raise UsageError(f"--classes {printable(name)}: there is no such class; this run has "
                          f"{_joined(self.names[:20])}{more}, or numbers from 0 to {len(self) - 1}"
+                         + "; each is given by itself, without ranges" * bool(re.fullmatch(r"\d+-\d+", name))
                          + "; commas part names, so give the number of one with a comma" * any(
                              "," in name for name in self.names))
 

@@ -65,6 +65,7 @@ def _sample_classes(config, trained, folder, side, count, latents):
     """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
     classes = require_classes(trained.latents.classes)
     chosen, rows = classes.choose(config.classes), {}
+    shown_in = f"{folder}{classes.suffix(config.classes)}.png"          # so that other classes have a grid of their own
     trained.create_folder()
     shown = [chosen[index] for index in spread_indices(side, len(chosen))]
     with progress(count * len(chosen), "picture") as done:
@@ -72,11 +73,11 @@ def _sample_classes(config, trained, folder, side, count, latents):
             (folder / name).mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder / name)
             rows[label] = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
-    grid.save_grid(torch.cat([rows[label] for label in shown]), f"{folder}.png", min(side, count),
+    grid.save_grid(torch.cat([rows[label] for label in shown]), shown_in, min(side, count),
                    [classes.names[label] for label in shown])
     which = f"of each of {len(chosen)} classes" if chosen[1:] else f"of class {printable(classes.names[chosen[0]])}"
     trained.finish(config, f"{_pictures(count)} of step {trained.step} {which} in {folder}{os.sep}, "
-                   f"{_first(side, count)} as a grid in {folder}.png{_older(folder, count * len(set(chosen)))}")
+                   f"{_first(side, count)} as a grid in {shown_in}{_older(folder, count * len(set(chosen)))}")
     return 0
 
 

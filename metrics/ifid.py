@@ -68,7 +68,7 @@ def evaluate(evaluation):
     score = Score(values, _protocol(evaluation, pictures, count, is_few and width),
                   trained.latents.source(config.seed, "of each class"),
                   {name: {names[label]: distance for label, (distance, _) in found.items()}})
-    say(f"{name} of {len(found):,} classes: {_in_words(score.by_class[name])}")
+    say(f"{name} of {len(found):,} class{'es' * (len(found) > 1)}: {_in_words(score.by_class[name])}")
     yield [score]
 
 
@@ -174,8 +174,9 @@ def _protocol(evaluation, pictures, count, width):
     config, reference = evaluation.config, evaluation.reference
     left_out = len(evaluation.trained.latents.classes) - len(pictures)
     parts = [FEATURE_NETS[config.feature_net].words(config),
-             f"{count:,} samples of each of {len(pictures):,} classes at {config.imsize} px as 8-bit PNGs hold them, "
-             f"against the pictures of the class among {reference.words}, unflipped", "mean of the classes' distances"]
+             f"{count:,} samples of each of {len(pictures):,} class{'es' * (len(pictures) > 1)} at {config.imsize} px "
+             f"as 8-bit PNGs hold them, against the pictures of the class among {reference.words}, unflipped",
+             "mean of the classes' distances"]
     if left_out:
         parts.append(f"without {left_out:,} class{'es' * (left_out > 1)} of fewer than {LEAST} pictures")
     if width:

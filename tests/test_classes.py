@@ -1,6 +1,7 @@
 """Runs with classes: every family, exact resuming, the same on two ranks, balanced sampling, samples by class."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -90,8 +91,9 @@ def test_a_picture_in_no_subfolder_is_named_as_it_keeps_the_others_from_being_cl
     gradient(seed=1).save(classed / "stray.png")
     flags = ("--dataset", "folder", "--image_path", classed, "--arch", "resnet")
     why = "1 of 10 pictures is in none of the 3 subfolders, such as stray.png"
-    code, out, _ = run(*flags, "--dry_run")
-    assert code == 0 and f"note: training without classes, as {why}" in out
+    for more in (("--dry_run",), ("--version", "a", "--total_step", 1)):
+        code, out, _ = run(*flags, *more)
+        assert code == 0 and f"note: training without classes, as {why}" in out, more
     code, _, err = run(*flags, "--conditional", "true")
     assert code == 3 and why in err and err.count("\n") == 2
 
@@ -111,6 +113,23 @@ def test_other_classes_end_it_with_2_and_the_difference(run, classed, trained):
     words = "in another order: b is now 0, was 1, a is now 1, was 0"
     assert describe_changes(old, Classes(("b", "a"), (1, 1))) == words
     assert describe_changes(None, old) == "2 classes, were none" and describe_changes(old, old) is None
+
+
+def test_pictures_of_other_classes_are_told_and_most_of_them_end_it_with_2(run, classed, trained):
+    def label(*numbers):
+        entries = [[f"cat/{place}.png", number] for place, number in enumerate(numbers)]
+        (classed / "dataset.json").write_text(json.dumps({"labels": [*entries, ["dog/0.png", 1], ["dog/1.png", 1],
+                                                                     ["eel/0.png", 0]]}))
+
+    label(0, 0, 0, 1, 1, 1)
+    trained("--arch", "resnet")
+    label(0, 0, 1, 0, 1, 1)
+    assert "note: 2 of 9 pictures have another class" in trained("--arch", "resnet", steps=2)
+    assert "another class" not in trained("--arch", "resnet", steps=3), "the newest checkpoint has these"
+    label(1, 1, 0, 1, 0, 1)
+    code, _, err = run("--version", "a", "--total_step", 4, tiny=False)
+    assert code == 2 and "other classes (5 of 9 pictures have another class)" in err
+    assert "Give the pictures their old classes, or use another --version" in err
 
 
 def test_a_broken_label_file_ends_it_with_3_before_any_work(run, classed):
@@ -184,6 +203,16 @@ def test_captions_name_the_class_or_the_two_that_an_image_is_between():
     assert classes.captions(torch.tensor([[0.25, 0.75, 0], [0, 0, 1.]])) == ("75% b\\n, 25% a", "100% c")
 
 
+def test_classes_are_asked_for_by_name_or_number():
+    classes = Classes(("cat", "7", "dog"), (1, 1, 1))
+    assert classes.choose(("7", "0", "dog")) == [1, 0, 2]
+    for name, words in (("", "an empty name"), ("all", "all goes alone"), ("0-2", "without ranges"), ("3", "no such")):
+        with pytest.raises(UsageError, match=words):
+            classes.choose(("cat", name))
+    many = Classes(tuple(map(str, range(90))), (1,) * 90)
+    assert many.suffix(("7", "3")) == "_classes7-3" and many.suffix(("all",)).startswith("_classes90_")
+
+
 def test_folders_of_classes_are_safe():
     classes = Classes(("a/b", "..", "Cat", "cat", "", "fine", "2_Cat", "half \ud83d", "猫" * 120), (1,) * 9)
     assert classes.folder_names(range(9)) == [
@@ -209,9 +238,13 @@ def test_samples_of_classes_are_in_folders_and_depend_on_the_class(run, trained,
         f"{name}/{number:06d}.png" for name in ("cat", "dog") for number in range(3)]
     cat, dog = (np.asarray(Image.open(folder / name / "000001.png")) for name in ("cat", "dog"))
     assert (cat != dog).any()
-    assert Image.open(f"{folder}.png").width > Image.open(f"{folder}.png").height, "two rows of three"
+    grid = f"{folder}_classes1-0.png"
+    assert Image.open(grid).width > Image.open(grid).height, "two rows of three"
     code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 2, "--classes", "cat", tiny=False)
     assert code == 0 and "2 pictures of step 3 of class cat" in out and "; 4 of earlier calls are still there" in out
+    assert Path(grid).exists() and Path(f"{folder}_classes0.png").exists(), "of either call"
+    code, _, err = run("--version", "a", "--mode", "evaluate", "--metrics", "kid", "--classes", "cat", tiny=False)
+    assert code == 2 and "--classes cat: has no effect with --mode evaluate" in err
     for more in ((), ("--dry_run",)):
         code, _, err = run("--version", "a", "--train", "false", "--classes", "cow", *more, tiny=False)
         assert code == 2 and "--classes cow" in err
@@ -221,8 +254,9 @@ def test_samples_of_classes_are_in_folders_and_depend_on_the_class(run, trained,
 @pytest.mark.parametrize("family", ["resnet", "fastgan"])
 def test_a_video_walks_between_classes_and_styles_mix(run, trained, family):
     trained(*FAMILIES[family])
-    code, _, err = run("--version", "a", "--mode", "interpolate", "--num_frames", 6, "--classes", "cat,eel", tiny=False)
-    assert code == 0, err
+    for names, numbers in (("cat,eel", "0-2"), ("all", "0-1-2")):
+        code, _, err = run("--version", "a", "--mode", "interpolate", "--num_frames", 6, "--classes", names, tiny=False)
+        assert code == 0 and Path(f"samples/a/0000001_interpolation_seed0_classes{numbers}.webp").exists(), err
     if family == "fastgan":
         assert run("--version", "a", "--mode", "style_mix", tiny=False)[0] == 0
 

@@ -117,6 +117,20 @@ def test_dataset_json_gives_the_classes_by_path(pictures, opened):
     assert labels.counts.tolist() == [2, 1, 0, 1], "a number without pictures stays a class"
 
 
+def test_dataset_json_beside_pictures_that_are_all_in_a_subfolder(home, opened):
+    """In the folder as in an archive of it, which may have that subfolder at its top."""
+    fill(home / "pictures/a/b", 3)
+    write_json({"labels": [["000.png", 0], ["001.png", 1], ["002.png", 1]]}, "pictures/a/b")
+    for top in ("pictures", "pictures/a"):
+        with zipfile.ZipFile("x.zip", "w") as archive:
+            for path in sorted(Path(top).rglob("*.*")):
+                archive.write(path, path.relative_to(top))
+        for dataset in (opened(), DATASETS["folder"](data_config("x.zip"))):
+            assert dataset.labels.numbers.tolist() == [0, 1, 1]
+    write_json({"labels": [["b/000.png", 0], ["b/001.png", 0], ["b/002.png", 1]]}, "pictures/a")
+    assert opened().labels.numbers.tolist() == [0, 0, 1], "the outermost counts"
+
+
 def test_dataset_json_may_name_the_classes(pictures, opened):
     write_json({"labels": GOOD, "classes": ["red", "green", "blue", "café", "unused"]})
     labels = opened().labels
@@ -184,7 +198,7 @@ def test_a_wrong_dataset_json_is_refused_only_if_it_is_asked_for(pictures, opene
 
 def test_a_dataset_json_that_cannot_be_read(pictures, home):
     (home / "pictures/dataset.json").mkdir()
-    with pytest.raises(DataError, match=r"cannot read pictures/dataset.json: Is a directory"):
+    with pytest.raises(DataError, match=r"pictures/dataset.json cannot be read: Is a directory\n.*--conditional false"):
         open_dataset(data_config("pictures")).labels  # noqa: B018
 
 
@@ -195,7 +209,8 @@ def test_a_damaged_dataset_json_in_an_archive(home):
             archive.writestr(path, b"")
     data = Path("x.zip").read_bytes()
     Path("x.zip").write_bytes(data.replace(b"a/001.png\", 1", b"a/001.png\", 2"))
-    assert "x.zip/dataset.json: its checksum is wrong" in refused(DATASETS["folder"](data_config("x.zip")))
+    text = refused(DATASETS["folder"](data_config("x.zip")))
+    assert "x.zip/dataset.json cannot be read (its checksum is wrong" in text
 
 
 def test_dataset_json_is_not_among_the_ignored_files(pictures, opened, capsys):

@@ -229,6 +229,9 @@ def test_a_run_needs_its_name_alone_to_go_on_whatever_its_model():
     config = resolve({"version": "a"}, lambda folder: saved)
     assert (config.model, config.preset, config.slae, config.g_attn) == ("fastgan", "cpu", False, None)
     assert config.g_lr == 2e-4
+    other = json.loads(parameter.as_json(resolve({"imsize": 32, "version": "a"})))     # with attention at 4
+    with pytest.raises(UsageError, match="--arch resnet: run 'a' was started with dcgan"):
+        resolve({"version": "a", "arch": "resnet"}, lambda folder: other)
     with pytest.raises(UsageError, match="--slae true: run 'a' was started with false"):
         resolve({"version": "a", "slae": True}, lambda folder: saved)
     with pytest.raises(UsageError, match="--g_attn is for --model sagan"):
