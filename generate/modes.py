@@ -195,8 +195,8 @@ class Sampler:
     def sample(self, seeds, classes=None, truncation=None):
         """Return pictures (N, H, W, C), uint8, one for each of `seeds`: those of `--mode sample --seeds`.
 
-        `classes`: a name or number for all, or a list of one, or of one for each seed; None: each seed has a class of its
-        own, as frequent as in the data. `truncation` as in --truncation. Raises UsageError.
+        `classes`: a name or number for all, or a list of one, or of one for each seed; None: each seed has a class of
+        its own, as frequent as in the data. `truncation` as in --truncation. Raises UsageError.
         """
         try:
             seeds = [operator.index(seed) for seed in seeds]
