@@ -195,8 +195,8 @@ class Sampler:
     def sample(self, seeds, classes=None, truncation=None):
         """Return pictures (N, H, W, C), uint8, one for each of `seeds`: those of `--mode sample --seeds`.
 
-        `classes`: a name or number for all, or a list of one, or of one for each seed; None: each seed has a class of
-        its own, as frequent as in the data. `truncation` as in --truncation. Raises UsageError.
+        `classes`: a name or number for all, or a list of one for each seed; None: each seed has a class of its own, as
+        frequent as in the data. `truncation` as in --truncation. Raises UsageError.
         """
         try:
             seeds = [operator.index(seed) for seed in seeds]
@@ -206,17 +206,15 @@ class Sampler:
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise UsageError("sample(): seeds are from 0 to 2**63 - 1")
         trained = self._load(truncation)
-        names = list(classes) if isinstance(classes, (list, tuple)) else [classes]
-        labels = [None if name is None else torch.tensor(require_classes(trained.latents.classes).choose([str(name)]))
-                  for name in names]                                    # (1,) each
-        if len(labels) == 1:
-            labels *= len(seeds)
-        if len(labels) != len(seeds):
-            raise UsageError(f"{len(seeds)} seeds, but {len(labels)} classes: give one class, or one for each seed")
+        wanted = classes if isinstance(classes, (list, tuple)) else [classes] * len(seeds)
+        if len(wanted) != len(seeds):
+            raise UsageError(f"{len(seeds)} seeds, but {len(wanted)} classes: give one class, or one for each seed")
         pictures = []
-        for seed, label in zip(seeds, labels, strict=True):
+        for seed, name in zip(seeds, wanted, strict=True):
             inputs = trained.latents.of_seed(seed)
-            inputs = inputs if label is None else replace(inputs, labels=label)
+            if name is not None:
+                (label,) = require_classes(trained.latents.classes).choose([str(name)])
+                inputs = replace(inputs, labels=torch.tensor([label]))
             pictures.append(grid.to_uint8(trained.draw(inputs))[0])
         channels, *size = PictureShape.of_config(self._config).size
         return np.stack(pictures) if pictures else np.zeros((0, *size, channels), np.uint8)
