@@ -45,6 +45,12 @@ def tops(paths: Sequence[str]) -> list[str]:
     return [""] + [common[:place + 1] for place, letter in enumerate(common) if letter == "/"]
 
 
+def _below_the_top(paths: Sequence[str]) -> list[str]:
+    """Return the paths from the innermost of their `tops` on."""
+    skip = len(tops(paths)[-1])
+    return [path[skip:] for path in paths]
+
+
 def find(paths: Sequence[str], read: Callable[[str], bytes | None], is_file: Callable[[str], bool],
          home: str | os.PathLike) -> Labels | None:
     """Return the labels of the pictures at `paths` below `home`: those of a dataset.json in one of their `tops`, the
@@ -66,8 +72,7 @@ def from_folders(paths: Sequence[str]) -> Labels | None:
     `paths` are as in `find`; the innermost of their `tops` is the top folder. What is nested deeper belongs to its
     subfolder. The classes are sorted by name, by value if all names are numbers.
     """
-    skip = len(tops(paths)[-1])
-    folders = [path[skip:].partition("/")[0] if "/" in path[skip:] else None for path in paths]
+    folders = [path.partition("/")[0] if "/" in path else None for path in _below_the_top(paths)]
     names = set(folders)
     if None in names or len(names) < 2:
         return None
@@ -84,8 +89,7 @@ HOW = ('Put the pictures of each class into a subfolder of its own, or add a dat
 
 def find_stray(paths: Sequence[str]) -> str | None:
     """Return in words what keeps several subfolders from being classes: pictures in none of them; else None."""
-    skip = len(tops(paths)[-1])
-    paths = [path[skip:] for path in paths]
+    paths = _below_the_top(paths)
     stray = [path for path in paths if "/" not in path]
     folders = {path.partition("/")[0] for path in paths if "/" in path}
     if len(folders) < 2 or not stray:
@@ -126,7 +130,7 @@ def _numbers(entries: object, name: str) -> dict[str, int]:
     if wrong:
         entry, problem = wrong[0]
         raise unusable(name, f"has {len(wrong)} of {len(entries)} entries that cannot be used, the first: "
-                           f"{printable(json.dumps(entry)[:100])} {problem}")
+                             f"{printable(json.dumps(entry)[:100])} {problem}")
     number, twice = {}, {}
     for path, label in entries:
         path = posixpath.normpath(path)  # ./a/1.jpg is a/1.jpg

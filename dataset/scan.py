@@ -80,15 +80,15 @@ def find_pictures(folder: Path, own: dict | None = None) -> Found:
 
 
 def _sorted(found: Found) -> Found:
-    """Sort the paths; count what is no label file of these. Raise DataError if there are none."""
-    paths = [path.replace(os.sep, "/") for path in found.paths]
-    used = {f"{top}{labels.FILE}" for top in labels.tops(paths)} if paths else ()
+    """Sort the paths; count label files that are not theirs as ignored. Raise DataError if there are none."""
+    found.paths.sort()
+    ends = [path.replace(os.sep, "/") for path in (*found.paths[:1], *found.paths[-1:])]
+    used = {f"{top}{labels.FILE}" for top in labels.tops(ends)} if ends else ()
     found.ignored.update(".json" for path in found.label_files if path.replace(os.sep, "/") not in used)
     if not found.paths:
         problem = (f"holds {found.ignored.total()} files, but no picture ({found.kinds()})" if found.ignored else
                    "holds no picture" if found.left_out or found.own else "is empty")
         raise DataError("\n".join([f"{printable(found.folder)} {problem}", *found.lines()[bool(found.ignored):]]))
-    found.paths.sort()
     return found
 
 
