@@ -16,7 +16,9 @@ from device import mps
 from device.distributed import say
 from errors import UsageError
 from gallery import records
-from layers import ConditionalBatchNorm, FeatureHeads, gammas
+from layers.attention import gammas
+from layers.blocks import FeatureHeads
+from layers.norms import ConditionalBatchNorm
 from pretrained import lpips, vgg
 from spectral import maybe_spectral_norm
 

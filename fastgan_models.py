@@ -24,7 +24,10 @@ from torch.nn import functional as F
 from device.precision import exact
 from device.replicas import draw_rows
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
-from layers import Block, ConditionalBatchNorm, FromVector, Projection, ToVector, UpConv, capture, sum_pool
+from layers.attention import capture
+from layers.blocks import Block, Projection, sum_pool
+from layers.convolutions import FromVector, ToVector, UpConv
+from layers.norms import ConditionalBatchNorm
 from spectral import maybe_spectral_norm
 
 METADATA = 512          # length of the metadata vector appended to z
@@ -295,6 +298,10 @@ class Generator(nn.Module):
         weight = self.metadata_weight
         return (z + (weight / (1 - weight))**0.5 * mixed) * (1 - weight)**0.5
 
+    def large_blocks(self):
+        """Return the blocks whose activations `--checkpointing` computes again."""
+        return list(self.blocks.values())
+
     @property
     def parts(self):
         """The parts of the input z, {name: slice}."""
@@ -384,6 +391,10 @@ class Discriminator(nn.Module):
         deep = output.logits.chunk(2, dim=1)[0]                         # (B, 25)
         change = self.projection(output.features, others) - self.projection(output.features, labels)
         return deep + change[:, None]
+
+    def large_blocks(self):
+        """Return the blocks whose activations `--checkpointing` computes again."""
+        return [*self.blocks.values(), self.small_path, self.decode_last, self.decode_middle, self.decode_small]
 
     def stages(self):
         """Return [[module, ...], ...]: the layers of each block from the image on, for `--freeze_d`.

@@ -15,7 +15,10 @@ from torch.nn import functional as F
 
 from device.mps import memory_format
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
-from layers import Attentive, ConditionalBatchNorm, DownConv, Projection, SelfAttention, UpConv, Upsample2x, sum_pool
+from layers.attention import Attentive, SelfAttention
+from layers.blocks import Projection, sum_pool
+from layers.convolutions import DownConv, UpConv, Upsample2x
+from layers.norms import ConditionalBatchNorm
 from spectral import maybe_spectral_norm
 
 # Channels of G's first map and of its blocks' outputs, in units of conv_dim.

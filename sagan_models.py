@@ -12,7 +12,10 @@ from torch import nn
 
 from flags.pictures import CHANNELS, FIRST, short_side, sides_at
 from flags.sagan import d_feature_sizes, g_feature_sizes
-from layers import Attentive, Block, ConditionalBatchNorm, FromVector, Projection, SelfAttention, ToVector, sum_pool
+from layers.attention import Attentive, SelfAttention
+from layers.blocks import Block, Projection, sum_pool
+from layers.convolutions import FromVector, ToVector
+from layers.norms import ConditionalBatchNorm
 from spectral import maybe_spectral_norm
 
 MAX_WIDTH_MULTIPLE = 16

@@ -29,6 +29,7 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight, out_dim):
         super().__init__()
         self.out_dim = out_dim
+        self.kept = None                    # W / sigma, see `kept_weights`
         rows = weight.shape[out_dim]
         self.register_buffer("u", nn.functional.normalize(torch.randn(rows), dim=0, eps=_EPS))
         self.register_buffer("v", nn.functional.normalize(torch.randn(weight.numel() // rows), dim=0, eps=_EPS))
@@ -70,6 +71,8 @@ class SpectralNorm(nn.Module):
         return torch.dot(self.u, self._times(weight, self.v, transpose=False))
 
     def forward(self, weight):
+        if self.kept is not None:
+            return self.kept
         shape = list(weight.shape)
         u = self.u.view([size if axis == self.out_dim else 1 for axis, size in enumerate(shape)])
         v = self.v.view([1 if axis == self.out_dim else size for axis, size in enumerate(shape)])
@@ -125,6 +128,23 @@ def shared_weights(net=None):
         for layer in _wrapped(net) if net is not None else ():
             layer.weight  # noqa: B018 - reading it fills the cache
         yield
+
+
+def current_weights(net):
+    """Return {SpectralNorm: W / sigma} of all wrapped layers in `net`, for `kept_weights`."""
+    return {layer.parametrizations.weight[0]: layer.weight for layer in _wrapped(net)}
+
+
+@contextmanager
+def kept_weights(weights):
+    """Let layers compute with these {SpectralNorm: W / sigma} in this context, and compute none anew."""
+    for norm, weight in weights.items():
+        norm.kept = weight
+    try:
+        yield
+    finally:
+        for norm in weights:
+            norm.kept = None
 
 
 def power_iterate(net):

@@ -24,6 +24,7 @@ from families import FAMILIES, build_networks, build_objective, frozen_of_d
 from gallery.grid import grid_side
 from generate.draw import BN_STATS_IMAGES, batch_for, recompute_bn_stats
 from generate.latents import Latents
+from layers.recompute import recompute_activations
 from parameter import as_json
 from spectral import power_iterate, shared_weights
 
@@ -52,6 +53,8 @@ class Trainer:
         self.sync_bn = place.world_size > 1 and config.sync_bn is not False
         for net in (self.G, self.D) if self.sync_bn else ():
             sync_batch_norm(net, device)
+        for net in (self.G, self.D) if config.checkpointing else ():
+            recompute_activations(net.large_blocks())
         self._use_eager_networks()
         self.g_optimizer = self._adam(self.G, config.g_lr)
         self.d_optimizer = self._adam(self.D, config.d_lr)
@@ -214,12 +217,14 @@ class Trainer:
                 if getattr(config, flag) is True:
                     say(f"note: --{flag} is for one process; training continues without it")
             return []
+        if config.checkpointing and config.compile is True:
+            say("note: --compile is not for --checkpointing true; training continues without it")
         # not on CPUs: on two cores compiling took one to three minutes and saved 10% of a step
         auto = on_gpu and not config.deterministic
         ahead = config.total_step - self.step
         pays = auto and ahead >= FAMILIES[config.model].compile_from and importlib.util.find_spec("triton")
         variants = []
-        if pays if config.compile == "auto" else config.compile:
+        if not config.checkpointing and (pays if config.compile == "auto" else config.compile):
             variants.append(StepVariant("compile", self._compile, self._use_eager_networks))
         if auto if config.cuda_graph == "auto" else config.cuda_graph:
             variants.append(StepVariant("cuda_graph", capture_cuda_graph))

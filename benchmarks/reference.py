@@ -19,7 +19,8 @@ from device.precision import Precision
 from diffaug import augment
 from families import build, build_objective
 from fastgan_models import GLU
-from layers import DownConv, FromVector, SelfAttention, ToVector, UpConv
+from layers.attention import SelfAttention
+from layers.convolutions import DownConv, FromVector, ToVector, UpConv
 from metrics.cost import ConstantBatch, TimedConfig
 
 

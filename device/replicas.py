@@ -6,6 +6,8 @@ a run can resume with another number of ranks. Batch norm takes its statistics o
 Gradients are averaged (`GradientAverage`). `check_replicas` notices ranks that no longer agree.
 """
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,10 +30,47 @@ def draw_rows(draw, count):
     CRUCIAL: all that is random in a step is drawn through this function, from the global random state, which is then
     the same on every rank. Without a process group it is `draw(count)`.
     """
+    return _draw_rows(draw, count) if _source is None else _source(draw, count)
+
+
+def _draw_rows(draw, count):
     if not dist.is_initialized():
         return draw(count)
     first = dist.get_rank() * count
     return draw(count * dist.get_world_size())[first:first + count].clone()     # a view would keep all rows in memory
+
+
+_source = None          # what `draw_rows` calls in the contexts of `Draws`
+
+
+class Draws:
+    """The random numbers of one pass through a network, for another pass that must take the same."""
+
+    def __init__(self):
+        self.rows = []
+
+    def kept(self):
+        """A context in which what `draw_rows` returns is kept."""
+        def draw(*args):
+            self.rows.append(_draw_rows(*args))
+            return self.rows[-1]
+
+        return _drawing_by(draw)
+
+    def again(self):
+        """A context in which `draw_rows` returns what was kept, in the same order."""
+        rows = iter(self.rows)
+        return _drawing_by(lambda *_: next(rows))
+
+
+@contextmanager
+def _drawing_by(source):
+    global _source      # not of a thread: on GPUs, backward passes run in one of their own
+    before, _source = _source, source
+    try:
+        yield
+    finally:
+        _source = before
 
 
 # ----------------------------------------------------------------------------------------- batch norm over all ranks

@@ -34,6 +34,7 @@ from device.precision import Precision
 from device.replicas import GradientAverage
 from errors import Failure, UsageError
 from flags.pictures import PictureShape, halved, short_side
+from layers.recompute import recompute_activations
 from parameter import Config
 from pretrained import vgg
 from spectral import shared_weights
@@ -300,8 +301,8 @@ def _what_fits(config, place, classes, resuming, estimate, free):
             continue                                    # clearly too few parts: each estimate takes a second
         needed = estimate_memory(changed, place, classes).total
         if needed * MARGIN < free:
-            flags = [f"--{name} {getattr(changed, name)}" for name in ("imsize", "accumulate")
-                     if getattr(changed, name) != getattr(config, name)]
+            flags = [f"--{name} {str(getattr(changed, name)).lower()}" for name in (
+                "imsize", "accumulate", "checkpointing") if getattr(changed, name) != getattr(config, name)]
             parts = " (a batch in parts)" if changed.accumulate > 1 else ""
             return f"Give {' '.join(flags)}{parts}, which needs about {_in_words(needed)}"
     if resuming:
@@ -311,12 +312,16 @@ def _what_fits(config, place, classes, resuming, estimate, free):
 
 
 def _smaller(config, place, resuming):
-    """Yield the config with a batch in more and more parts, then, unless `resuming` a run, with smaller pictures."""
+    """Yield the config with a batch in more and more parts, then with recomputed activations, too, then, unless
+    `resuming` a run, with smaller pictures.
+    """
     count, family = config.batch_size // place.world_size, parameter.FAMILIES[config.model]
     divisors = [parts for parts in range(1, count + 1) if count % parts == 0]
     for parts in divisors:
         if parts > config.accumulate:
             yield Config.of({**vars(config), "accumulate": parts})
+    if not config.checkpointing:
+        yield Config.of({**vars(config), "accumulate": count, "checkpointing": True})
     size = None if resuming else halved(config.imsize)
     while size and short_side(size) in family.IMSIZES:
         values = {**vars(config), "imsize": size, "g_attn": None, "d_attn": None}
@@ -346,6 +351,10 @@ class _Shapes(Trainer):
         with device:
             nets = families.build(config, classes)
         self.G, self.D = (net.to(memory_format=torch.channels_last).train() for net in nets)
+        for net in (self.G, self.D) if config.checkpointing else ():
+            for block in net.large_blocks():
+                block.forward = _as_on_gpu(block.forward)       # backward passes, which call it again, leave this mode
+            recompute_activations(net.large_blocks())
         self.objective = families.build_objective(config, device)
         self._use_eager_networks()
         frozen = set(families.frozen_of_d(self.D, config.freeze_d).values())
@@ -408,6 +417,14 @@ class _AsOnGPU(TorchFunctionMode):
             dtype = torch.get_autocast_dtype("cpu")
             args = [arg.to(dtype) if isinstance(arg, torch.Tensor) else arg for arg in args]
         return function(*args, **(kwargs or {}))
+
+
+def _as_on_gpu(forward):
+    """Return a forward pass in the mode `_AsOnGPU`."""
+    def run(*args, **kwargs):
+        with _AsOnGPU():
+            return forward(*args, **kwargs)
+    return run
 
 
 class _FusedAttention(torch.autograd.Function):

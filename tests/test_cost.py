@@ -11,12 +11,12 @@ import pytest
 import torch
 from conftest import lines
 
-import layers
 from device import fast_step, precision
 from device.distributed import Place
 from errors import DataError
 from generate.classes import Classes
 from generate.metadata import Bank
+from layers import attention, convolutions
 from metrics import cost, meter
 from parameter import parse, resolve
 from pretrained import vgg
@@ -87,12 +87,13 @@ PRECISE = ("--precision", "fp32")
     ((*WIDE, "--arch", "resnet", "--conditional", "true", "--imsize", "32", "--g_conv_dim", "32", "--d_conv_dim", "32"),
      3),
     ((*OF_FASTGAN, "--recon", "lpips", "--augment", "color,cutout"), 0),
-    ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--d_features", "vgg16", "--accumulate", "2"), 0)],
-    ids=["penalty", "resnet", "metadata and lpips", "features and parts"])
+    ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--d_features", "vgg16", "--accumulate", "2"), 0),
+    ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--checkpointing", "true"), 0)],
+    ids=["penalty", "resnet", "metadata and lpips", "features and parts", "recomputed"])
 def test_the_estimated_memory_is_that_of_the_tensors_of_a_real_step(flags, classes, monkeypatch):
     """Weights, averages and moments are counted, and the step is that of the same update on the CPU."""
-    monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", 0)      # as a GPU, which never holds the N x N matrix
-    monkeypatch.setattr(layers, "MERGED_FROM_POSITIONS", 10**9)     # and changes sizes in a step of its own
+    monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", 0)      # as a GPU, which never holds the N x N matrix
+    monkeypatch.setattr(convolutions, "MERGED_FROM_POSITIONS", 10**9)     # and changes sizes in a step of its own
     config = resolve(parse((*flags, *PRECISE)))
     estimate = cost.estimate_memory(config, ALONE, classes)
     bank = Bank(torch.randn(8, 512).half(), "relu5_3", vgg.FILE.sha256, "") if config.metadata else None
@@ -124,8 +125,11 @@ def test_the_estimated_memory_is_what_a_gpu_takes(flags, name):
     assert cost.estimate_memory(config, place).total == pytest.approx(cost.peak_memory(config, None, place), rel=0.25)
 
 
-def test_mixed_precision_and_parts_of_a_batch_take_less_memory(monkeypatch):
+def test_mixed_precision_parts_of_a_batch_and_recomputation_take_less_memory(monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
+    kept, recomputed = (cost.estimate_memory(resolve(parse((*OF_FASTGAN, "--metadata", "false", *more))), ALONE).step
+                        for more in ((), ("--checkpointing", "true")))
+    assert recomputed < 0.7 * kept
     whole, rounded, parts = (cost.estimate_memory(
         resolve(parse((*WIDE, "--batch_size", "64", *more))), ALONE).step for more in (
         PRECISE, ("--precision", "bf16"), (*PRECISE, "--accumulate", "8")))

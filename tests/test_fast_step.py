@@ -224,7 +224,8 @@ def on_gpu(*flags):
 
 
 def several(flags):
-    return [flags, (*flags, "--accumulate", "2"), (*flags, "--precision", "bf16"), (*flags, "--precision", "fp16")]
+    return [flags, (*flags, "--accumulate", "2"), (*flags, "--precision", "bf16"), (*flags, "--precision", "fp16"),
+            (*flags, "--checkpointing", "true")]
 
 
 @pytest.mark.gpu
@@ -254,8 +255,9 @@ def test_a_compiled_and_captured_step_gives_the_numbers_of_a_plain_one(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", ["false", "true"])
-@pytest.mark.parametrize("flags", [TINY, (*TINY, "--adv_loss", "wgan-gp"), FASTGAN, (*FASTGAN, "--precision", "fp16")],
-                         ids=["hinge", "penalty", "fastgan", "fp16"])
+@pytest.mark.parametrize("flags", [TINY, (*TINY, "--adv_loss", "wgan-gp"), FASTGAN, (*FASTGAN, "--precision", "fp16"),
+                                   (*FASTGAN, "--checkpointing", "true")],
+                         ids=["hinge", "penalty", "fastgan", "fp16", "recomputed"])
 def test_a_step_never_waits_for_the_gpu(flags, graph):
     augmented = ("--augment", "color,translation,cutout", "--lr_decay", "0.9")
     training, batches = on_gpu(*flags, *augmented, "--cuda_graph", graph)

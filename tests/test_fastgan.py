@@ -20,7 +20,8 @@ from fastgan_models import (
     small_size,
     take_quadrant,
 )
-from layers import ConditionalBatchNorm, Upsample2x
+from layers.convolutions import Upsample2x
+from layers.norms import ConditionalBatchNorm
 from losses import SelfSupervisedHinge, hinge, l1
 from parameter import resolve
 from spectral import spectral_norm

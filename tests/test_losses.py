@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from layers import FeatureHeads
+from layers.blocks import FeatureHeads
 from losses import Hinge, OnFeatures, WassersteinGP, gradient_penalty, hinge
 from pretrained import vgg
 from sagan_models import Discriminator

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import layers
-from layers import DownConv, FromVector, ToVector, UpConv
+from layers import convolutions
+from layers.convolutions import DownConv, FromVector, ToVector, UpConv
 
 LAYERS = {
     "from": (FromVector, nn.ConvTranspose2d, (6, 5, 4), (3, 6, 1, 1)),
@@ -66,7 +66,7 @@ def test_changing_size_and_convolving_at_once_are_the_two_steps(monkeypatch, cls
     layer, found = cls(3, 5).to(memory_format=layout), []
     x, by = torch.randn(2, 3, 16, 24).to(memory_format=layout).requires_grad_(), None
     for merged_from in (64, 10_000):
-        monkeypatch.setattr(layers, "MERGED_FROM_POSITIONS", merged_from)
+        monkeypatch.setattr(convolutions, "MERGED_FROM_POSITIONS", merged_from)
         with FlopCounterMode(display=False) as counter:
             maps = layer(x)
         by = torch.randn_like(maps) if by is None else by

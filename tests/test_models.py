@@ -8,7 +8,7 @@ import torch
 from device.precision import Precision
 from generate.draw import recompute_bn_stats
 from generate.latents import Inputs
-from layers import SelfAttention, attend
+from layers.attention import SelfAttention, attend
 from parameter import resolve
 from sagan_models import Discriminator, Generator, build
 

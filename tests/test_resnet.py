@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-import layers
-from layers import ClassTable, ConditionalBatchNorm
+from layers import norms
+from layers.norms import ClassTable, ConditionalBatchNorm
 from parameter import parse, resolve
 from resnet_models import Discriminator, DownBlock, Generator, UpBlock, build
 
@@ -101,7 +101,7 @@ def test_a_class_has_its_own_scale_and_shift():
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
 )
 def test_training_with_classes_is_batch_norm_and_each_images_scale_and_shift(dtype, tolerance, one_by_one, monkeypatch):
-    monkeypatch.setattr(layers, "ONE_BY_ONE_FROM", 0 if one_by_one else 10**6)
+    monkeypatch.setattr(norms, "ONE_BY_ONE_FROM", 0 if one_by_one else 10**6)
     norm, plain = ConditionalBatchNorm(8, 5), nn.BatchNorm2d(8, affine=False)
     for table in (norm.scale, norm.shift):
         nn.init.normal_(table.weight)

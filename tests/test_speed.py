@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import SMALL
 
-import layers
 import reference
 import speed
 from device import distributed
 from families import build_networks
+from layers import attention
 from metrics import cost
 from parameter import parse, resolve
 
@@ -97,7 +97,7 @@ def test_the_ideal_counts_the_products_that_attention_needs(monkeypatch):
     """Whichever kernel computes it: not those with the zeros that one of them wants, nor those done twice."""
     found = []
     for fused_from in (0, 10**6):
-        monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", fused_from)
+        monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", fused_from)
         config = resolve(parse(SMALL))
         place = distributed.start(config)
         with speed.counting() as counter:

@@ -12,9 +12,9 @@ import torch
 from conftest import SMALL, SMALL_FASTGAN, begun, step_losses
 from torch import nn
 
-import layers
 import spectral
 from generate.latents import Inputs
+from layers import attention
 
 
 def losses(flags, steps=10):
@@ -53,7 +53,7 @@ def plainly(monkeypatch):
     def run(do, *arguments):
         with monkeypatch.context() as patched:
             patched.setattr(spectral.SpectralNorm, "forward", divide)
-            patched.setattr(layers.SelfAttention, "forward", forward)
+            patched.setattr(attention.SelfAttention, "forward", forward)
             patched.setattr(torch.optim, "Adam", unfused)
             patched.setattr(nn.Module, "to", contiguous)
             return do(*arguments)
@@ -69,7 +69,7 @@ def test_ten_steps_have_the_losses_of_the_plain_implementation(flags, plainly, m
     """In float64. In float32 Adam's first steps, which are signs of gradients, amplify rounding errors: another number
     of threads changes the losses of the plain implementation itself by 1e-3 and more.
     """
-    monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", 0)
+    monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", 0)
     torch.set_default_dtype(torch.float64)
     try:
         with monkeypatch.context() as patched:
@@ -88,7 +88,7 @@ def test_in_float32_each_step_has_the_losses_of_the_plain_implementation(flags, 
     """Both start each step from the same state. G's loss is looser: Adam has updated D before it, in full-size steps
     also where the gradient is nothing but rounding error.
     """
-    monkeypatch.setattr(layers, "FUSED_FROM_POSITIONS", 0)
+    monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", 0)
     fast, plain = begun(flags), plainly(begun, flags)
     apart = []
     for _ in range(10):
