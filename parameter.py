@@ -154,7 +154,7 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
              if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
     model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
-    values.update(FAMILIES[model].find_preset(preset, {**values, "imsize": None, **known}) | known)
+    values.update(FAMILIES[model].find_preset(preset, {**values, **_UNSET, **known}) | known)
     values["version"] = version
     if values["fake_dir"]:
         values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
@@ -201,6 +201,8 @@ def source_of(config):
     return Path(name) if name.endswith(".pth") else Path(config.model_save_path, name)
 
 
+_UNSET = {"imsize": None, "batch_size": None}       # for `find_preset`: not their defaults
+
 # What is not taken over from the run of --init_from if this flag is typed and differs: it follows from it.
 FOLLOWS = {"imsize": ("g_attn", "d_attn"), "arch": ("g_attn", "d_attn", "attn_pool", "conditional"),
            "adv_loss": ("d_iters", "sn"), "dataset": ("image_path", "conditional")}
@@ -226,7 +228,7 @@ def _find_source(values, given, find_saved):
                          "--dataset folder for a folder of pictures")
     own = {"init_from", "freeze_d"}
     if "preset" in given:
-        known = {**values, **settings, **given}
+        known = {**values, **_UNSET, **settings, **given}
         own |= {key for preset in FAMILIES[model].PRESETS for key in FAMILIES[model].find_preset(preset, known)}
     for flag, following in FOLLOWS.items():
         if flag in given and given[flag] != settings.get(flag):

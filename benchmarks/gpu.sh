@@ -4,6 +4,7 @@
 # longest to begin. Needs torch, torchvision, numpy, pillow, tqdm and pytest, and no network.
 #
 #   bash benchmarks/gpu.sh OUT_DIR          PYTHON=python3.12 names another Python
+#   bash benchmarks/gpu.sh OUT_DIR speed    how full the GPU gets: growing batches, FastGAN's variants, --arch resnet
 #
 # Leaves OUT_DIR/report.md (what was run, how long it took, how it ended, the tables) and every output beside it. The
 # exit code is 0 if everything ended well.
@@ -12,12 +13,15 @@
 # packed before, where the data is. More in benchmarks/gpu_runs.py, or with --help.
 #
 #   bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --classes ZIP --vgg_weights PATH
-#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100|classes
+#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100|classes|large
 set -uo pipefail
-if [ $# -gt 1 ] || [[ ${1-} == pack || ${1-} == -* ]]; then
+if [[ $# -gt 1 && ${2-} != speed ]] || [[ ${1-} == pack || ${1-} == -* ]]; then
     exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_runs.py" "$@"
 fi
-[ $# = 1 ] || { echo "usage: bash benchmarks/gpu.sh OUT_DIR [celeb|few|few100|classes], or --help" >&2; exit 2; }
+[[ $# = 1 || ( $# = 2 && $2 = speed ) ]] || {
+    echo "usage: bash benchmarks/gpu.sh OUT_DIR [speed|celeb|few|few100|classes|large], or --help" >&2
+    exit 2
+}
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 5
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3} failed=0
@@ -40,6 +44,20 @@ step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
 speed=("$python" benchmarks/speed.py --seconds 1 --results "$out/tables.md")
 train=("$python" main.py --dataset toy --sample_step 500 --log_path "$out/logs" --model_save_path "$out/models"
     --sample_path "$out/samples" --cache_path "$out/cache")
+if [ "${2-}" = speed ]; then
+    # the row of sizes changed the other way decides whether `Resampling` merges on GPUs
+    step fastgan 110 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8 --variant "" --variant "--precision tf32" \
+        --variant "--checkpointing true" --variant "--compile true"
+    step resnet 45 "${speed[@]}" --arch resnet --imsize 64 --batch_size 64 --variant ""
+    step sagan 75 "${speed[@]}" --imsize 64 --batch_size 64
+    step sagan_batches 90 "${speed[@]}" --growth --batches 64,128,256,512,1024,2048 --imsize 64
+    step fastgan_batches 75 "${speed[@]}" --growth --batches 8,16,32,64 --model fastgan --imsize 256
+    step resnet_batches 60 "${speed[@]}" --growth --batches 64,256,1024 --arch resnet --imsize 64
+    step sagan_compiled 80 "${speed[@]}" --imsize 64 --batch_size 256 --variant "" --variant "--compile true"
+    { echo; cat "$out/tables.md" 2>/dev/null; } >>"$report"
+    echo "report: $report"
+    exit "$failed"
+fi
 step tests 120 "$python" -m pytest -q -m gpu -p no:cacheprovider
 step speed_sagan 75 "${speed[@]}" --imsize 64 --batch_size 64
 step speed_fastgan 90 "${speed[@]}" --model fastgan --imsize 256 --batch_size 8

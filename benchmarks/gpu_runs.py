@@ -6,6 +6,7 @@
     bash benchmarks/gpu.sh OUT few          SLAE-FastGAN at 256 px on paintings, against plain FastGAN at equal steps
     bash benchmarks/gpu.sh OUT few100       the same on 100 of the paintings
     bash benchmarks/gpu.sh OUT classes      the SAGAN paper's own networks on CIFAR-10, the published recipe
+    bash benchmarks/gpu.sh OUT large        SAGAN on CelebA, `--preset gpu` against the published settings
     ... --rehearsal                         the same commands at a tiny size, for a CPU
 
 `pack` writes what must travel to the machine: archives of pictures, VGG-16 in fp16. The other commands train with it,
@@ -18,6 +19,7 @@ How the 515 s of a call are meant to be spent, at 2.3 to 3.1 ms (celeb) and 28 m
     celeb    35 s to start, unpack, decode; 420 s for 100,000 steps and more, with a score of some 5 s every 10,000;
              60 s for the last score, with swd, which is computed on the CPU
     classes  as celeb; a step has 5 updates of D
+    large    35 s to start; 40,000 steps of 64 and 10,000 of 256, equally many pictures, each scored at ten points
     few      35 s to start; 4 slices of 3,000 steps, each some 110 s with its start and 2 scores; swd if time is left
 """
 
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -50,6 +52,7 @@ from ablation_options import at_least  # noqa: E402
 from dataset.table import CELEBA_CROP  # noqa: E402
 from device.signals import Interrupt  # noqa: E402
 from errors import CheckpointError, DataError, UsageError, first_line  # noqa: E402
+from flags.scaling import TIMES  # noqa: E402
 from gallery import page  # noqa: E402
 from gpu_pack import WEIGHTS, pack, shown, unpack  # noqa: E402
 from parameter import Config  # noqa: E402
@@ -74,7 +77,8 @@ class Experiment:
 
     The pictures are `pictures` of those in `archive`, spread evenly, 0 for all, or their center of `crop` px. A score,
     a grid and a checkpoint are written every `every` steps. `again`: a call that finds all done trains `steps` more.
-    Training ends `reserve` seconds before the call does. `last`: metrics of the last score alone.
+    Training ends `reserve` seconds before the call does. `last`: metrics of the last score alone. `times` {version: n}:
+    a step of this run counts as n, as its batches are n times as large; all steps are those of the others.
     """
 
     title: str
@@ -90,6 +94,11 @@ class Experiment:
     pictures: int = 0
     crop: int = 0
     last: str = LAST
+    times: dict = field(default_factory=dict)
+
+    def own(self, name, step):
+        """Return the step of a run itself that `step` is."""
+        return step // self.times.get(name, 1)
 
 
 _FEW = Experiment(
@@ -109,6 +118,10 @@ EXPERIMENTS = {
                           "--classes", {"sagan_classes": ""},
                           "--arch resnet --imsize 32 --conditional true --compile false --num_eval 5000 "
                           "--keep_checkpoints 2", steps=100_000, every=2000, reserve=80, last=f"{LAST},ifid"),
+    "large": Experiment("SAGAN on CelebA, batches of 256 by --preset gpu against the published 64", "celeba.zip",
+                        "--celeba", {"published": "", "gpu": "--preset gpu"},
+                        "--adv_loss hinge --compile false --num_eval 5000 --keep_checkpoints 2", steps=40_000,
+                        every=4000, reserve=30, crop=round(CELEBA_CROP / 2), times={"gpu": TIMES}),
 }
 
 
@@ -190,7 +203,11 @@ class Call:
 
     def step_of(self, name):
         """The step of the newest checkpoint of a run, 0 without one."""
-        return max(checkpoint.steps_in(self.folders(name).models), default=0)
+        return max(self.steps_of(name), default=0)
+
+    def steps_of(self, name):
+        """The steps of a run's checkpoints."""
+        return {step * self.experiment.times.get(name, 1) for step in checkpoint.steps_in(self.folders(name).models)}
 
     def shared_flags(self):
         """The flags of main.py that all commands of this call have."""
@@ -212,8 +229,9 @@ class Call:
 
     def train_slice(self, name, until):
         """Train a run to a step. Return its exit code."""
-        before, every = self.step_of(name), self.experiment.every
-        flags = (f"{self.experiment.runs[name]} --total_step {until} --log_step {max(1, every // 100)} "
+        before = self.step_of(name)
+        every, total = (self.experiment.own(name, step) for step in (self.experiment.every, until))
+        flags = (f"{self.experiment.runs[name]} --total_step {total} --log_step {max(1, every // 100)} "
                  f"--sample_step {every} --model_save_step {every}")
         end = self.end - self.experiment.reserve
         code = self.run(name, f"{flags} {self.scores} --metric_step {every}" if self.scores else flags, end)
@@ -227,19 +245,20 @@ class Call:
 
     def common_grids(self):
         """(the newest step of which every run with grids has one, those runs); (None, []) before the first."""
-        steps = {name: {int(path.name.split("_")[0]) for path in self.folders(name).samples.glob("*_fake.png")}
-                 for name in self.experiment.runs}
+        steps = {name: {int(path.name.split("_")[0]) * self.experiment.times.get(name, 1)
+                        for path in self.folders(name).samples.glob("*_fake.png")} for name in self.experiment.runs}
         begun = [name for name in steps if steps[name]]
         return max(set.intersection(*(steps[name] for name in begun)), default=None) if begun else None, begun
 
     def score(self):
         """Score the newest checkpoint, of several runs the newest of equal steps, with `swd` too."""
-        steps = set.intersection(*({*checkpoint.steps_in(self.folders(name).models)} for name in self.experiment.runs))
+        steps = set.intersection(*map(self.steps_of, self.experiment.runs))
         scores, last = self.scores or f"--metrics {LAST}", self.experiment.last
         if LAST not in scores:
             scores = re.sub(r"(--metrics \S+)", rf"\1,{last}", scores)
         for name in self.experiment.runs if steps else ():
-            self.run(name, f"--mode evaluate --pretrained_model {max(steps)} {scores}", self.end - 10)
+            step = self.experiment.own(name, max(steps))
+            self.run(name, f"--mode evaluate --pretrained_model {step} {scores}", self.end - 10)
 
     def run(self, name, flags, end):
         """Run main.py for a run, told to end at `end`, with OUT kept up to date. Return its exit code."""
@@ -297,7 +316,8 @@ class Call:
         logs = None
         for write in results:
             try:
-                logs = logs or {name: Log(self.folders(name).logs / "metrics.jsonl") for name in self.experiment.runs}
+                logs = logs or {name: Log(self.folders(name).logs / "metrics.jsonl",
+                                          self.experiment.times.get(name, 1)) for name in self.experiment.runs}
                 write(logs)
             except Exception as error:                  # the training is worth more than a picture of it
                 note = f"**{write.__name__} failed**: {type(error).__name__}: {first_line(error)}"
@@ -322,13 +342,15 @@ class Call:
         (step, begun), out = self.common_grids(), self.options.out
         if step is None:
             return
-        grids = [(name, self.folders(name).samples / step_name(step, "_fake.png"),
+        def of_step(name, pattern):
+            return self.folders(name).samples.glob(step_name(self.experiment.own(name, step), pattern))
+
+        grids = [(name, next(of_step(name, "_fake.png")),
                   [f"step {step:,}", *(f"{key} {report.number(value)}" for key, value in
                                        logs[name].scores.get(step, {}).items() if report.sign_of(key))])
                  for name in begun]
         report.picture(grids, out / "grids.png")
-        maps = [path for name in begun
-                for path in self.folders(name).samples.glob(step_name(step, "_attn_[gs]*.png"))]
+        maps = [path for name in begun for path in of_step(name, "_attn_[gs]*.png")]
         if maps:
             _copy(max(maps, key=lambda path: [int(part) for part in re.findall(r"\d+", path.stem)]),
                   out / "attention.png")
@@ -377,6 +399,9 @@ class Call:
                   f"`main.py {shlex.join(self.shared_flags())}` with", "",
                   *report.markdown_table(["flags", "time", "exit code"], self.rows), "",
                   "130: told to end, as the time was over, and saved.", ""]
+        lines += [f"A step of {name} counts as {times}, as its batches are so many times as large, but for the seconds "
+                  "a step and its logs: these tell which run reaches a score first.\n"
+                  for name, times in experiment.times.items()]
         lines += report.markdown_table(["run", "found at step", "now at step", "s/step", "GPU GiB"], [
             [name, f"{self.found[name]:,}", f"{self.step_of(name):,}",
              log.median("sec_per_step"), log.median("gpu_memory_gib")] for name, log in logs.items()])
@@ -393,9 +418,12 @@ class Call:
 
 
 class Log:
-    """What a metrics.jsonl holds: `scores` {step: {score: value}}, their `floors`, their `protocols`, other lines."""
+    """What a metrics.jsonl holds: `scores` {step: {score: value}}, their `floors`, their `protocols`, other lines.
 
-    def __init__(self, path):
+    One of its steps counts as so many `times`.
+    """
+
+    def __init__(self, path, times=1):
         self.path, self.scores, self.floors, self.protocols, self.lines = path, {}, {}, {}, []
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
             entry = json.loads(line) if line.endswith("\n") else {}       # the last one may be in the making
@@ -403,7 +431,7 @@ class Log:
                 numbers = {key: value for key, value in entry.items() if isinstance(value, (int, float))
                            and key != "step" and not key.endswith(score_table.BESIDE)}
                 self.floors |= {key: numbers.pop(key) for key in list(numbers) if key.endswith("_floor")}
-                self.scores.setdefault(entry["step"], {}).update(numbers)
+                self.scores.setdefault(entry["step"] * times, {}).update(numbers)
                 self.protocols[entry["protocol"]] = None
             else:
                 self.lines.append(entry)
@@ -492,7 +520,7 @@ def parse(argv):
         parser.add_argument("--vgg_weights", metavar="PATH", help="VGG-16, written in fp16")
         return parser.parse_args(argv[1:])
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100|classes [--flag VALUE ...] "
+    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100|classes|large [--flag VALUE ...] "
                            "[-- FLAGS OF main.py]",
                      allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=_folder, help="folder of the results, at most 7 files")

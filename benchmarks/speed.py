@@ -1,17 +1,17 @@
 """How fast a training step is: this program against the same model trained the plain published way.
 
-    python benchmarks/speed.py [--growth | --loading] [--variant FLAGS ...] [--seconds S] [--results FILE]
-                               [FLAGS of main.py]
+    python benchmarks/speed.py [--growth [--batches N,N]] [--loading] [--variant FLAGS ...] [--seconds S]
+                               [--results FILE] [FLAGS of main.py]
 
 Without flags: SAGAN, 64 px, batch 16 (64 on a GPU). All variants take turns, in an order that changes from round to
 round; `reference` is `reference.py`, on CPUs in a process of its own. Prints a table (variant, images per second, ratio
 to the reference with the range of its middle half, peak memory) and puts it into docs/measurements.md, or what
 --results names, in place of the table of the same hardware and flags if there is one. Loading is left out, and so is
 `--compile auto`; `--variant "--precision bf16 --compile true"` measures that instead of the usual variants, and can be
-repeated.
+repeated. Of networks that change sizes by `Resampling`, a row has it in the way that this device does not take.
 
---growth instead: one step's time and memory over image and batch sizes, beside the ideal, which is the step's
-arithmetic at the speed of a large matrix product on the same device.
+--growth instead: one step's time and memory over image and batch sizes, or over --batches alone, and its speed beside
+the ideal, which is that of a large matrix product on the same device.
 
 --loading instead: how much longer steps take when their pictures are loaded from files.
 """
@@ -35,12 +35,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import families  # noqa: E402
 import loading  # noqa: E402
 import parameter  # noqa: E402
 from dataset import workers  # noqa: E402
 from device import distributed  # noqa: E402 - found through the line above
 from device.precision import Precision  # noqa: E402
 from errors import Failure  # noqa: E402
+from layers.convolutions import Resampling  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio, hardware, peak_memory  # noqa: E402
 from reference import PlainConfig  # noqa: E402
 from utils import write_atomically  # noqa: E402
@@ -76,6 +78,23 @@ def config_of(flags, more=()):
     batch = {} if "batch_size" in typed or model != "sagan" or torch.cuda.is_available() else {"batch_size": 16}
     usual = parameter.parse(("--compile", "false", *USUAL[model]))
     return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
+
+
+class OtherResampling(TimedConfig):
+    """With sizes changed in the way that this device does not take: merged with a convolution, or in a step before it.
+    """
+
+    def __init__(self, config, place, *more):
+        super().__init__(config, place, *more)
+        device = place.device.type
+        for net in (self.trainer.G, self.trainer.D):
+            for layer in resampling(net):
+                layer.merged_on = () if device in layer.merged_on else (device,)
+
+
+def resampling(net):
+    """Return the layers of a network that change sizes."""
+    return [layer for layer in net.modules() if isinstance(layer, Resampling)]
 
 
 class Apart:
@@ -115,6 +134,8 @@ def compare(flags, seconds=None, variants=None):
         kinds["reference in tf32"] = PlainConfig, config_of(flags, ("--precision", "tf32"))
     kinds |= {f"this program {more}".strip(): (TimedConfig, config_of(flags, more.split()))
               for more in variants or VARIANTS[config.model]}
+    if any(map(resampling, families.build(config))):
+        kinds["this program, sizes changed the other way"] = OtherResampling, config
     memory = {name: peak_memory(its, None, place, kind) for name, (kind, its) in kinds.items()}
     sides = {name: Apart(kind, its, place) if kind is PlainConfig and place.device.type == "cpu" else kind(its, place)
              for name, (kind, its) in kinds.items()}
@@ -191,18 +212,18 @@ def speed_of_products(precision):
     return best
 
 
-def grow(flags):
-    """Lines of the table over image and batch sizes."""
+def grow(flags, batches=None):
+    """Lines of the table over image and batch sizes, or over these batches alone."""
     usual = config_of(flags)
     place = distributed.start(usual)
-    imsizes, batches = GROWTH[usual.model]
-    cells = [(imsize, usual.batch_size) for imsize in imsizes]
-    cells += [(usual.imsize, batch) for batch in batches if batch != usual.batch_size]
+    imsizes, usual_batches = GROWTH[usual.model]
+    cells = [] if batches else [(imsize, usual.batch_size) for imsize in imsizes]
+    cells += [(usual.imsize, batch) for batch in batches or usual_batches if batches or batch != usual.batch_size]
     precision, peaks = Precision(usual.precision, place.device), []
     yield (f"Ideal: a step's products at the speed of a {MATRIX} x {MATRIX} one in {precision.name}, measured before "
            "and after each row.\n")
-    yield "| image size, px | batch | s per step | ideal, s | of the ideal speed | peak memory, MiB |"
-    yield "|---|---|---|---|---|---|"
+    yield "| image size, px | batch | s per step | images/s | Tflop/s | of the ideal speed | peak memory, MiB |"
+    yield "|---|---|---|---|---|---|---|"
     for imsize, batch in cells:
         config = config_of(flags, ("--imsize", str(imsize), "--batch_size", str(batch)))
         memory = peak_memory(config, None, place)
@@ -214,8 +235,9 @@ def grow(flags):
         seconds = min(side.run(steps) for _ in range(3))
         peak = max(peak, speed_of_products(precision))
         peaks.append(peak)
-        ideal = counter.get_total_flops() / peak
-        yield f"| {imsize} | {batch} | {seconds:.3f} | {ideal:.3f} | {ideal / seconds:.0%} | {memory / 2**20:,.0f} |"
+        flops = counter.get_total_flops() / seconds
+        yield (f"| {imsize} | {batch} | {seconds:.4f} | {batch / seconds:,.1f} | {flops / 1e12:.2f} | "
+               f"{flops / peak:.0%} | {memory / 2**20:,.0f} |")
     yield f"\nThat product: {min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f} Gflop/s."
 
 
@@ -233,6 +255,8 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
+    parser.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], metavar="N,N",
+                        help="with --growth: these batch sizes at one image size")
     instead.add_argument("--loading", action="store_true", help="what loading pictures adds to a step's time")
     instead.add_argument("--variant", action="append", help="flags of main.py, a row of the table; can be repeated")
     parser.add_argument("--seconds", type=float, help="that each variant is timed for (default: 60)")
@@ -242,7 +266,7 @@ def main(argv):
     try:
         config = config_of(flags)
         if options.growth:
-            found = grow(flags)
+            found = grow(flags, options.batches)
         elif options.loading:
             found = load(flags, options.seconds)
         else:

@@ -29,8 +29,10 @@ _DEFAULTS = {flag.name: flag.default for flag in parameter.FLAGS.values()}
 PRESETS = """\
 ## Presets
 
-`published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores. Flags that are not
-listed are the same with every preset; – follows from other flags.
+`published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores. `gpu` is the
+published recipe for batches of `--batch_size`, by default four times as large: k times the batch, sqrt(k) times the
+learning rates, Adam's averages shortened k times, `ema_decay` to the power of k, 1 / k of the steps
+([how it was tested](speed.md)). Flags that are not listed are the same with every preset; – follows from other flags.
 """
 
 
@@ -105,7 +107,7 @@ def _columns():
         for typed in family.PRESETS_DEPEND_ON:
             words = " ".join(f"--{flag} {written(value)}" for flag, value in typed.items())
             for name in family.PRESETS:
-                preset = family.find_preset(name, {**_DEFAULTS, **typed})
+                preset = family.find_preset(name, {**_DEFAULTS, "batch_size": None, **typed})
                 if all(preset is not other for other in seen):
                     columns.append((model, f"{model} {words}".strip() + f", {name}", {**typed, **preset}))
                     seen.append(preset)

@@ -18,7 +18,7 @@ from flags.pictures import CHANNELS, FITS, as_imsize
 
 # The names of the families: one file of this folder each.
 MODELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")
-                      if path.stem not in ("common", "pictures")))
+                      if path.stem not in ("common", "pictures", "scaling")))
 
 # --adv_loss, each with its defaults of --d_iters and --sn.
 LOSSES = {
@@ -300,8 +300,9 @@ DERIVED = None      # the default of a flag whose value depends on other flags: 
 FLAGS = {
     "run": (
         Flag("model", one_of(*MODELS), DERIVED, "{families}", fixed=always),
-        Flag("preset", one_of("published", "cpu"), "published",
-             "values of the flags left unset: published settings, or those that learn fastest on two CPU cores",
+        Flag("preset", one_of("published", "cpu", "gpu"), "published",
+             "values of the flags left unset: published settings, those that learn fastest on two CPU cores, or, for a "
+             "large GPU, the published ones scaled to batches of --batch_size, by default four times as large",
              fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),

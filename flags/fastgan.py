@@ -2,6 +2,7 @@
 
 from errors import UsageError
 from flags.common import DERIVED, Flag, always, boolean, one_of
+from flags.scaling import for_batch
 
 IS_DEFAULT = False      # of --model
 
@@ -53,14 +54,17 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
     "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
             "num_workers": 0},
+    "gpu": for_batch(_PUBLISHED),
 }
 
 PRESETS_DEPEND_ON = ({},)           # for docs/flags.md
 
 
 def find_preset(name, values):
-    """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
-    return PRESETS[name]
+    """Return {flag: value} of a preset; `values` holds what the user set, and defaults, but of imsize and batch_size
+    None where the user set none.
+    """
+    return for_batch(_PUBLISHED, values["batch_size"]) if name == "gpu" else PRESETS[name]
 
 
 IMSIZES = (64, 128, 256, 512, 1024)

@@ -3,6 +3,7 @@
 from errors import UsageError
 from flags.common import DERIVED, Flag, always, boolean, one_of, points, sizes, written
 from flags.pictures import FIRST, short_side
+from flags.scaling import for_batch
 
 IS_DEFAULT = True       # of --model
 
@@ -46,6 +47,7 @@ PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published s
     "published": {},
     "cpu": {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
             "num_workers": 0},
+    "gpu": for_batch({}),
 }
 RESNET = {      # the same with --arch resnet, by image size; None: all others
     # section 4 of the paper; G_ema as in the best public recipe, mmgeneration's "BigGAN schedule"
@@ -62,7 +64,11 @@ PRESETS_DEPEND_ON = ({}, {"arch": "resnet"}, {"arch": "resnet", "imsize": 32})  
 
 
 def find_preset(name, values):
-    """Return {flag: value} of a preset; `values` holds what the user set, and defaults."""
+    """Return {flag: value} of a preset; `values` holds what the user set, and defaults, but of imsize and batch_size
+    None where the user set none.
+    """
+    if name == "gpu":
+        return for_batch(find_preset("published", values), values["batch_size"])
     if values["arch"] != "resnet":
         return PRESETS[name]
     side = values["imsize"] and short_side(values["imsize"])

@@ -43,7 +43,28 @@ class ToVector(nn.Conv2d):
         return F.linear(x, weight, self.bias)[:, :, None, None]
 
 
-class UpConv(nn.Conv2d):
+class Resampling(nn.Conv2d):
+    """A 3x3 convolution with a change of size before or after it, merged into one convolution on devices of the types
+    `merged_on`, where that is faster. On GPUs it was not measured: `benchmarks/gpu.sh OUT speed` does.
+    """
+
+    merged_on = ("cpu",)
+
+    def __init__(self, channels, out, bias=True):
+        super().__init__(channels, out, 3, padding=1, bias=bias)
+
+    def is_merged(self, x, scale=1):
+        """Return whether the two steps are merged for x, whose smaller map has 1 / scale of its sides.
+
+        Where that map is tiny, summing the weights takes longer than it saves. Exported and compiled networks keep the
+        plain layers.
+        """
+        if x.device.type not in self.merged_on or torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return False
+        return x.size(-2) * x.size(-1) >= MERGED_FROM_POSITIONS * scale**2
+
+
+class UpConv(Resampling):
     """(B, C, H, W) -> (B, out, 2H, 2W): nearest-neighbour upsampling by 2, then a 3x3 convolution.
 
     The nine weights meet only four different pixels. So both are one transposed convolution with a 4x4 kernel, sums of
@@ -51,39 +72,25 @@ class UpConv(nn.Conv2d):
     """
 
     def __init__(self, channels, out, bias=True):
-        super().__init__(channels, out, 3, padding=1, bias=bias)
+        super().__init__(channels, out, bias)
         self.upsample = Upsample2x()
 
     def forward(self, x):
-        if not _is_merged(x):
+        if not self.is_merged(x):
             return super().forward(self.upsample(x))
         kernel = _sum_neighbours(self.weight.flip(2, 3)).transpose(0, 1)                # (C, out, 4, 4)
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
-class DownConv(nn.Conv2d):
+class DownConv(Resampling):
     """(B, C, H, W) -> (B, out, H/2, W/2): a 3x3 convolution, then 2x2 average pooling; as one convolution, like
     `UpConv`, of 4x4 and stride 2.
     """
 
-    def __init__(self, channels, out, bias=True):
-        super().__init__(channels, out, 3, padding=1, bias=bias)
-
     def forward(self, x):
-        if not _is_merged(x, scale=2):
+        if not self.is_merged(x, scale=2):
             return F.avg_pool2d(super().forward(x), 2)
         return F.conv2d(x, _sum_neighbours(self.weight) / 4, self.bias, stride=2, padding=1)
-
-
-def _is_merged(x, scale=1):
-    """Whether `UpConv` and `DownConv` merge their two steps for x, whose smaller map has 1 / scale of its sides.
-
-    Where that map is tiny, summing the weights takes longer than it saves; on GPUs it was not measured. Exported and
-    compiled networks keep the plain layers.
-    """
-    if x.device.type != "cpu" or torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return False
-    return x.size(-2) * x.size(-1) >= MERGED_FROM_POSITIONS * scale**2
 
 
 def _sum_neighbours(weight):

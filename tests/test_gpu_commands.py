@@ -97,7 +97,7 @@ def test_the_weights_travel_in_half_the_size_and_load(tmp_path):
 
 @pytest.mark.parametrize(("argv", "code", "words"), [
     (["pack", "P", "--classes", "none.zip"], 3, "--classes none.zip"),
-    (["OUT", "faces"], 2, "'celeb', 'few', 'few100', 'classes'"),
+    (["OUT", "faces"], 2, "'celeb', 'few', 'few100', 'classes', 'large'"),
     (["OUT", "celeb", "--seconds", "soon"], 2, "--seconds: 'soon' is no whole number"),
     (["OUT", "celeb", "--pack", "nowhere"], 3, "gpu.sh pack"),
     (["OUT", "celeb", "--scores", "--metrics 'swd"], 2, "--scores"),
@@ -209,6 +209,9 @@ def test_slices_of_equal_steps_in_turn_and_a_later_call_goes_on(call):
     assert "from an earlier call: baseline at step 6,000, both at step 6,000" in report
     _, report = call("celeb", SAVE)
     assert trained(report) == [("sagan_celeb", "300000")]
+    _, report = call("large", SAVE)
+    assert trained(report) == [("published", "40000"), ("gpu", "10000")], "equally many pictures"
+    assert "| gpu | 0 | 40,000 |" in report and "A step of gpu counts as 4" in report
 
 
 def test_at_the_end_of_the_time_a_run_is_told_to_save_and_what_there_is_comes_back(call, tmp_path):
@@ -290,7 +293,7 @@ def test_the_zip_of_pages_keeps_to_its_size_with_the_newest_record_in_it(call, t
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", ["celeb", "few100", "classes"])
+@pytest.mark.parametrize("name", ["celeb", "few100", "classes", "large"])
 def test_rehearsal(tmp_path, name):
     """The real commands at a tiny size: everything comes back, within the limits, and a second call goes on."""
     drawn = tmp_path / "drawn"

@@ -64,8 +64,29 @@ def test_growth_tells_how_far_the_ideal_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(speed, "TIMED", 0.1)
     monkeypatch.setattr(speed, "peak_memory", lambda *_: 2**20)
     assert speed.main(["--growth", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
-    (row,) = re.findall(r"^\| 32 \| 8 \| ([\d.]+) \| ([\d.]+) \| (\d+)% \| 1 \|$", capsys.readouterr().out, re.M)
-    assert 0 < int(row[2]) < 100
+    row = r"^\| 32 \| (\d+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \| (\d+)% \| 1 \|$"
+    (found,) = re.findall(row, capsys.readouterr().out, re.M)
+    assert 0 < int(found[3]) < 100 and float(found[1]) * float(found[2]) == pytest.approx(8, rel=0.02)
+    assert speed.main(["--growth", "--batches", "4,2", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
+    assert [batch for batch, *_ in re.findall(row, capsys.readouterr().out, re.M)] == ["4", "2"]
+
+
+def test_the_other_way_of_changing_sizes_is_a_row_where_there_is_one(monkeypatch, tmp_path):
+    """It is timed, and takes the more operations on a CPU, where the program's own takes the fewer."""
+    monkeypatch.setattr(cost, "SECONDS", 0.1)
+    monkeypatch.setattr(cost, "TURN", 0.01)
+    monkeypatch.setattr(speed, "peak_memory", lambda *_: 2**20)
+    timed = []
+    monkeypatch.setattr(speed, "alternate", lambda sides, *words: timed.extend(sides) or cost.alternate(sides, *words))
+    flags = ("--results", str(tmp_path / "r.md"), "--variant", "", *SMALL, "--arch", "resnet")
+    assert speed.main([*flags, "--g_conv_dim", "4", "--d_conv_dim", "4"]) == 0
+    assert "| this program, sizes changed the other way | " in (tmp_path / "r.md").read_text()
+    flops = []
+    for side in timed[1:]:
+        with speed.counting() as counter:
+            side.run(1)
+        flops.append(counter.get_total_flops())
+    assert flops[0] < 0.9 * flops[1]
 
 
 def test_loading_is_compared_with_pictures_that_are_there(monkeypatch, capsys, tmp_path):
@@ -106,21 +127,33 @@ def test_the_ideal_counts_the_products_that_attention_needs(monkeypatch):
     assert found[0] == found[1] > 10**6
 
 
-def test_the_gpu_script_reports_every_step_and_how_it_ended(tmp_path):
+USUAL_STEPS = ("tests", "speed_sagan", "speed_fastgan", "memory", "loading", "train_sagan", "train_fastgan",
+               "speed_compiled")
+SPEED_STEPS = ("fastgan", "resnet", "sagan", "sagan_batches", "fastgan_batches", "resnet_batches", "sagan_compiled")
+
+
+@pytest.mark.parametrize(("asked", "names"), [((), USUAL_STEPS), (("speed",), SPEED_STEPS)], ids=["usual", "speed"])
+def test_the_gpu_script_reports_every_step_and_how_it_ended(tmp_path, asked, names):
     """With a Python that does nothing but say what it was asked for, and fails at one step."""
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho \"asked: $*\"\ncase \"$*\" in *fastgan*imsize*256*) exit 4 ;; esac\n")
     python.chmod(0o755)
     script = Path(speed.__file__).parent / "gpu.sh"
-    done = subprocess.run(["bash", script, tmp_path / "out"], capture_output=True, text=True, timeout=60,
+    done = subprocess.run(["bash", script, tmp_path / "out", *asked], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "PYTHON": str(python)})
     assert done.returncode == 1 and "asked: benchmarks/speed.py" in done.stdout, "what failed is shown"
     report = (tmp_path / "out/report.md").read_text()
-    assert re.findall(r"^\| (\w+) \| .*?(\d) \|$", report, re.M) == [
-        ("tests", "0"), ("speed_sagan", "0"), ("speed_fastgan", "4"), ("memory", "0"), ("loading", "0"),
-        ("train_sagan", "0"), ("train_fastgan", "0"), ("speed_compiled", "0")]
-    limits = [int(limit) for limit in re.findall(r"^step \w+ (\d+) ", script.read_text(), re.M)]
-    assert len(limits) == 8 and sum(limits) <= 9 * 60
+    rows = re.findall(r"^\| (\w+) \| `(.*)` \| \d+ s \| (\d) \|$", report, re.M)
+    assert [(name, code) for name, _, code in rows] == [
+        (name, "4" if "fastgan" in command and "256" in command else "0") for name, (_, command, _) in
+        zip(names, rows, strict=True)]
+    for _, command, _ in rows:
+        if "speed.py" in command:
+            flags = re.sub(r"^.*--results \S+|--(growth|loading)|--batches \S+|--variant (--\w+ \w+)?", "", command)
+            assert speed.config_of(flags.split())
+    limits = [int(limit) for name, limit in re.findall(r"^ *step (\w+) (\d+) ", script.read_text(), re.M)
+              if name in names]
+    assert len(limits) == len(names) and sum(limits) <= 9 * 60
     for flags in re.findall(r"^step train.*?--version (.*)$", script.read_text(), re.M):
         assert resolve(parse(("--dataset", "toy", "--version", *flags.split())))
     assert subprocess.run(["bash", script], capture_output=True).returncode == 2
