@@ -180,8 +180,8 @@ class Trainer:
     def _adam(self, net, lr):
         device = self.place.device
         on_gpu = device.type == "cuda"
-        return torch.optim.Adam(net.parameters(), torch.tensor(lr, device=device) if on_gpu else lr,
-                                (self.config.beta1, self.config.beta2), fused=device.type != "mps", capturable=on_gpu)
+        return utils.Adam(net.parameters(), torch.tensor(lr, device=device) if on_gpu else lr,
+                          (self.config.beta1, self.config.beta2), fused=device.type != "mps", capturable=on_gpu)
 
     def _train_d(self, wanted):
         """Switch the gradients of D's weights on or off."""

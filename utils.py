@@ -5,6 +5,7 @@ RGB.
 import contextlib
 import ctypes
 import glob
+import inspect
 import os
 import random
 import re
@@ -184,3 +185,16 @@ def ema_update(G_ema, G, decay):
     buffers = list(zip(G_ema.buffers(), G.buffers(), strict=True))
     for dtype in {buffer.dtype for _, buffer in buffers}:       # one fused copy per dtype
         torch._foreach_copy_(*zip(*(pair for pair in buffers if pair[1].dtype == dtype), strict=True))
+
+
+class Adam(torch.optim.Adam):
+    """PyTorch's Adam, without what keeps `torch.compile` out of its methods, as nothing here compiles them.
+
+    The first call of that imports the compiler: one to three seconds at the start of every run.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
