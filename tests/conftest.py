@@ -25,7 +25,7 @@ from PIL import Image
 
 import main
 from device import distributed, precision
-from device.precision import has_bf16, has_fp16
+from device.precision import has_bf16
 from families import FAMILIES
 from metrics.cost import TimedConfig
 from parameter import parse, resolve
@@ -72,9 +72,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def same_arithmetic_on_every_processor(monkeypatch):
-    """`--precision auto` is fp32 on any CPU, as if none had units for bf16 or fp16."""
-    for has in (has_bf16, has_fp16):
-        monkeypatch.setattr(precision, has.__name__, lambda device, has=has: device.type == "cuda" and has(device))
+    """`--precision auto` is fp32 on any CPU, as if none had units for bf16."""
+    monkeypatch.setattr(precision, "has_bf16", lambda device: device.type == "cuda" and has_bf16(device))
 
 
 @pytest.fixture(autouse=True)

@@ -133,6 +133,15 @@ def test_processors_with_bf16_products_are_fast_at_bf16(monkeypatch, units, fast
     assert precision.Precision("auto", torch.device("cpu")).name == ("bf16" if fast else "fp32")
 
 
+def test_no_processor_takes_fp16_which_is_many_times_slower_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": True, "amx_fp16": True}, raising=False)
+    for wanted in ("auto", "fp16"):
+        chosen = precision.Precision(wanted, torch.device("cpu"))
+        chosen.announce()
+        assert chosen.name == "fp32"
+    assert capsys.readouterr().out.count("this device has no fp16 units; using --precision fp32") == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("wanted", "switch"), [("fp32", False), ("tf32", True), ("bf16", True)])
 def test_the_tf32_switches_are_restored_after_the_step(wanted, switch):
