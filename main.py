@@ -124,10 +124,10 @@ def describe(config, dataset, place):
     """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
     import data_loader
     import families
+    import memory
     import start
     from device.distributed import say
     from generate.classes import Classes, lines_on_classes, require_classes
-    from metrics import cost
     from storage import checkpoint
     from storage.folders import RunFolders
 
@@ -152,9 +152,9 @@ def describe(config, dataset, place):
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
     if dataset is not None:
-        estimate = cost.estimate_memory(config, place, len(classes or ()))
-        say(cost.describe_memory(estimate, place))
-        start.require_memory(config, place, classes, estimate)
+        found = memory.estimate(config, place, len(classes or ()))
+        say(memory.describe(found, place))
+        start.require_memory(config, place, classes, found)
 
 
 if __name__ == "__main__":

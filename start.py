@@ -11,6 +11,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import families
+import memory
 from data_loader import build_dataset, find_dataset, without_held_out
 from dataset import table
 from dataset.check import write_lists
@@ -21,7 +22,6 @@ from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
 from loop import Run, find_standing, find_undone
-from metrics import cost
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
@@ -85,12 +85,12 @@ def _loop(run):
         where = out_of_memory_on(error)
         if where is None or run.trainer.is_whole:       # not by a step, but by what is measured or shown
             raise
-        raise cost.out_of_memory(run.config, run.place, len(run.classes or ()), _has_begun(run.config), where) from None
+        raise memory.exhausted(run.config, run.place, len(run.classes or ()), _has_begun(run.config), where) from None
 
 
-def require_memory(config, place, classes, estimate=None):
-    """Raise what `cost.require_memory` raises: a step needs more memory than there is."""
-    cost.require_memory(config, place, len(classes or ()), _has_begun(config), estimate)
+def require_memory(config, place, classes, found=None):
+    """Raise what `memory.require` raises: a step needs more memory than there is."""
+    memory.require(config, place, len(classes or ()), _has_begun(config), found)
 
 
 def _has_begun(config):

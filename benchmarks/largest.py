@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parameter  # noqa: E402 - found through the line above
 from device.distributed import Place  # noqa: E402
 from device.precision import Precision  # noqa: E402
-from metrics.cost import MARGIN, estimate_memory  # noqa: E402
+from memory import MARGIN, estimate  # noqa: E402
 
 CARDS = (4, 6, 8, 12, 16, 24)       # GB
 IN_USE = 0.7                        # GiB of a card that driver, CUDA's libraries and a desktop take
@@ -31,7 +31,7 @@ def needed(flags, imsize, batch, name):
     config = parameter.resolve(parameter.parse(typed), weights_there=lambda *_: True)
     precision = Precision("fp32", ALONE.device)
     precision.name = name
-    return estimate_memory(config, ALONE, precision=precision).total
+    return estimate(config, ALONE, precision=precision).total
 
 
 def largest(flags, imsize, name):

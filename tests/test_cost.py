@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import lines
 
+import memory
 from device import fast_step, precision
 from device.distributed import Place
 from errors import DataError
@@ -95,14 +96,14 @@ def test_the_estimated_memory_is_that_of_the_tensors_of_a_real_step(flags, class
     monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", 0)      # as a GPU, which never holds the N x N matrix
     monkeypatch.setattr(convolutions, "MERGED_FROM_POSITIONS", 10**9)     # and changes sizes in a step of its own
     config = resolve(parse((*flags, *PRECISE)))
-    estimate = cost.estimate_memory(config, ALONE, classes)
+    estimate = memory.estimate(config, ALONE, classes)
     bank = Bank(torch.randn(8, 512).half(), "relu5_3", vgg.FILE.sha256, "") if config.metadata else None
     names = Classes(tuple("abc"), (4, 4, 4)) if classes else None
     timed = cost.TimedConfig(config, ALONE, bank, names)
     timed.run(1)                                        # makes Adam's moments
     trainer, batch = timed.trainer, next(timed.batches)
     tensors = [batch.images] * config.d_iters + ([batch.labels] * config.d_iters if classes else [])
-    with cost._Ledger() as ledger:
+    with memory._Ledger() as ledger:
         trainer.update(tensors)
     assert estimate.step == pytest.approx(ledger.peak, rel=0.2)
     adam = [moment for optimizer in (trainer.g_optimizer, trainer.d_optimizer)
@@ -122,15 +123,15 @@ def test_the_estimated_memory_is_what_a_gpu_takes(flags, name):
     config = resolve(parse(("--dataset", "toy", "--preset", "published", "--cuda_graph", "false", "--precision", name,
                             *flags)))
     place = Place(torch.device("cuda"))
-    assert cost.estimate_memory(config, place).total == pytest.approx(cost.peak_memory(config, None, place), rel=0.25)
+    assert memory.estimate(config, place).total == pytest.approx(cost.peak_memory(config, None, place), rel=0.25)
 
 
 def test_mixed_precision_parts_of_a_batch_and_recomputation_take_less_memory(monkeypatch):
     monkeypatch.setattr(precision, "has_bf16", lambda device: True)
-    kept, recomputed = (cost.estimate_memory(resolve(parse((*OF_FASTGAN, "--metadata", "false", *more))), ALONE).step
+    kept, recomputed = (memory.estimate(resolve(parse((*OF_FASTGAN, "--metadata", "false", *more))), ALONE).step
                         for more in ((), ("--checkpointing", "true")))
     assert recomputed < 0.7 * kept
-    whole, rounded, parts = (cost.estimate_memory(
+    whole, rounded, parts = (memory.estimate(
         resolve(parse((*WIDE, "--batch_size", "64", *more))), ALONE).step for more in (
         PRECISE, ("--precision", "bf16"), (*PRECISE, "--accumulate", "8")))
     assert rounded < 0.8 * whole and parts < 0.7 * whole
@@ -140,8 +141,8 @@ def test_mixed_precision_parts_of_a_batch_and_recomputation_take_less_memory(mon
 def small_machine(monkeypatch):
     """small_machine(flags, share): with room for this share of what the flags need."""
     def shrink(flags, share):
-        needed = cost.estimate_memory(resolve(parse(flags)), ALONE).total
-        monkeypatch.setattr(cost, "available_memory", lambda: int(share * needed))
+        needed = memory.estimate(resolve(parse(flags)), ALONE).total
+        monkeypatch.setattr(memory, "available_memory", lambda: int(share * needed))
     return shrink
 
 

@@ -14,15 +14,15 @@ ROOT = Path(__file__).parent.parent
 LAYERS = """
 errors utils diffaug
 flags device
-parameter pretrained storage spectral layers
-dataset
+parameter pretrained storage spectral
+dataset layers
 *_models
 data_loader
 losses gallery
 families
 generate
 trainer
-metrics
+memory metrics
 loop
 start
 main
