@@ -22,7 +22,7 @@ import torch
 import utils
 from dataset import decode, workers
 from dataset.decode import printable
-from dataset.images import EncodedDataset, ImageDataset
+from dataset.images import DerivedDataset, EncodedDataset, ImageDataset
 from device.distributed import after_first, on_this_machine, say
 from errors import CheckpointError
 from flags.pictures import PictureShape
@@ -32,7 +32,7 @@ MEMORY = 2**30  # bytes that an in-memory cache may take, at most
 _PAGE = 4096  # bytes: length of the header; the pictures begin at a multiple of it
 
 
-class DecodedCache(ImageDataset):
+class DecodedCache(DerivedDataset):
     """A data set that decodes each picture on its first use and caches it.
 
     `pictures` uint8 (N, C, H, W) and their checksums `sums` int32 (N,), 0 for not cached, are shared between
@@ -41,9 +41,8 @@ class DecodedCache(ImageDataset):
 
     def __init__(self, dataset: ImageDataset, pictures: torch.Tensor, sums: torch.Tensor, file: "_File | None" = None,
                  writable: bool = True):
-        super().__init__(self._one, len(dataset), dataset.summary, dataset.sources)
-        self.dataset, self.pictures, self.file, self.writable = dataset, pictures, file, writable
-        self.options = dataset.options
+        super().__init__(dataset, self._one, len(dataset), dataset.summary, dataset.sources)
+        self.pictures, self.file, self.writable = pictures, file, writable
         self._shared_sums, self.sums = sums, sums.numpy().view(np.uint32)
         self._verified = np.zeros(len(dataset), bool)  # this process knows these to be cached and intact
 
@@ -60,8 +59,8 @@ class DecodedCache(ImageDataset):
     def __reduce__(self):
         """Pickle for spawned workers: they map the file themselves, its content is not copied."""
         if self.file:
-            return _File.map_again, (self.file, self.dataset)
-        return DecodedCache, (self.dataset, self.pictures, self._shared_sums)
+            return _File.map_again, (self.file, self.whole)
+        return DecodedCache, (self.whole, self.pictures, self._shared_sums)
 
     def _one(self, index: int) -> torch.Tensor:
         return self.load_batch([index])[0]
@@ -76,7 +75,7 @@ class DecodedCache(ImageDataset):
                 continue
             hit = self.sums[index] != 0 and _checksum(batch[i]) == self.sums[index]
             if not hit:
-                batch[i] = self.dataset[index]
+                batch[i] = self.whole[index]
                 if self.writable:
                     # The checksum last: a process that sees it finds the whole picture. Processes that decode the same
                     # picture write the same bytes.
@@ -87,17 +86,7 @@ class DecodedCache(ImageDataset):
 
     @property
     def identities(self):
-        return self.dataset.identities
-
-    @property
-    def labels(self):
-        return self.dataset.labels
-
-    def stray(self):
-        return self.dataset.stray()
-
-    def advice_on_labels(self):
-        return self.dataset.advice_on_labels()
+        return self.whole.identities
 
     def is_decoded(self, indices=None):
         return bool((self.sums if indices is None else self.sums[indices]).all())

@@ -461,19 +461,16 @@ class Lmdbs(EncodedDataset):
         return np.fromiter(map(_identity, pairs), np.int64, len(self))
 
 
-class Subset(ImageDataset):
-    """The pictures of a data set at `indices`, in this order; `word` describes them in the summary."""
+class DerivedDataset(ImageDataset):
+    """A data set made of another one, `whole`, which answers what this one does not answer itself."""
 
-    def __init__(self, whole: ImageDataset, indices: Sequence[int], word: str):
-        sources = whole.sources  # one file per picture, or files of many pictures each, which are all kept
-        if len(sources) == len(whole):
-            sources = [sources[index] for index in indices]
-        super().__init__(self._of_whole, len(indices), f"{len(indices)} {word} of {whole.summary}", sources,
-                         self._find_labels)
-        self.whole, self.indices, self.options = whole, np.asarray(indices, np.int64), whole.options
+    def __init__(self, whole: ImageDataset, read: Callable[[int], torch.Tensor], length: int, summary: str,
+                 sources: Sequence[str]):
+        super().__init__(read, length, summary, sources, self._find_labels)
+        self.whole, self.options = whole, whole.options
 
-    def _of_whole(self, index: int) -> torch.Tensor:
-        return self.whole[int(self.indices[index])]
+    def _find_labels(self) -> Labels | None:
+        return self.whole.labels
 
     def stray(self):
         return self.whole.stray()
@@ -481,7 +478,21 @@ class Subset(ImageDataset):
     def advice_on_labels(self):
         return self.whole.advice_on_labels()
 
-    def _find_labels(self) -> Labels | None:
+
+class Subset(DerivedDataset):
+    """The pictures of a data set at `indices`, in this order; `word` describes them in the summary."""
+
+    def __init__(self, whole: ImageDataset, indices: Sequence[int], word: str):
+        sources = whole.sources  # one file per picture, or files of many pictures each, which are all kept
+        if len(sources) == len(whole):
+            sources = [sources[index] for index in indices]
+        super().__init__(whole, self._of_whole, len(indices), f"{len(indices)} {word} of {whole.summary}", sources)
+        self.indices = np.asarray(indices, np.int64)
+
+    def _of_whole(self, index: int) -> torch.Tensor:
+        return self.whole[int(self.indices[index])]
+
+    def _find_labels(self):
         return self.whole.labels and self.whole.labels.subset(self.indices)
 
     def load_batch(self, indices):

@@ -239,7 +239,7 @@ def test_several_lmdbs_are_checked_cached_and_loaded_as_one_set(tmp_path):
     dataset, again = many(tmp_path, **changes), many(tmp_path, num_workers=2)
     assert len(dataset) == 199 and dataset.labels.counts.tolist() == [101, 98]
     assert_colour(dataset[104], (250, 250, 250), 6)                 # 4000 of 12 bits
-    assert len(set(dataset.identities.tolist())) == 199 and len(set(dataset.whole.dataset.stamps.tolist())) == 200
+    assert len(set(dataset.identities.tolist())) == 199 and len(set(dataset.whole.whole.stamps.tolist())) == 200
     assert dataset.is_decoded() and [path.parent.name for path in tmp_path.rglob("*.u8")] == ["lmdb"]
     assert dataset.sources == [str(tmp_path / f"{name}_lmdb/data.mdb") for name in ("cat", "dog")]
     config = data_config(tmp_path, dataset="lsun", conditional=True, num_workers=2)
