@@ -259,17 +259,17 @@ def test_a_preset_fills_only_what_was_left_unset():
 
 
 def test_the_gpu_preset_is_the_published_one_scaled_to_the_batch():
-    """Square-root rule of Adam (Malladi et al. 2022): batches of four times, rates of twice, a quarter of the steps."""
+    """Batches and rates of four times, a quarter of the steps; beyond that rates grow by the square root."""
     def scaled(**typed):
         config = resolve({"preset": "gpu", **typed})
         return (config.batch_size, config.g_lr, config.d_lr, config.beta1, config.beta2, config.ema_decay,
                 config.ema_start, config.total_step)
 
-    assert scaled() == (256, 2e-4, 8e-4, 0.0, 0.6, 0.996006, 0, 250_000)
+    assert scaled() == (256, 4e-4, 1.6e-3, 0.0, 0.6, 0.996006, 0, 250_000)
     assert scaled(batch_size=64) == (64, 1e-4, 4e-4, 0.0, 0.9, 0.999, 0, 1_000_000), "as published"
-    assert scaled(batch_size=4096)[3:6] == (0.0, 0.5, round(0.999**64, 6)), "beta2 stays off 0, where Adam takes signs"
-    assert scaled(model="fastgan")[:6] == (32, 4e-4, 4e-4, 0.0, 0.996, 0.996006)
-    assert scaled(arch="resnet") == (1024, 2e-4, 8e-4, 0.0, 0.6, 0.996006, 500, 250_000)
+    assert scaled(batch_size=1024)[1:6] == (8e-4, 3.2e-3, 0.0, 0.5, round(0.999**16, 6)), "beta2: Adam takes no signs"
+    assert scaled(model="fastgan")[:6] == (32, 8e-4, 8e-4, 0.0, 0.996, 0.996006)
+    assert scaled(arch="resnet") == (1024, 4e-4, 1.6e-3, 0.0, 0.6, 0.996006, 500, 250_000)
     assert scaled(g_lr=0.5, d_lr=0.25)[:3] == (256, 0.5, 0.25)
 
 
