@@ -115,8 +115,9 @@ def dispatch(config, place, interrupt):
         return evaluate.evaluate(config, place, precision)
     if config.mode != "train":
         return modes.MODES[config.mode](config, place, precision) if is_first() else 0
-    if place.device.type == "cpu" and config.preset == "published":
-        say("note: the published settings are slow on a CPU; --preset cpu is tuned for it")
+    if place.device.type == "cpu" and config.preset != "cpu":
+        whose = "published settings" if config.preset == "published" else "settings of --preset gpu"
+        say(f"note: the {whose} are slow on a CPU; --preset cpu is tuned for it")
     return start.train(config, place, precision, interrupt)
 
 

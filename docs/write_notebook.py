@@ -44,12 +44,16 @@ CELLS = [("markdown", """
     if any(folder.startswith("/content/drive") for folder in (PICTURES, KEEP)) and not Path("/content/drive").exists():
         from google.colab import drive
         drive.mount("/content/drive")
+    START = globals().get("START", os.getcwd())     # the same when the cells run again
+    os.chdir(START)
     if PICTURES != "toy":
         PICTURES = os.path.abspath(PICTURES)
     if not Path("main.py").exists():
         if REPOSITORY and not Path("gan").exists():
             subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, "gan"], check=True)
         os.chdir("gan" if REPOSITORY else "..")
+    if not Path("main.py").exists():
+        sys.exit("There is no program here: give REPOSITORY in the first cell, and run all cells again.")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "-r", "requirements.txt"], check=True)
 
     DATA = ["--dataset", "toy"] if PICTURES == "toy" else ["--dataset", "folder", "--image_path", PICTURES]

@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from conftest import MAIN, lines, small_disk_at
 from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from storage import checkpoint
 
@@ -46,6 +47,15 @@ def executed(source, folder, cells=None, **settings):
 def test_the_notebook_is_the_written_one():
     written = runpy.run_path(str(ROOT / "docs/write_notebook.py"))["text"]()
     assert (ROOT / "docs/colab.ipynb").read_text(encoding="utf-8") == written, "python docs/write_notebook.py"
+
+
+def test_without_the_program_it_says_what_to_give(tmp_path):
+    (tmp_path / "empty").mkdir()
+    shutil.copy(ROOT / "docs/colab.ipynb", tmp_path)
+    cells = [cell.cell_type for cell in nbformat.read(tmp_path / "colab.ipynb", as_version=4).cells]
+    set_up = [number for number, kind in enumerate(cells) if kind == "code"][1]
+    with pytest.raises(CellExecutionError, match="give REPOSITORY in the first cell"):
+        executed(tmp_path / "colab.ipynb", tmp_path / "empty", cells=set_up + 1)
 
 
 def test_it_trains_shows_goes_on_samples_and_exports(pictures, tmp_path, monkeypatch):

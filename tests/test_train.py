@@ -103,6 +103,13 @@ def test_training_does_change_between_those_steps(run):
         assert_same_state(state("a", 3), state("a", 6))
 
 
+@pytest.mark.parametrize(("preset", "told"), [("published", "the published settings are slow on a CPU"), ("cpu", None),
+                                              ("gpu", "the settings of --preset gpu are slow on a CPU")])
+def test_settings_that_are_slow_on_a_cpu_are_told(run, preset, told):
+    _, out, _ = run("--preset", preset, "--version", "a", "--total_step", 1, "--sample_step", 5)
+    assert told in out if told else "slow on a CPU" not in out
+
+
 def test_seeds_differ_and_the_same_seed_does_not(run):
     for version, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("--version", version, "--total_step", 2, "--seed", seed)
