@@ -229,7 +229,8 @@ def _find_source(values, given, find_saved):
     own = {"init_from", "freeze_d"}
     if "preset" in given:
         known = {**values, **_UNSET, **settings, **given}
-        own |= {key for preset in FAMILIES[model].PRESETS for key in FAMILIES[model].find_preset(preset, known)}
+        own |= {key for preset in (given["preset"], settings.get("preset", "published"))
+                for key in FAMILIES[model].find_preset(preset, known)}
     for flag, following in FOLLOWS.items():
         if flag in given and given[flag] != settings.get(flag):
             own.update(following)

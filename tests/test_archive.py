@@ -179,7 +179,7 @@ def test_an_archive_travels_to_spawned_workers_and_is_read_by_threads(pictures):
     dataset = open_dataset(data_config(pack(), cache="on"))
     expected = everything(opened("pictures"))
     assert torch.equal(everything(pickle.loads(pickle.dumps(dataset))), expected)
-    assert torch.equal(ThreadedReader(dataset.dataset)[:], expected)
+    assert torch.equal(ThreadedReader(dataset.whole)[:], expected)
 
 
 def test_an_archive_that_was_replaced_is_not_mixed_up(pictures):

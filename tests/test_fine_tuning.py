@@ -92,6 +92,8 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
     assert begun(arch="resnet").g_attn == (32,)
     source = json.loads(parameter.as_json(parameter.resolve({"preset": "cpu", "dataset": "toy", "beta1": 0.3})))
     assert (begun().g_conv_dim, begun(preset="published").g_conv_dim, begun(preset="published").beta1) == (32, 64, 0.3)
+    large = begun(preset="gpu")
+    assert (large.batch_size, large.beta1, large.beta2, large.total_step) == (256, 0.0, 0.6, 250_000)
     with pytest.raises(UsageError, match="--image_path x: run 'a' was trained on --dataset toy; say --dataset"):
         begun(image_path="x")
     with pytest.raises(UsageError, match="say where the pictures are"):

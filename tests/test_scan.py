@@ -99,7 +99,7 @@ def test_names_of_any_bytes_are_trained_on_and_shown_on_one_line(home, capsys):
     assert dataset.load_batch(range(6)).shape == (6, 3, 16, 16)
     copies = {os.fsencode(row["path"]) for row in listed("duplicates")}
     assert len(copies) == 4 and copies < {folder + b"/" + name for name in odd}
-    shown = [dataset.dataset.name(index) for index in range(6)]
+    shown = [dataset.whole.name(index) for index in range(6)]
     assert {r"pictures/caf\xe9.png", r"pictures/new\nline.png", r"pictures/tab\t.png", "pictures/日本.png"} < set(shown)
     assert "\x1b" not in capsys.readouterr().out
     assert printable(b"a\xff\n".decode(errors="surrogateescape")) == r"a\xff\n"
