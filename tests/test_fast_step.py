@@ -158,7 +158,8 @@ def traced(monkeypatch):
 @pytest.mark.parametrize(("flags", "compiled"), [
     (TINY, ["Generator", "g_loss", "d_loss"]), ((*TINY, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "1"),
                                                 ["Generator", "g_loss"]),
-    (FASTGAN, ["Generator", "g_loss", "d_loss"])], ids=["hinge", "penalty", "fastgan"])
+    pytest.param(FASTGAN, ["Generator", "g_loss", "d_loss"], marks=pytest.mark.soak)],
+    ids=["hinge", "penalty", "fastgan"])
 def test_compiled_networks_train_as_plain_ones(traced, capsys, flags, compiled):
     found = []
     for more in ((), ("--compile", "true")):
