@@ -18,7 +18,7 @@ set -uo pipefail
 if [[ $# -gt 1 && ${2-} != speed ]] || [[ ${1-} == pack || ${1-} == -* ]]; then
     exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_runs.py" "$@"
 fi
-[[ $# = 1 || ( $# = 2 && $2 = speed ) ]] || {
+[[ ( $# = 1 && -n $1 && ! $1 =~ ^(speed|celeb|few|few100|classes|large)$ ) || ( $# = 2 && $2 = speed ) ]] || {
     echo "usage: bash benchmarks/gpu.sh OUT_DIR [speed|celeb|few|few100|classes|large], or --help" >&2
     exit 2
 }

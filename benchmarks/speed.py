@@ -241,6 +241,13 @@ def grow(flags, batches=None):
     yield f"\nThat product: {min(peaks) / 1e9:,.0f} to {max(peaks) / 1e9:,.0f} Gflop/s."
 
 
+def some_batches(text):
+    """'64,256' -> [64, 256]."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of batch sizes such as 64,256")
+    return [int(word) for word in text.split(",")]
+
+
 def put(path, title, lines):
     """Write a section into a Markdown file: in place of the one of the same title, or at the end."""
     section = f"## {title}\n\n" + "\n".join(lines) + "\n"
@@ -255,14 +262,16 @@ def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--growth", action="store_true", help="time and memory over image and batch sizes")
-    parser.add_argument("--batches", type=lambda text: [int(word) for word in text.split(",")], metavar="N,N",
+    parser.add_argument("--batches", type=some_batches, metavar="N,N",
                         help="with --growth: these batch sizes at one image size")
     instead.add_argument("--loading", action="store_true", help="what loading pictures adds to a step's time")
     instead.add_argument("--variant", action="append", help="flags of main.py, a row of the table; can be repeated")
     parser.add_argument("--seconds", type=float, help="that each variant is timed for (default: 60)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file that the table goes into")
     options, flags = parser.parse_known_args(argv)
-    lines = []
+    if options.batches and not options.growth:
+        parser.error("--batches: is for --growth")
+    lines, code = [], 0
     try:
         config = config_of(flags)
         if options.growth:
@@ -276,16 +285,20 @@ def main(argv):
             lines.append(line)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return failure.code
+        code = failure.code
+        if len(lines) < 4:                              # nothing was measured
+            return code
     device = distributed.start(config).device
     size = "growth" if options.growth else f"{config.imsize} px, batch {config.batch_size}"
-    size += ", loading" * options.loading + "".join(f", {variant}" for variant in options.variant or ())
+    if options.batches:
+        size = f"{config.imsize} px, growing batches"
+    size += ", loading" * options.loading + "".join(f", {variant}" for variant in options.variant or () if variant)
     model = config.model if config.arch in (None, "dcgan") else f"{config.model} --arch {config.arch}"
     command = shlex.join(["python", "benchmarks/speed.py", *argv])
     put(options.results, f"Speed of a step: {model}, {size}, {hardware(device)}", [
         f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])
     print(f"\n{hardware(device)}: written into {options.results}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Precision:
         """Report a fallback to fp32."""
         if self.wanted not in ("auto", self.name):
             why = f"this device has no {self.wanted} units; using --precision fp32, which is faster here"
+            if (self.device.type, self.wanted) == ("cpu", "fp16"):
+                why = "--precision fp16 is slow on every CPU; using --precision fp32"
             if self.device.type == "mps":
                 why = f"--precision {self.wanted} is for other GPUs and CPUs; using fp32"
             say(f"note: {why}")

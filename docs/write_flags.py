@@ -31,8 +31,9 @@ PRESETS = """\
 
 `published` is the published recipe, and the default. `cpu` is what learned fastest on two CPU cores. `gpu` is the
 published recipe for batches of `--batch_size`, by default four times as large: k times the batch, 1 / k of the steps, k
-times the learning rates (beyond 4, sqrt(4 k) times), Adam's averages shortened k times, `ema_decay` to the power of k
-([how it was tested](speed.md)). Flags that are not listed are the same with every preset; – follows from other flags.
+times the learning rates (beyond 4, sqrt(4 k) times), Adam's averages shortened k times, `ema_decay` to the power of k,
+for k from 1 to 64 ([how it was tested](speed.md)). Flags that are not listed are the same with every preset; – follows
+from other flags.
 """
 
 

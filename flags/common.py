@@ -302,7 +302,7 @@ FLAGS = {
         Flag("model", one_of(*MODELS), DERIVED, "{families}", fixed=always),
         Flag("preset", one_of("published", "cpu", "gpu"), "published",
              "values of the flags left unset: published settings, those that learn fastest on two CPU cores, or, for a "
-             "large GPU, the published ones scaled to batches of --batch_size, by default four times as large",
+             "large GPU, the published ones scaled to a new run's --batch_size, by default four times as large",
              fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
@@ -399,7 +399,7 @@ FLAGS = {
         Flag("accumulate", int, 1, "gradient accumulation: compute a batch in this many parts, which takes less "
              "memory; the same updates, except that batch norm's statistics are those of a part", 1),
         Flag("checkpointing", boolean, False, "compute activations again in the backward pass instead of keeping them: "
-             "the same numbers with less memory, in some 1.3 times the time"),
+             "the same numbers with less memory, in 1.2 to 1.3 times the time"),
         Flag("g_lr", float, 1e-4, "learning rate of G (Adam)", 1e-12, 1.0),
         Flag("d_lr", float, 4e-4, "learning rate of D (Adam); TTUR: larger than G's", 1e-12, 1.0),
         Flag("freeze_d", int, 0, "with --init_from: the first so many blocks of D keep their weights (FreezeD)", 0,

@@ -10,6 +10,7 @@ step; an average of weights has its decay to the power of k (Busbridge et al. 20
 from flags.common import FLAGS
 
 TIMES = 4       # the published batch, if none is typed; and so far learning rates grow in proportion
+MOST = 64       # times the published batch: settings of larger ones are those of this, of smaller ones the published
 
 _DEFAULTS = {flag.name: flag.default for group in FLAGS.values() for flag in group}
 
@@ -17,12 +18,13 @@ _DEFAULTS = {flag.name: flag.default for group in FLAGS.values() for flag in gro
 def for_batch(preset, batch_size=None):
     """Return {flag: value} of a preset for batches of this size, by default TIMES its own."""
     before = _DEFAULTS | preset
-    k = batch_size / before["batch_size"] if batch_size else TIMES
+    published = before["batch_size"]
+    k = min(max(batch_size, published), MOST * published) / published if batch_size else TIMES
     rate = min(k, (k * TIMES)**0.5)
     # beta2 not under 0.5: nearer to 0, Adam's updates are signs of single gradients
     decay = {name: max(least, round(1 - k * (1 - before[name]), 6)) for name, least in (("beta1", 0.0), ("beta2", 0.5))}
     return preset | decay | {
-        "batch_size": batch_size or TIMES * before["batch_size"],
+        "batch_size": batch_size or TIMES * published,
         "g_lr": _three_digits(rate * before["g_lr"]), "d_lr": _three_digits(rate * before["d_lr"]),
         "ema_decay": round(before["ema_decay"]**k, 6), "ema_start": round(before["ema_start"] / k),
         "total_step": max(1, round(before["total_step"] / k)),

@@ -271,6 +271,11 @@ def test_the_gpu_preset_is_the_published_one_scaled_to_the_batch():
     assert scaled(model="fastgan")[:6] == (32, 8e-4, 8e-4, 0.0, 0.996, 0.996006)
     assert scaled(arch="resnet") == (1024, 4e-4, 1.6e-3, 0.0, 0.6, 0.996006, 500, 250_000)
     assert scaled(g_lr=0.5, d_lr=0.25)[:3] == (256, 0.5, 0.25)
+    assert scaled(batch_size=1) == (1, *scaled(batch_size=64)[1:]), "of smaller batches the published settings"
+    assert scaled(batch_size=10**6)[1:] == scaled(batch_size=4096)[1:]
+    for wrong in (-4, 10**400):
+        with pytest.raises(UsageError, match="--batch_size"):
+            scaled(batch_size=wrong)
 
 
 def test_a_folder_of_pictures_may_be_called_data():
