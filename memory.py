@@ -46,17 +46,23 @@ def estimate(config, place, classes=0, precision=None):
     """Return the Estimate for one process of a run with so many classes; on a GPU, within some 15 %. `precision` is
     that of the config on the place, if no other is given.
 
-    Tensors alone are counted, not what libraries need. Nothing is computed, and no weights are needed: it takes a
-    second or less, whatever the size.
+    Tensors alone are counted, not what libraries need. Nothing is computed, and no weights are needed: it takes seconds
+    at most, whatever the size.
     """
-    shapes = _Shapes(config, classes, precision or Precision(config.precision, place.device))
-    count = config.batch_size // place.world_size
-    tensors = [torch.empty(count, *PictureShape.of_config(config).size, device="meta")] * config.d_iters
+    # of a batch in parts only two: more take no more memory, but for their images
+    parts, count = min(config.accumulate, 2), config.batch_size // place.world_size
+    few = parts * count // config.accumulate
+    shapes = _Shapes(Config.of({**vars(config), "accumulate": parts}), classes,
+                     precision or Precision(config.precision, place.device))
+    tensors = [torch.empty(few, *PictureShape.of_config(config).size, device="meta")] * config.d_iters
     if classes:
-        tensors += [torch.zeros(count, dtype=torch.long, device="meta")] * config.d_iters
+        tensors += [torch.zeros(few, dtype=torch.long, device="meta")] * config.d_iters
     with _Ledger() as ledger, _AsOnGPU():
         shapes.update(tensors)
-    return Estimate(shapes.constant_bytes(), ledger.peak + sum(tensor.nbytes for tensor in tensors))
+    images = sum(tensor.nbytes for tensor in tensors)
+    augmented = tensors[0].nbytes * bool(config.augment)                # held by the step until G's phase
+    more = count / few - 1
+    return Estimate(shapes.constant_bytes(), ledger.peak + images + round(more * (images + augmented)))
 
 
 def describe(found, place):
