@@ -137,7 +137,7 @@ def current_weights(net):
 
 @contextmanager
 def kept_weights(weights):
-    """Let layers compute with these {SpectralNorm: W / sigma} in this context, and compute none anew."""
+    """Let layers use these {SpectralNorm: W / sigma} in this context instead of computing their own."""
     for norm, weight in weights.items():
         norm.kept = weight
     try:

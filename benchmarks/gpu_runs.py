@@ -96,9 +96,13 @@ class Experiment:
     last: str = LAST
     times: dict = field(default_factory=dict)
 
+    def times_of(self, name):
+        """Return as how many steps one of this run counts."""
+        return self.times.get(name, 1)
+
     def own(self, name, step):
         """Return the step of a run itself that `step` is."""
-        return step // self.times.get(name, 1)
+        return step // self.times_of(name)
 
 
 _FEW = Experiment(
@@ -207,7 +211,7 @@ class Call:
 
     def steps_of(self, name):
         """The steps of a run's checkpoints."""
-        return {step * self.experiment.times.get(name, 1) for step in checkpoint.steps_in(self.folders(name).models)}
+        return {step * self.experiment.times_of(name) for step in checkpoint.steps_in(self.folders(name).models)}
 
     def shared_flags(self):
         """The flags of main.py that all commands of this call have."""
@@ -245,7 +249,7 @@ class Call:
 
     def common_grids(self):
         """(the newest step of which every run with grids has one, those runs); (None, []) before the first."""
-        steps = {name: {int(path.name.split("_")[0]) * self.experiment.times.get(name, 1)
+        steps = {name: {int(path.name.split("_")[0]) * self.experiment.times_of(name)
                         for path in self.folders(name).samples.glob("*_fake.png")} for name in self.experiment.runs}
         begun = [name for name in steps if steps[name]]
         return max(set.intersection(*(steps[name] for name in begun)), default=None) if begun else None, begun
@@ -317,7 +321,7 @@ class Call:
         for write in results:
             try:
                 logs = logs or {name: Log(self.folders(name).logs / "metrics.jsonl",
-                                          self.experiment.times.get(name, 1)) for name in self.experiment.runs}
+                                          self.experiment.times_of(name)) for name in self.experiment.runs}
                 write(logs)
             except Exception as error:                  # the training is worth more than a picture of it
                 note = f"**{write.__name__} failed**: {type(error).__name__}: {first_line(error)}"
@@ -342,6 +346,7 @@ class Call:
         (step, begun), out = self.common_grids(), self.options.out
         if step is None:
             return
+
         def of_step(name, pattern):
             return self.folders(name).samples.glob(step_name(self.experiment.own(name, step), pattern))
 

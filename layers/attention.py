@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from layers.blocks import positions
+
 # Below this many positions the explicit softmax is faster on CPUs; on GPUs too where the values have more channels than
 # this: the fused backward pass through two layers of 512 channels took 10% of a step.
 FUSED_FROM_POSITIONS = 512
@@ -37,9 +39,9 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         B, _, H, W = x.size()
         q, k, v = self._project(x)
-        q = _positions(q)                                               # (B, N, C/8)
-        k = _positions(self.pool(k))                                    # (B, M, C/8), M = N or N / 4
-        v = _positions(self.pool(v))                                    # (B, M, C or C/2)
+        q = positions(q)                                                # (B, N, C/8)
+        k = positions(self.pool(k))                                     # (B, M, C/8), M = N or N / 4
+        v = positions(self.pool(v))                                     # (B, M, C or C/2)
         out = attend(q, k, v)                                           # (B, N, C or C/2)
         out = self.out(out.transpose(1, 2).reshape(B, -1, H, W))        # (B, C, H, W)
         return self.gamma.to(out.dtype) * out + x
@@ -61,15 +63,10 @@ class SelfAttention(nn.Module):
         size = torch.tensor([H, W], device=x.device)
         cell = (queries.to(x.device) * size).long().clamp(min=0).minimum(size - 1)      # (Q, 2)
         at = cell[:, 0] * W + cell[:, 1]                                # (Q,)
-        q = _positions(self.query(x))[:, at]                            # (B, Q, C/8)
+        q = positions(self.query(x))[:, at]                             # (B, Q, C/8)
         keys = self.pool(self.key(x))                                   # (B, C/8, H, W) or half as high and wide
         weights = torch.softmax((q @ keys.flatten(2)).float(), dim=-1)  # (B, Q, M)
         return weights.view(B, -1, *keys.shape[2:])
-
-
-def _positions(x):
-    """(B, C, H, W) -> (B, H * W, C); a view where x is channels-last."""
-    return x.flatten(2).transpose(1, 2)
 
 
 def attend(q, k, v):

@@ -59,8 +59,13 @@ class FeatureHeads(nn.Module):
         return torch.cat([each.flatten(1).float() for each in logits], 1)
 
 
+def positions(x):
+    """(B, C, H, W) -> (B, H * W, C); a view where x is channels-last."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def sum_pool(x):
     """(B, C, H, W) -> (B, C), the fp32 sum over all positions; the gradient of a channels-last x is channels-last, too
     (after `sum((2, 3))` it is not, and what follows it becomes slow).
     """
-    return x.flatten(2).transpose(1, 2).float().sum(1)                 # (B, H * W, C), a view, -> (B, C)
+    return positions(x).float().sum(1)

@@ -70,6 +70,9 @@ def test_growth_tells_how_far_the_ideal_is(monkeypatch, capsys, tmp_path):
     assert 0 < int(found[3]) < 100 and float(found[1]) * float(found[2]) == pytest.approx(8, rel=0.02)
     assert speed.main(["--growth", "--batches", "4,2", "--results", str(tmp_path / "r.md"), *SMALL]) == 0
     assert [batch for batch, *_ in re.findall(row, capsys.readouterr().out, re.M)] == ["4", "2"]
+    flags = ("--growth", "--batches", "4,3", "--accumulate", "2", "--results", str(tmp_path / "kept.md"))
+    assert speed.main([*flags, *SMALL]) == 2, "3 cannot be divided"
+    assert re.findall(row, (tmp_path / "kept.md").read_text(), re.M)[0][0] == "4", "what was measured is kept"
 
 
 def test_the_other_way_of_changing_sizes_is_a_row_where_there_is_one(monkeypatch):
