@@ -123,11 +123,14 @@ def dispatch(config, place, interrupt):
 
 def describe(config, dataset, place):
     """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
+    import torch
+
     import data_loader
     import families
     import memory
     import start
     from device.distributed import say
+    from device.precision import Precision
     from generate.classes import Classes, lines_on_classes, require_classes
     from storage import checkpoint
     from storage.folders import RunFolders
@@ -142,7 +145,8 @@ def describe(config, dataset, place):
     if config.classes is not None:
         require_classes(classes).choose(config.classes)
     if not config.fake_dir:                             # scoring a folder needs no networks
-        G, D = families.build(config, len(classes or ()))
+        with torch.device("meta"):                      # shapes alone: of any width, in no time
+            G, D = families.build(config, len(classes or ()))
         for name, net in (("G", G), ("D", D)):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
         if config.mode == "train":
@@ -152,6 +156,7 @@ def describe(config, dataset, place):
     for line in lines_on_classes(config, dataset, classes) if dataset else ():
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
+    say(f"precision: {Precision(config.precision, place.device).name}")
     if dataset is not None:
         found = memory.estimate(config, place, len(classes or ()))
         say(memory.describe(found, place))

@@ -21,6 +21,7 @@ from device.loss_scale import LossScale
 from device.precision import Precision
 from device.replicas import GradientAverage
 from errors import UsageError
+from flags.common import written
 from flags.pictures import PictureShape, halved, short_side
 from layers.recompute import recompute_activations
 from parameter import Config
@@ -28,6 +29,7 @@ from pretrained import vgg
 from spectral import shared_weights
 from trainer import Trainer
 
+ATTENTION = ("g_attn", "d_attn")
 MARGIN = 1.15       # of estimated memory: what is advised fits with it, what is refused does not fit without it
 
 
@@ -126,8 +128,7 @@ def _what_fits(config, place, classes, resuming, found, free):
             continue                                    # clearly too few parts: each estimate takes a second
         needed = estimate(changed, place, classes).total
         if needed * MARGIN < free:
-            flags = [f"--{name} {str(getattr(changed, name)).lower()}" for name in (
-                "imsize", "accumulate", "checkpointing") if getattr(changed, name) != getattr(config, name)]
+            flags = [f"--{name} {written(getattr(changed, name))}" for name in _named(config, changed)]
             parts = " (a batch in parts)" if changed.accumulate > 1 else ""
             return f"Give {' '.join(flags)}{parts}, which needs about {_in_words(needed)}"
     if resuming:
@@ -149,11 +150,28 @@ def _smaller(config, place, resuming):
         yield Config.of({**vars(config), "accumulate": count, "checkpointing": True})
     size = None if resuming else halved(config.imsize)
     while size and short_side(size) in family.IMSIZES:
-        values = {**vars(config), "imsize": size, "g_attn": None, "d_attn": None}
-        family.fill_in(values, lambda *_: True)         # attention goes by the size
+        values = {**vars(config), "imsize": size}
+        try:
+            family.check(values)
+        except UsageError:                              # attention at sizes that are not there
+            values |= _usual_attention(config, size)
         for parts in divisors:
             yield Config.of({**values, "accumulate": parts})
         size = halved(size)
+
+
+def _usual_attention(config, imsize):
+    """Return {flag: value} of the feature sizes with attention that a run at `imsize` has, if none are typed."""
+    values = {**vars(config), "imsize": imsize, **dict.fromkeys(ATTENTION)}
+    parameter.FAMILIES[config.model].fill_in(values, lambda *_: True)
+    return {name: values[name] for name in ATTENTION}
+
+
+def _named(config, changed):
+    """Return the flags that make `config` the `changed` one; attention that goes by the size needs none."""
+    usual = _usual_attention(config, config.imsize)
+    return [name for name in ("imsize", *ATTENTION, "accumulate", "checkpointing")
+            if getattr(changed, name) != getattr(config, name) != usual.get(name)]
 
 
 def _holder(place):

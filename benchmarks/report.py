@@ -19,21 +19,17 @@ from dataset.workers import cores
 from errors import Failure
 from gallery.grid import BACKGROUND, INK, MARGIN, QUIET
 from metrics import cost
-from storage.score_table import BESIDE
+from storage import score_table
 from utils import write_atomically
 
 BASELINE = "baseline"       # label of the row that the others are compared with
 
-# Which way is better, for the columns whose names are known, alone or with that of a network, as in vgg_fd.
-COST = ("s/step", "GPU GiB", "G parameters", "D parameters")
-LOWER = ("swd", "fd", "fid", "kid", "lpips", *COST)
-HIGHER = ("precision", "recall", "density", "coverage", "is", "inception_score")
+COST = ("s/step", "GPU GiB", "G parameters", "D parameters")      # lower is better
 
 
 def sign_of(name):
     """-1 for a column where lower is better, 1 where higher is, 0 for one of unknown meaning."""
-    words = {name, *name.split("_")}
-    return -1 if words & set(LOWER) else 1 if words & set(HIGHER) else 0
+    return -1 if name in COST else score_table.sign_of(name)
 
 
 def interval(values):
@@ -394,7 +390,7 @@ def scores_in(lines):
     for entry in map(json.loads, lines):
         if "protocol" in entry:
             numbers |= {name: value for name, value in entry.items()
-                        if isinstance(value, float) and not name.endswith((*BESIDE, "_floor"))}
+                        if isinstance(value, float) and not name.endswith((*score_table.BESIDE, "_floor"))}
     return numbers
 
 

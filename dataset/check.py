@@ -29,7 +29,7 @@ from utils import spread_indices, write_atomically
 
 LEVELS = {"header": 1, "full": 2}
 FULL = 10_000  # --check_data auto decodes every picture of data sets up to this size; of larger ones, header and end
-SHARE = 0.01  # largest fraction of unusable pictures that is skipped instead of refused
+SHARE = 0.01  # largest fraction of unusable pictures that is skipped instead of refused; of any set, one is
 SAMPLE = 64  # pictures that are looked at for values of more than 8 bits with --check_data off
 SHAPES = 16  # pictures whose shapes are looked at
 KEPT = 0.5  # share of a usual picture that cropping should leave, at least
@@ -59,7 +59,7 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
     """Return `open_cache()` (`dataset` or a cache of it) without the unusable pictures, and print what was found.
 
     It is kept in `dataset.findings`, for `write_lists`. Rank 0 checks; all ranks must call this. Raises DataError if
-    more than SHARE of the pictures are unusable, after writing the lists, which tell which ones to mend.
+    more than one and than SHARE of the pictures are unusable, after writing the lists, which tell which ones to mend.
     """
     if not isinstance(dataset, EncodedDataset):
         return open_cache()
@@ -94,12 +94,12 @@ def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findin
     bad = [f"{dataset.name(index)}: {reason}" for index, reason in findings.bad.items()]
     shown = "\n  ".join(bad[:NAMED]) + (f"\n  and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
     where = f", all listed in {decode.printable(_path(BAD, config))}" if _has_logs(config) else ""
-    if len(bad) > SHARE * len(dataset):
+    if len(bad) > max(1, SHARE * len(dataset)):
         damaged = len(findings.bad) - len(findings.intact)
         write_lists(dataset, config)
         delete = dataset.advice if damaged else "Mend that"
         raise DataError(f"{len(bad)} of the {dataset.summary} cannot be used{where}:\n  {shown}\n"
-                        f"{delete}; only up to {SHARE:.0%} of the pictures would be skipped.")
+                        f"{delete}; only one, or up to {SHARE:.0%}, of the pictures would be skipped.")
     later = f"{where} once training starts" if where else ""
     say(f"pictures: {len(bad)} of {len(dataset)} cannot be used and are skipped{later}:\n  {shown}")
     return Subset(cached, [index for index in range(len(dataset)) if index not in findings.bad], "usable")

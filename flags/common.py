@@ -204,6 +204,8 @@ def written(value):
 
 # --------------------------------------------------------------------------------------------------------- flags
 
+WIDEST = 2**16      # of latents and layers: far more than any memory holds
+
 
 def always(values):
     """For `Flag.fixed`: this setting can never change within a run."""
@@ -376,9 +378,9 @@ FLAGS = {
              "data set's metadata, its statistics for --metrics", per_call=True),
     ),
     "network": (
-        Flag("z_dim", int, 128, "length of the noise vector", 1, fixed=always),
-        Flag("g_conv_dim", int, 64, "width of G in channels: {families}", 1, fixed=always),
-        Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, fixed=always),
+        Flag("z_dim", int, 128, "length of the noise vector", 1, WIDEST, fixed=always),
+        Flag("g_conv_dim", int, 64, "width of G in channels: {families}", 1, WIDEST, fixed=always),
+        Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, WIDEST, fixed=always),
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
         Flag("d_features", one_of("none", "vgg16"), "none", "D judges features of this frozen network, too; helps on "
@@ -395,7 +397,7 @@ FLAGS = {
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "
              "color,translation,cutout, or none"),
         Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
-        Flag("d_iters", int, DERIVED, f"updates of D per step (default: {_by_loss('d_iters')})", 1),
+        Flag("d_iters", int, DERIVED, f"updates of D per step (default: {_by_loss('d_iters')})", 1, 1000),
         Flag("accumulate", int, 1, "gradient accumulation: compute a batch in this many parts, which takes less "
              "memory; the same updates, except that batch norm's statistics are those of a part", 1),
         Flag("checkpointing", boolean, False, "compute activations again in the backward pass instead of keeping them: "

@@ -31,6 +31,7 @@ from gallery.grid import (
     to_visible,
 )
 
+UNIFORM = 0.98      # entropy of maps, 1 = uniform, above which they show hardly anything
 LONG_CAPTION = "0.0000-0.0000  mean 0.0000"     # columns are at least as wide: all frames of a film are alike
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
 # hue, for colour-blind readers (under simulated full protanopia, deuteranopia and tritanopia any two differ by a CIE76
@@ -106,6 +107,8 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()
     head += [(f"gamma = {gamma:+.4f}", INK), (f"entropy {entropy:.2f}", INK)]
     if abs(gamma) < 0.005:
         head += [("gamma is near 0: almost no effect yet", WARN)]
+    elif entropy > UNIFORM:
+        head += [("entropy is near 1: nearly uniform, the colours say little", WARN)]
     legend = ("0", None, "maximum of each map", "least to most: times uniform attention", "H: entropy, 1 = uniform")
     columns = [(f"query {i + 1}", colour, colour, "") for i, colour in enumerate(colours)]
     rows = [([_divided_by_max(map) for map in row], [_caption(map) for map in row]) for row in maps]

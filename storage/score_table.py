@@ -13,6 +13,9 @@ from pathlib import Path
 from storage.journal import open_to_add
 from utils import write_atomically
 
+# Which way is better, for scores whose names are known, alone or with that of a network, as in fd_vgg16.
+LOWER = ("fid", "fd", "kid", "ifid", "swd", "lpips")
+HIGHER = ("precision", "recall", "density", "coverage", "is", "inception_score")
 BESIDE = ("_std", "_low", "_high")      # suffixes of what is shown beside a value: standard deviation, 95 % interval
 _LEGEND = (
     "Rows of one table are comparable: they share the protocol above it. Rows of different tables are not.", "",
@@ -128,8 +131,22 @@ def tables(entries):
         lines += _table(["", "step", *columns, "source", "date"], [
             [_cell(row["name"]), "" if row["step"] is None else f"{row['step']:,}",
              *(_number(row, column) for column in columns), _cell(row["source"]), row["taken"]] for row in rows])
-        lines.append("")
+        lines += ["", *_directions(columns)]
     return lines
+
+
+def sign_of(name):
+    """Return -1 for a score where lower is better, 1 where higher is, 0 for one of unknown meaning."""
+    words = {name, *name.split("_")}
+    return -1 if words & set(LOWER) else 1 if words & set(HIGHER) else 0
+
+
+def _directions(columns):
+    """Return lines on which way is better, for those columns of which it is known."""
+    named = [column for column in columns if not column.endswith("_floor")]
+    words = [f"{way} is better: {', '.join(names)}" for way, sign in (("lower", -1), ("higher", 1))
+             if (names := [name for name in named if sign_of(name) == sign])]
+    return [f"({'; '.join(words)})", ""] if words else []
 
 
 def is_beside_another(key, values):

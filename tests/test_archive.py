@@ -278,15 +278,17 @@ def test_a_damaged_file_in_an_archive_is_left_out_until_the_archive_is_mended(ho
 
 def test_damaged_pictures_and_copies_are_found_and_the_advice_fits(home):
     fill(home / "pictures", 5)
-    Path("pictures/page.jpg").write_bytes(b"<html>")
+    for name in ("page.jpg", "quote.jpg"):
+        Path("pictures", name).write_bytes(b"<html>")
     shutil.copy("pictures/001.png", "pictures/copy.png")
     pack()
     with pytest.raises(DataError) as caught:
         opened(check_data="header")
     text = str(caught.value)
-    assert "1 of the 7 pictures in x.zip cannot be used" in text and "x.zip/page.jpg: it is not a JPEG" in text
+    assert "2 of the 8 pictures in x.zip cannot be used" in text and "x.zip/page.jpg: it is not a JPEG" in text
     assert "Unpack the archive" in text
-    Path("pictures/page.jpg").unlink()
+    for name in ("page.jpg", "quote.jpg"):
+        Path("pictures", name).unlink()
     opened(pack(), check_data="header")
     (row,) = listed("duplicates")
     assert row["name"] == "copy.png" and row["copy_of"] == {"archive": str(home / "x.zip"), "name": "001.png"}
@@ -317,7 +319,8 @@ def test_the_check_looks_at_new_and_changed_pictures_only(home, monkeypatch):
 
 def test_clean_data_deletes_nothing_from_an_archive(home, run):
     fill(home / "pictures", 5)
-    Path("pictures/page.jpg").write_bytes(b"<html>")
+    for name in ("page.jpg", "quote.jpg"):
+        Path("pictures", name).write_bytes(b"<html>")
     before = Path(pack()).read_bytes()
     flags = ("--dataset", "folder", "--image_path", "x.zip", "--version", "a")
     code, _, err = run(*flags, "--total_step", 1)

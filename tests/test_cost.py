@@ -173,6 +173,21 @@ def test_pictures_that_are_too_large_are_told_what_fits(run, small_machine, shar
         assert code == 2 and advice in err
 
 
+def test_the_size_that_is_advised_goes_with_the_attention_that_is_typed(run, small_machine):
+    flags = ("--imsize", "64", "--batch_size", "2", "--g_conv_dim", "8", "--d_conv_dim", "8", "--device", "cpu",
+             "--dataset", "toy", "--g_attn", "32", "--dry_run", *PRECISE)
+    small_machine(flags, 0.5)
+    code, _, err = run(*flags, tiny=False)
+    assert code == 2 and "Give --imsize 32 --g_attn 8,16, which needs about" in err
+    assert run(*flags, "--imsize", "32", "--g_attn", "8,16", tiny=False)[0] == 0
+
+
+def test_a_dry_run_of_the_widest_networks_says_what_they_need(run):
+    code, out, err = run("--g_conv_dim", 2**16, "--dry_run")
+    assert code == 2 and "G parameters: " in out and "a step needs about" in err
+    assert run("--g_conv_dim", 2**16 + 1)[::2] == (2, "error: --g_conv_dim 65537: must be at most 65536\n")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_step_that_runs_out_of_memory_says_what_fits_and_a_metric_does_not(run, monkeypatch, error):
     def fail(*_, **__):

@@ -220,3 +220,9 @@ def test_an_interval_stands_in_brackets_beside_its_number(home):
     assert "95 % interval" in Path("logs/scores.md").read_text(encoding="utf-8")
     assert in_words(score(fid=41.21, fid_low=39.9, fid_high=42.6, fid_floor=12.5, kid=0.5, kid_std=1.0).values) == (
         "fid 41.21 (39.9 to 42.6), kid 0.5")
+
+
+def test_a_line_below_a_table_says_which_way_is_better(home):
+    lines = record("logs", "a", 1, [score(fid=3.0, fid_floor=1.0, kid_dinov2=1.0, precision=0.5, share_z=0.2)])
+    assert "(lower is better: fid, kid_dinov2; higher is better: precision)" in lines
+    assert not any("better" in line for line in record("logs", "a", 1, [score("B", share_z=0.2)]))

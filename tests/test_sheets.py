@@ -236,15 +236,17 @@ def header(page):
     return page[: framed(page, sheets.QUERY_COLOURS[0])[0][0] - 30]
 
 
-def test_the_header_warns_when_the_map_has_no_effect(tmp_path):
+def test_the_header_warns_when_the_map_has_no_effect_or_no_structure(tmp_path):
     images, queries = torch.zeros(1, 3, 64, 64), DEFAULT_QUERIES
 
-    def warns(gamma):
-        page = write_attention(tmp_path / "a.png", images, uniform(1, 5, 4, 4), queries, gamma)
+    def warns(gamma, entropy=0.83):
+        sheets.save_attention(images, uniform(1, 5, 4, 4), queries, tmp_path / "a.png", "g16", 100, gamma, entropy)
+        page = read(tmp_path / "a.png")
         return (header(page) == grid.WARN).all(2).sum() > 20
 
     assert warns(0.0) and warns(-0.0049) and warns(torch.nn.Parameter(torch.zeros(1)))
     assert not warns(0.0051) and not warns(-0.3) and not warns(float("nan"))
+    assert warns(0.3, 0.985) and not warns(0.3, 0.975)
 
 
 def test_the_header_changes_with_what_it_says(tmp_path):

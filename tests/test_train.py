@@ -303,9 +303,10 @@ def test_fewer_pictures_than_a_batch_ends_with_3(run, pictures):
     code, _, err = run("--dataset", "folder", "--image_path", pictures, "--batch_size", 13)
     assert code == 3 and "--batch_size" in err and "12" in err
     assert sorted(os.listdir()) == ["cache", "pictures"], "the check's own cache"
-    (pictures / "broken.png").write_bytes(b"no picture")
+    for name in ("broken.png", "cut.png"):
+        (pictures / name).write_bytes(b"no picture")
     code, _, err = run("--dataset", "folder", "--image_path", pictures, "--batch_size", 14, "--version", "a")
-    assert code == 3 and "1 of the 13 pictures" in err and "broken.png" in err and "--batch_size" not in err
+    assert code == 3 and "2 of the 14 pictures" in err and "broken.png" in err and "--batch_size" not in err
     assert "broken.png" in Path("logs/a/bad_images.jsonl").read_text(), "what --mode clean_data reads"
 
 
@@ -315,7 +316,7 @@ def test_dry_run_prints_and_writes_nothing(run):
     assert "G parameters: 3832885\n" in out and "D parameters: 3175299\n" in out
     config = json.loads(out[:out.rindex("}") + 1])
     assert config["g_attn"] == [16, 32] and config["sn"] == "both"
-    assert "4096" in out and "device: " in out
+    assert "4096" in out and "device: " in out and "precision: fp32\n" in out
     assert os.listdir() == []
 
 
