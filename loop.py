@@ -7,17 +7,13 @@ no longer finite. What comes before the first step is in start.py.
 import json
 import math
 import signal
-from collections import Counter
 from contextlib import contextmanager
-from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import utils
-from data_loader import real_batches, to_images
-from dataset.images import split
+from data_loader import real_batches
 from device import distributed, watch
 from device.distributed import say
 from device.loss_scale import LONGEST_STREAK
@@ -25,18 +21,15 @@ from errors import CheckpointError, NonFiniteError, first_line
 from families import FAMILIES
 from flags.common import written
 from gallery import page
-from gallery.grid import save_grid
-from gallery.health import Health
-from gallery.records import Record
-from generate.draw import BN_STATS_IMAGES, DrawnSamples, batch_for, draw
+from generate.draw import BN_STATS_IMAGES
 from parameter import RUN_SETTINGS, as_json
 from storage import checkpoint, score_table
 from storage.boards import Wandb, is_shown
 from storage.folders import step_name
-from storage.journal import MetricsLog, Window, count_after, names_at
+from storage.journal import MetricsLog, Window, names_at
+from training.measurements import Measurements
+from training.recorder import LAST_PICTURE, Recorder
 
-LAST_PICTURE = "_fake.png"  # of a record: where it is, the others are
-HEALTH_IMAGES = 16          # that D's logits are compared on, of each kind
 RECORD_IMAGES = 64          # to recompute batch-norm statistics on before a record; a checkpoint uses BN_STATS_IMAGES
 
 
@@ -75,22 +68,6 @@ def find_undone(config, folders, state):
     return Due(log, show, save=False, measure=due.measure and "protocol" not in names), unlogged
 
 
-class Standing(NamedTuple):
-    """The step of best.pth, -1 without one, and how many measurements since then gave no better score."""
-
-    step: int
-    worse: int
-
-    def in_words(self):
-        return f"no score is better than that of step {self.step}, which best.pth has, for {self.worse} measurements"
-
-
-def find_standing(config, folders):
-    """Return the Standing of a run that measures by what is on the disk; (-1, 0) if it does not."""
-    best, step = checkpoint.load_best(folders.models) if config.metric_step else (None, -1)
-    return Standing(step, count_after(folders.logs, step, best["metric"])) if best else Standing(-1, 0)
-
-
 class Run:
     """One training run: calls the `trainer` for steps; logs, shows, saves and measures into `folders`.
 
@@ -98,18 +75,16 @@ class Run:
     """
 
     def __init__(self, trainer, meter, dataset, data, folders, interrupt, undone, unlogged):
-        self.trainer, self.meter, self.folders, self.interrupt = trainer, meter, folders, interrupt
+        self.trainer, self.folders, self.interrupt = trainer, folders, interrupt
         self.dataset, self.data = dataset, data         # the pictures, and what a checkpoint keeps of which they are
         self.config, self.place, self.classes = trainer.config, trainer.place, trainer.latents.classes
-        self.figures = {}                               # numbers from the last record, for the next log line
         self.failing = set()                            # what `try_to` could not do the last time
         self.saved_step = self.first_step = trainer.step
-        self.held_out = split(dataset.whole, self.config.holdout)[1] if self.config.holdout else None
-        self.health = Health()
+        self.recorder = Recorder(trainer, dataset, folders)
+        self.measurements = Measurements(trainer, meter, folders)
         self.stop_vote = distributed.StopVote()
         self.finite_until = trainer.step
         self.undone, self.unlogged = undone, unlogged
-        self.standing = distributed.on_first(lambda: find_standing(self.config, folders))
         self.said_done = False
         self.page = page.PageWriter(folders, self.config, self.classes and len(self.classes))
         self.ended = page.FAILED                        # what the page says in the end, without `stop` and `finish`
@@ -194,27 +169,10 @@ class Run:
         if due.show or due.measure:
             self.write_page()
 
-    @torch.no_grad()
     def show(self):
-        """Write a record: the grid of G_ema at the fixed inputs, and what the networks attend to."""
-        if not distributed.is_first():
-            return
-        trainer, config, device, folders = self.trainer, self.config, self.place.device, self.folders
-        trainer.D.eval()
-        try:
-            with utils.forked_random_state(device):
-                inputs = trainer.fixed_inputs
-                images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
-                order = slice(None) if self.classes is None else by_classes(inputs.labels)
-                record = Record(inputs[order].to(device), images[order].to(device), self.real_images[order].to(device),
-                                folders.samples, folders.attention, trainer.step, config.attn_queries, config.attn_raw,
-                                () if self.classes is None else self.classes.captions(inputs.labels[order]))
-                self.figures = self.check_health(record)
-                for write in FAMILIES[config.model].records:
-                    self.figures |= write(trainer.G_ema, trainer.D, record)
-                save_grid(images, record.samples / step_name(record.step, LAST_PICTURE), names=self.row_names)
-        finally:
-            trainer.D.train()
+        """Write a record, on rank 0."""
+        if distributed.is_first():
+            self.recorder.write()
 
     def show_on_boards(self):
         """Give the record's pictures to TensorBoard and wandb; of a long run not those of all records."""
@@ -229,25 +187,14 @@ class Run:
         if self.wandb:
             self.wandb.write_pictures(step, pictures)
 
-    def check_health(self, record):
-        """Warn of a dead D, a collapsed G, a D that memorizes. Return {name: float}, for held-out pictures."""
-        labels = record.inputs.labels                   # of the real images, too: rows of both grids have one class
-        shown = {"fake": (record.images, labels), "real": (record.real, labels)}
-        if self.held_out:
-            indices = utils.spread_indices(len(record.real), len(self.held_out))
-            images = to_images(self.held_out.load_batch(indices))
-            shown["heldout"] = images.to(self.place.device), self.labels_of(self.held_out, indices)
-        logits = {name: self.trainer.objective.logits(self.trainer.D, *(
-            part if part is None else part[:HEALTH_IMAGES] for part in shown[name])) for name in shown}
-        return self.health.check(record.step, record.images, record.real, logits)
-
     def log(self, means):
         """Write a line to metrics.jsonl and update the text of the progress bar."""
         trainer, config, window = self.trainer, self.config, self.window
         gammas = FAMILIES[config.model].gammas(trainer.G, trainer.D)
         values = torch.cat(list(gammas.values())).tolist() if gammas else []        # one synchronization for all
         scalars = {
-            **means, **{f"gamma/{layer}": value for layer, value in zip(gammas, values, strict=True)}, **self.figures,
+            **means, **{f"gamma/{layer}": value for layer, value in zip(gammas, values, strict=True)},
+            **self.recorder.figures,
             "epoch": trainer.samples_seen / len(self.dataset),
             "sec_per_step": window.seconds / window.steps,
             "images_per_sec": config.batch_size * config.d_iters * window.steps / window.seconds,
@@ -258,10 +205,10 @@ class Run:
             scalars["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.place.device) / 2**30
         if self.place.device.type == "mps":
             scalars["gpu_memory_gib"] = torch.mps.driver_allocated_memory() / 2**30
-        self.health.watch(trainer.step, means)
+        self.recorder.health.watch(trainer.step, means)
         self.write_line(scalars)
         self.progress.set_postfix_str(_summary(scalars), refresh=False)
-        self.figures = {}
+        self.recorder.figures = {}
         window.clear()
 
     def write_line(self, values):
@@ -300,41 +247,21 @@ class Run:
 
     def measure(self):
         """Compute the metrics of G_ema's samples; save best.pth if they are the best so far."""
-        trainer, config = self.trainer, self.config
-        samples = DrawnSamples(trainer.G_ema, trainer.latents, config.num_eval, config.seed, trainer.precision,
-                               config.imsize)
-        with utils.forked_random_state(self.place.device):
-            scores = self.meter.measure(samples, trainer.latents.source(config.seed), self.stopped)
-        if scores is None:
+        scores = self.measurements.take(self.state, self.stopped)
+        if scores is None or not distributed.is_first():
             return
-        better, self.standing = distributed.gather(self.rate(scores) if distributed.is_first() else None)[0]
-        if better:
-            state = {**self.state(), "best": better}
-            if distributed.is_first():
-                checkpoint.save_best(state, self.folders.models)
-        if distributed.is_first():
-            self.try_to("write scores.md",
-                        lambda: score_table.record(config.log_path, config.version, trainer.step, scores))
-            for score in scores:
-                self.write_line(score.line())           # the last thing: `find_undone` looks for it
-            text = ", ".join(score_table.in_words(score.values) for score in scores)
-            self.progress.write(f"step {trainer.step}: {text}")
-            if self.standing.worse >= config.patience and config.stop == "never" and not self.said_done:
-                self.progress.write(f"note: {self.standing.in_words()}; --stop auto ends such a run")
-                self.said_done = True
-
-    def rate(self, scores):
-        """Return (the entry of a new best.pth, None if the scores are no better; the Standing with these scores)."""
-        best, step = checkpoint.load_best(self.folders.models)
-        better = score_table.better_score(scores, best, self.meter.scores_by_rank())
-        if better or best is None:
-            return better, Standing(self.trainer.step if better else -1, 0)
-        # the line of these scores is not written yet
-        return None, Standing(step, count_after(self.folders.logs, step, best["metric"]) + 1)
+        step, config, standing = self.trainer.step, self.config, self.measurements.standing
+        self.try_to("write scores.md", lambda: score_table.record(config.log_path, config.version, step, scores))
+        for score in scores:
+            self.write_line(score.line())               # the last thing: `find_undone` looks for it
+        self.progress.write(f"step {step}: {', '.join(score_table.in_words(score.values) for score in scores)}")
+        if self.measurements.is_done() and config.stop == "never" and not self.said_done:
+            self.progress.write(f"note: {standing.in_words()}; --stop auto ends such a run")
+            self.said_done = True
 
     def has_ended(self):
         """Return whether `--stop auto` ends the run after this step."""
-        return self.config.stop == "auto" and self.standing.worse >= self.config.patience
+        return self.config.stop == "auto" and self.measurements.is_done()
 
     def write_page(self, state=page.RUNNING):
         """Rewrite the run's page and the overview of all runs."""
@@ -394,7 +321,7 @@ class Run:
         self.ended = page.DONE
         self.progress.close()
         if self.has_ended():
-            say(self.standing.in_words())
+            say(self.measurements.standing.in_words())
         say(f"done: {self.trainer.step} steps. Open {self.folders.samples / page.NAME} in a browser")
         return 0
 
@@ -413,8 +340,7 @@ class Run:
                 self.try_to("open metrics.jsonl", self.open_log)
                 self.try_to("write config.json", lambda: utils.write_atomically(        # a checkpoint has it, too
                     self.folders.models / "config.json", lambda path: path.write_text(as_json(config))))
-                self.try_to("write real.png", lambda: save_grid(
-                    self.real_images, self.folders.samples / "real.png", names=self.row_names))
+                self.try_to("write real.png", self.recorder.write_real)
                 if config.wandb:
                     self.wandb = Wandb(self.folders.logs, config.version, json.loads(as_json(config)))
                 self.write_page()                       # so that it can be opened, and follows the run, from now on
@@ -428,46 +354,6 @@ class Run:
             self.write_page(self.ended)
             if self.wandb:
                 self.wandb.close(failed=self.ended == page.FAILED)
-
-    @cached_property
-    def real_images(self):
-        """Real images for a grid, spread evenly over the data set: (N, C, H, W) in [-1, 1], on the CPU.
-
-        With classes, each row of the grid has those of its class; fewer than a row are repeated.
-        """
-        fixed = self.trainer.fixed_inputs
-        if self.classes is None:
-            indices = utils.spread_indices(len(fixed), len(self.dataset))
-        else:
-            numbers, indices = self.dataset.labels.numbers, []
-            for label, count in Counter(fixed.labels.tolist()).items():
-                members = np.flatnonzero(numbers == label)
-                chosen = members[utils.spread_indices(count, len(members))]
-                indices += np.resize(chosen, count).tolist()
-        return to_images(self.dataset.load_batch(indices))
-
-    @cached_property
-    def row_names(self):
-        """The name of the class of each row of a grid, or None."""
-        if self.classes is None:
-            return None
-        labels = self.trainer.fixed_inputs.labels
-        return self.classes.captions(labels[::math.isqrt(len(labels))])
-
-    def labels_of(self, dataset, indices):
-        """Return the labels of these pictures of a data set on the device; None in a run without classes."""
-        if self.classes is None:
-            return None
-        return torch.from_numpy(dataset.labels.numbers[indices]).to(self.place.device)
-
-
-def by_classes(labels):
-    """Return indices (N,) of images with these labels (N,): one image of each class, then the next one of each."""
-    labels, turns, seen = labels.tolist(), [], Counter()
-    for label in labels:
-        turns.append(seen[label])
-        seen[label] += 1
-    return torch.tensor(sorted(range(len(labels)), key=lambda index: turns[index]))
 
 
 def _summary(scalars):

@@ -127,13 +127,13 @@ def describe(config, dataset, place):
 
     import data_loader
     import families
-    import memory
     import start
     from device.distributed import say
     from device.precision import Precision
     from generate.classes import Classes, lines_on_classes, require_classes
     from storage import checkpoint
     from storage.folders import RunFolders
+    from training import memory
 
     say(parameter.as_json(config), end="")
     classes = None

@@ -11,7 +11,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import families
-import memory
 from data_loader import build_dataset, find_dataset, without_held_out
 from dataset import table
 from dataset.check import write_lists
@@ -21,13 +20,15 @@ from errors import CheckpointError, LockedError, UsageError, first_line, out_of_
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
-from loop import Run, find_standing, find_undone
+from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json, source_of
 from storage import checkpoint
 from storage.boards import require_wandb
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
+from training import memory
+from training.measurements import find_standing
 
 
 def train(config, place, precision, interrupt):

@@ -14,7 +14,7 @@ from dataset.images import Files
 from errors import UsageError
 from generate.classes import Classes, describe_changes
 from generate.latents import Latents
-from loop import by_classes
+from training.recorder import by_classes
 
 FAMILIES = {"resnet": ("--arch", "resnet"), "dcgan": ("--conditional", "true"),
             "penalty": ("--arch", "resnet", "--adv_loss", "wgan-gp", "--d_iters", "2", "--accumulate", "2"),

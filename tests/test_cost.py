@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import lines
 
-import memory
 from device import fast_step, precision
 from device.distributed import Place
 from errors import DataError
@@ -21,6 +20,7 @@ from layers import attention, convolutions
 from metrics import cost, meter
 from parameter import parse, resolve
 from pretrained import vgg
+from training import memory
 
 ALONE = Place(torch.device("cpu"))
 SMALL = ("--imsize", "32", "--batch_size", "2", "--g_conv_dim", "4", "--d_conv_dim", "4", "--device", "cpu")

@@ -22,7 +22,7 @@ losses gallery
 families
 generate
 trainer
-memory metrics
+metrics training
 loop
 start
 main

@@ -1,0 +1,1 @@
+"""What a training run takes and shows beside its steps: memory, records, measurements."""
