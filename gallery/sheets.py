@@ -31,6 +31,7 @@ from gallery.grid import (
     to_visible,
 )
 
+LEAST = 192         # px that small pictures are enlarged to
 UNIFORM = 0.98      # entropy of maps, 1 = uniform, above which they show hardly anything
 LONG_CAPTION = "0.0000-0.0000  mean 0.0000"     # columns are at least as wide: all frames of a film are alike
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
@@ -205,8 +206,8 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
 
 
 def _shown(side, limit=256):
-    """Return the displayed size in px: an integer multiple of `side`, at least 192 if possible, at most `limit`."""
-    return limit if side > limit else side * min(math.ceil(192 / side), limit // side)
+    """Return the displayed size in px: an integer multiple of `side`, at least LEAST if possible, at most `limit`."""
+    return limit if side > limit else side * min(math.ceil(LEAST / side), limit // side)
 
 
 def _enlarge(cells, cell):

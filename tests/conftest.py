@@ -27,6 +27,7 @@ import main
 from device import distributed, precision
 from device.precision import has_bf16
 from families import FAMILIES
+from gallery import sheets
 from metrics.cost import TimedConfig
 from parameter import parse, resolve
 from pretrained import inception
@@ -38,6 +39,8 @@ MAIN = str(Path(__file__).parent.parent / "main.py")
 
 TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
         "--z_dim", "8", "--num_workers", "0", "--device", "cpu", "--preset", "published")
+
+SMALL_SHEETS = 32       # px of the pictures in attention sheets: those of 192 px took a fourth of all tests' time
 
 
 def pytest_collection_modifyitems(items):
@@ -90,6 +93,7 @@ def no_process_is_left():
 def run(tmp_path, monkeypatch, capsys):
     """run(*flags) -> (exit code, stdout, stderr) of `python main.py --flags` at a tiny size in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sheets, "LEAST", SMALL_SHEETS)
 
     def command(*flags, tiny=True):
         code = main.main([*(TINY if tiny else ()), *map(str, flags)])
@@ -293,6 +297,7 @@ def _run_script(script, flags, folder, written, environment):
     for number, path in enumerate(written, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(environment)
+    sheets.LEAST = SMALL_SHEETS
     multiprocessing.set_start_method(None, force=True)  # loader processes start as those of `python main.py` do
     signal.signal(signal.SIGHUP, signal.SIG_DFL)        # ignored where the tests themselves run under nohup
     os.chdir(folder)

@@ -79,6 +79,7 @@ def test_tensorboard_shows_the_pictures_of_each_record(run):
     assert max(path.stat().st_size for path in Path("logs/a").glob("events*")) < 1_500_000
 
 
+@pytest.mark.soak
 def test_tensorboard_compares_runs_by_their_settings_and_newest_scores(run):
     for version, lr in (("a", 0.001), ("b", 0.002)):
         assert run(*RUN, "--version", version, "--g_lr", lr, "--total_step", 2, "--use_tensorboard", "true")[0] == 0

@@ -33,6 +33,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(cost, "LEAST", 4)
 
 
+@pytest.mark.soak
 def test_a_run_is_measured_against_the_baseline_in_one_table(run, pictures, quick, monkeypatch):
     monkeypatch.setattr(cost, "peak_memory", lambda config, bank, place, classes: 2**21 + 2**20 * config.slae)
     run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
@@ -87,7 +88,7 @@ PRECISE = ("--precision", "fp32")
     pytest.param((*WIDE, "--adv_loss", "wgan-gp"), 0, marks=pytest.mark.soak),
     ((*WIDE, "--arch", "resnet", "--conditional", "true", "--imsize", "32", "--g_conv_dim", "32", "--d_conv_dim", "32"),
      3),
-    ((*OF_FASTGAN, "--recon", "lpips", "--augment", "color,cutout"), 0),
+    pytest.param((*OF_FASTGAN, "--recon", "lpips", "--augment", "color,cutout"), 0, marks=pytest.mark.soak),
     ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--d_features", "vgg16", "--accumulate", "2"), 0),
     ((*OF_FASTGAN, "--metadata", "false", "--recon", "l1", "--checkpointing", "true"), 0)],
     ids=["penalty", "resnet", "metadata and lpips", "features and parts", "recomputed"])

@@ -127,6 +127,7 @@ def test_workers_outlive_signals_and_end_with_close(ten):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.soak
 def test_workers_end_with_the_program(ten):
     program = f"""
 from conftest import data_config
@@ -182,6 +183,7 @@ def read_and_end_badly(index: int) -> torch.Tensor:
     return torch.zeros(3, 16, 16, dtype=torch.uint8)
 
 
+@pytest.mark.soak
 def test_a_worker_that_dies_during_the_close_does_not_fail_it():
     """torch then raises in the main thread, in the middle of closing."""
     dataset = ImageDataset(read_and_end_badly, 10, "10 pictures", [])
@@ -227,7 +229,8 @@ def die(indices):
 
 
 @pytest.mark.parametrize(("work", "error", "words"), [
-    (fail, RuntimeError, "not this one"), (die, DataError, "DataLoader worker"),
+    (fail, RuntimeError, "not this one"),
+    pytest.param(die, DataError, "DataLoader worker", marks=pytest.mark.soak),
 ])
 def test_what_goes_wrong_in_a_spread_task_is_raised_and_ends_it(monkeypatch, work, error, words):
     monkeypatch.setattr(workers, "cores", lambda: 2)

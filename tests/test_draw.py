@@ -16,7 +16,8 @@ from storage import checkpoint
 FASTGAN = ("--model", "fastgan", "--imsize", 64, "--recon", "l1", "--vgg_weights", "random")
 
 
-@pytest.mark.parametrize(("flags", "samplers"), [((), [None]), (FASTGAN, ["mix", "gauss"])],
+@pytest.mark.parametrize(("flags", "samplers"), [
+    ((), [None]), pytest.param(FASTGAN, ["mix", "gauss"], marks=pytest.mark.soak)],
                          ids=["sagan", "fastgan with metadata, as in training and others"])
 def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, samplers):
     code, _, err = run("--version", "a", "--total_step", 1, *flags, "--dataset", "folder", "--image_path", pictures)

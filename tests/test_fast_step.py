@@ -182,7 +182,9 @@ def test_compiled_networks_train_as_plain_ones(traced, capsys, flags, compiled):
         "compiled in bf16 the gradients of these are NaN"
 
 
-@pytest.mark.parametrize("flags", [("--compile", "true"), ("--cuda_graph", "true"), ("--compile", "--cuda_graph")])
+@pytest.mark.parametrize("flags", [
+    ("--compile", "--cuda_graph"), *(pytest.param(flags, marks=pytest.mark.soak) for flags in (
+        ("--compile", "true"), ("--cuda_graph", "true")))])
 def test_what_is_missing_is_announced_once_and_changes_nothing(run, monkeypatch, flags):
     def missing(net, **_):
         def call(*_, **__):

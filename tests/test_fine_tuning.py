@@ -51,7 +51,8 @@ def test_straight_or_resumed_a_fine_tuned_run_is_the_same_bit_for_bit(run):
 
 
 @pytest.mark.parametrize(("flags", "tiny", "first"), [
-    ((), True, "blocks.16."), (("--arch", "resnet"), True, "blocks.0."), (SMALL_FASTGAN, False, "stem.")])
+    ((), True, "blocks.16."), pytest.param(("--arch", "resnet"), True, "blocks.0.", marks=pytest.mark.soak),
+    pytest.param(SMALL_FASTGAN, False, "stem.", marks=pytest.mark.soak)])
 def test_frozen_blocks_keep_their_weights_and_the_others_learn(run, pictures, flags, tiny, first):
     run("--version", "a", "--total_step", 1, *flags, tiny=tiny)
     code, _, err = run("--version", "b", "--init_from", "a", "--freeze_d", 2, "--total_step", 3, tiny=False)
@@ -102,6 +103,7 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
         begun(version=None)
 
 
+@pytest.mark.soak
 def test_tables_of_other_classes_begin_anew(run):
     classes = ("--arch", "resnet", "--conditional", "true", "--g_lr", 0.1)
     run("--version", "a", "--total_step", 2, *classes)
@@ -119,7 +121,7 @@ def test_tables_of_other_classes_begin_anew(run):
     assert all(torch.allclose(weights("other", 1, "G")[key], torch.ones(())) for key in tables)
 
 
-@pytest.mark.parametrize("arch", ["dcgan", "resnet"])
+@pytest.mark.parametrize("arch", ["dcgan", pytest.param("resnet", marks=pytest.mark.soak)])
 def test_classes_may_be_added_or_left_out_and_batch_norm_stays(run, arch):
     def scale(version, step):
         """The scale of G's first batch norm, for each class or for all."""

@@ -249,6 +249,7 @@ def test_who_was_interrupted_and_goes_on_is_followed_again(chromium, growing):
 
 
 @pytest.mark.browser
+@pytest.mark.soak
 def test_another_run_of_this_name_is_shown_with_its_own_pictures(chromium, growing):
     chromium.all_loaded()
     chromium.js("window.sameDocument = true")
@@ -283,6 +284,7 @@ def test_the_space_bar_on_the_switch_turns_it_off_and_nothing_is_said_of_what_is
 
 
 @pytest.mark.browser
+@pytest.mark.soak
 def test_the_focus_stays_on_its_picture_among_those_of_checkpoints(chromium, growing):
     for seed in range(3):
         shutil.copy(growing.folders.samples / "0000100_fake.png",
@@ -325,6 +327,7 @@ def test_the_list_of_runs_follows_them_too(chromium, growing):
 
 
 @pytest.mark.browser
+@pytest.mark.soak
 def test_a_page_whose_file_is_gone_stays_as_it_is(chromium, growing):
     gone = growing.root / "gone"
     shutil.move(growing.folders.samples, gone)

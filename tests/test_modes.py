@@ -38,7 +38,7 @@ def test_a_walk_passes_all_latents_in_a_loop_and_keeps_their_variance():
 @pytest.mark.parametrize(("flags", "size"), [
     ((), (1288, 372)),                                          # an image and five queries' overlays
     (("--g_attn", "none", "--d_attn", "none"), (32, 32)),       # the images alone
-    (FASTGAN, None),
+    pytest.param(FASTGAN, None, marks=pytest.mark.soak),
 ])
 def test_a_video_loops_and_follows_the_seed(run, flags, size):
     run("--version", "a", "--total_step", 1, *flags)

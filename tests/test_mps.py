@@ -22,7 +22,7 @@ def apple(monkeypatch):
 
 
 @pytest.mark.parametrize(("more", "scores"), [
-    ((), SCORED), (FASTGAN, ()), pytest.param(RESNET, (), marks=pytest.mark.soak)],
+    ((), SCORED), *(pytest.param(flags, (), marks=pytest.mark.soak) for flags in (FASTGAN, RESNET))],
                          ids=["sagan", "fastgan", "resnet"])
 def test_training_and_sampling_on_mps_are_those_on_the_cpu(run, pictures, monkeypatch, more, scores):
     flags = (*FLAGS, *more, "--dataset", "folder", "--image_path", pictures) if more != RESNET else (*FLAGS, *more)

@@ -58,24 +58,37 @@ def test_without_the_program_it_says_what_to_give(tmp_path):
         executed(tmp_path / "colab.ipynb", tmp_path / "empty", cells=set_up + 1)
 
 
-def test_it_trains_shows_goes_on_samples_and_exports(pictures, tmp_path, monkeypatch):
-    program = tmp_path / "program"
-    shutil.copytree(ROOT, program, ignore=LEFT_OUT)
+@pytest.fixture
+def program(pictures, tmp_path):
+    """(The folder of a copy of the program, the notebook's settings for it.)"""
+    folder = tmp_path / "program"
+    shutil.copytree(ROOT, folder, ignore=LEFT_OUT)
     archive = shutil.make_archive(tmp_path / "mine", "zip", pictures)
-    keep, settings = tmp_path / "kept", {"PICTURES": archive, "FLAGS": TINY, "KEEP": str(tmp_path / "kept")}
-    shown = executed(program / "docs/colab.ipynb", program / "docs", STEPS=4, **settings)
+    return folder, {"PICTURES": archive, "FLAGS": TINY, "KEEP": str(tmp_path / "kept")}
+
+
+def test_it_trains_shows_samples_and_exports(program, tmp_path, monkeypatch):
+    folder, settings = program
+    shown = executed(folder / "docs/colab.ipynb", folder / "docs", STEPS=4, **settings)
     _, setup, training, page, end, samples, video, export, taken = shown
     assert "memory of a step: about" in setup["text/plain"] and "12 pictures in" in setup["text/plain"]
     assert "done: 4 steps" in training["text/plain"] and "done: 4 steps" in end["text/plain"]
     assert page["text/html"].startswith("<iframe srcdoc=") and "data:image/png;base64" in page["text/html"]
     assert "image/png" in samples and "image/webp" in video
-    assert {path.name for path in keep.glob("samples/mine/*_export/*")} >= {"G.onnx", "G.safetensors", "G.ts.pt"}
+    names = {path.name for path in tmp_path.glob("kept/samples/mine/*_export/*")}
+    assert names >= {"G.onnx", "G.safetensors", "G.ts.pt"}
     assert "index.html" in zipfile.ZipFile(taken["text/plain"].split()[0]).namelist()
-    monkeypatch.chdir(keep)
+    monkeypatch.chdir(tmp_path / "kept")
     assert lines("mine")[-1]["step"] == 4
 
-    _, _, training = executed(program / "docs/colab.ipynb", program / "docs", cells=6, STEPS=6, **settings)
-    assert "resuming 'mine' from step 4" in training["text/plain"] and "done: 6 steps" in training["text/plain"]
+
+@pytest.mark.soak
+def test_after_a_disconnect_it_goes_on(program):
+    folder, settings = program
+    for steps, said in ((4, "done: 4 steps"), (6, "resuming 'mine' from step 4")):
+        *_, training = executed(folder / "docs/colab.ipynb", folder / "docs", cells=6, STEPS=steps, **settings)
+        assert said in training["text/plain"]
+    assert "done: 6 steps" in training["text/plain"]
 
 
 KAGGLE = """

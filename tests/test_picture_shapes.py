@@ -143,7 +143,8 @@ def test_networks_of_every_shape(model, imsize, channels):
 
 
 @pytest.mark.parametrize("model, imsize, channels", [
-    ("sagan", "32x64", "rgba"), ("fastgan --metadata false --recon l1", "64x96", "grey"),
+    ("sagan", "32x64", "rgba"),
+    pytest.param("fastgan --metadata false --recon l1", "64x96", "grey", marks=pytest.mark.soak),
 ])
 def test_a_run_goes_on_samples_and_is_scored(run, pictures, model, imsize, channels):
     flags = ("--version", "a", "--model", *model.split(), "--imsize", imsize, "--channels", channels, *SMALL,

@@ -99,7 +99,7 @@ def test_fp16_that_overflows_without_end_is_exit_4(fp16, run, monkeypatch):
     assert code == 4 and "25 times or more in a row" in err and "--precision fp32" in err and "0 and 30" in err
 
 
-@pytest.mark.parametrize("wanted", ["tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("wanted", ["tf32", "bf16", pytest.param("fp16", marks=pytest.mark.soak)])
 def test_an_unsupported_precision_is_replaced_and_said_once(run, pictures, monkeypatch, wanted):
     monkeypatch.setattr(precision, "has_bf16", lambda device: False)
     monkeypatch.setattr(swd, "sliced_wasserstein", lambda *_: 1.0)          # takes two seconds

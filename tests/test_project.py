@@ -63,6 +63,7 @@ def test_without_vgg16_pixels_are_searched_and_it_is_said(trained, monkeypatch):
     assert code == 2 and "--vgg_weights gone.pth" in err
 
 
+@pytest.mark.soak
 def test_several_pictures_of_any_size_become_files_to_morph_between(trained):
     command = trained("--arch", "resnet", "--conditional", "true", "--g_lr", 0.1)
     rng = np.random.default_rng(0)

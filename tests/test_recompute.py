@@ -38,6 +38,7 @@ def test_training_is_the_same_bit_for_bit(kind, monkeypatch):
     assert not {name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])}
 
 
+@pytest.mark.soak
 def test_a_run_goes_on_with_and_without_it(run):
     """It belongs to the machine, like --accumulate: a checkpoint is that of a run without."""
     flags = ("--version", "a", "--total_step")

@@ -116,7 +116,8 @@ def furthest(one, other):
     return max(apart.values())
 
 
-@pytest.mark.parametrize(("parts", "steps"), [("1", 2), ("2", 4)], ids=["whole", "accumulated"])
+@pytest.mark.parametrize(("parts", "steps"), [("1", 2), pytest.param("2", 4, marks=pytest.mark.soak)],
+                         ids=["whole", "accumulated"])
 @pytest.mark.parametrize("kind", RUNS)
 def test_steps_of_two_ranks_are_those_of_one_process(kind, parts, steps, by_two):
     flags = (*RUNS[kind], "--accumulate", parts, "--check_replicas", "1")

@@ -20,6 +20,7 @@ from metrics import cost
 from parameter import parse, resolve
 
 
+@pytest.mark.soak
 def test_the_table_says_how_many_times_the_reference(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cost, "SECONDS", 0.3)
     monkeypatch.setattr(cost, "TURN", 0.01)

@@ -74,13 +74,18 @@ def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
     assert_same_state(state("straight", 6), state("resumed", 6))
 
 
-@pytest.mark.parametrize("first", [("--cache", "on", "--num_workers", 2), ("--cache", "off", "--num_workers", 1)])
-@pytest.mark.parametrize("then", [("--cache", "on", "--num_workers", 0), ("--cache", "off", "--num_workers", 2)])
+@pytest.mark.parametrize(("first", "then"), [
+    (("on", 2), ("off", 2)), *(pytest.param(first, then, marks=pytest.mark.soak) for first, then in (
+        (("on", 2), ("on", 0)), (("off", 1), ("on", 0)), (("off", 1), ("off", 2))))])
 def test_cache_and_workers_change_no_bit_nor_does_changing_them_on_the_way(run, pictures, first, then):
     flags = ("--dataset", "folder", "--image_path", pictures, "--hflip", "true", "--check_data", "header")
-    run("--version", "straight", "--total_step", 8, "--cache", "off", "--num_workers", 0, *flags)
-    run("--version", "resumed", "--total_step", 4, *first, *flags)         # in the middle of an epoch of three steps
-    code, out, _ = run("--version", "resumed", "--total_step", 8, *then, *flags)
+
+    def trained(version, steps, cache, workers):
+        return run("--version", version, "--total_step", steps, "--cache", cache, "--num_workers", workers, *flags)
+
+    trained("straight", 8, "off", 0)
+    trained("resumed", 4, *first)                       # in the middle of an epoch of three steps
+    code, out, _ = trained("resumed", 8, *then)
     assert code == 0 and "resuming 'resumed' from step 4" in out
     assert_same_state(state("straight", 8), state("resumed", 8))
 

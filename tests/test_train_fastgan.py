@@ -180,6 +180,7 @@ def test_records_show_the_same_pictures_and_quadrants_and_what_d_makes_of_them(f
     assert torch.allclose(shown[0]["one quadrant"][:1], quadrant, atol=1e-3)
 
 
+@pytest.mark.soak
 def test_d_learns_to_reconstruct(fastgan):
     fastgan("--version", "a", "--total_step", 40, "--log_step", 1, "--metadata", "false", "--augment", "none",
             "--d_lr", "0.002")

@@ -18,6 +18,7 @@ def run_on_windows(*commands):
     return ends, done.stdout + done.stderr
 
 
+@pytest.mark.soak
 def test_a_run_trains_goes_on_is_moved_aside_sampled_and_scored(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training = (*TINY, "--dataset", "folder", "--image_path", pictures, "--version", "a", "--sample_step", 2,

@@ -52,6 +52,7 @@ def test_dry_run_into_head_is_quiet(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
+@pytest.mark.soak
 def test_a_console_without_the_character_shows_an_escape(tmp_path, pictures):
     folder = tmp_path / "größe"
     pictures.rename(folder)
@@ -432,6 +433,7 @@ def test_what_a_killed_run_had_not_written_for_its_last_step_is_written_later(ru
     assert last_page.read_text().count(now) == finished.count(now) > 0 and not left.exists()
 
 
+@pytest.mark.soak
 def test_a_log_line_covers_all_steps_since_the_last_one_wherever_the_run_was_resumed(run):
     def logged(version, *totals, log_step=4):
         for total in totals:
