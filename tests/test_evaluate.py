@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import lines, two_processes
+from conftest import SMALL_SHEETS, lines, two_processes
 from PIL import Image
 from stand_ins import SmallLpips, small_swd
 
@@ -128,7 +128,7 @@ def test_copies_are_found_and_shown(run, folders, small_lpips):
     assert code == 0 and "fake_nearest.png" in out
     entry = scored()[-1]
     assert 0.3 < entry["nearest"] < 3 and entry["nearest_copies"] >= 1 / 12
-    assert Image.open("logs/fake_nearest.png").size[0] > 8 * 150
+    assert Image.open("logs/fake_nearest.png").size[0] > 8 * SMALL_SHEETS
 
 
 def test_samples_with_metadata_of_one_picture_and_of_none_are_scored_apart(run, pictures, small_lpips):

@@ -36,7 +36,7 @@ def test_a_walk_passes_all_latents_in_a_loop_and_keeps_their_variance():
 
 
 @pytest.mark.parametrize(("flags", "size"), [
-    ((), (1288, 372)),                                          # an image and five queries' overlays
+    ((), (1013, 212)),                                          # an image and five queries' overlays
     (("--g_attn", "none", "--d_attn", "none"), (32, 32)),       # the images alone
     pytest.param(FASTGAN, None, marks=pytest.mark.soak),
 ])
