@@ -255,13 +255,13 @@ class Run:
         for score in scores:
             self.write_line(score.line())               # the last thing: `find_undone` looks for it
         self.progress.write(f"step {step}: {', '.join(score_table.in_words(score.values) for score in scores)}")
-        if self.measurements.is_done() and config.stop == "never" and not self.said_done:
+        if standing.is_done(config) and config.stop == "never" and not self.said_done:
             self.progress.write(f"note: {standing.in_words()}; --stop auto ends such a run")
             self.said_done = True
 
     def has_ended(self):
         """Return whether `--stop auto` ends the run after this step."""
-        return self.config.stop == "auto" and self.measurements.is_done()
+        return self.config.stop == "auto" and self.measurements.standing.is_done(self.config)
 
     def write_page(self, state=page.RUNNING):
         """Rewrite the run's page and the overview of all runs."""

@@ -125,7 +125,7 @@ def _find_end(config, folders, step):
     if step >= config.total_step:
         return f"reached step {step} of --total_step {config.total_step}; raise it to train on"
     standing = find_standing(config, folders) if config.stop == "auto" else None
-    if standing and standing.worse >= config.patience:
+    if standing and standing.is_done(config):
         return f"ended at step {step}, as {standing.in_words()}; --stop never trains on"
     return None
 
@@ -241,10 +241,14 @@ def _load_source(config):
 
 
 def try_source(config, G, D, classes):
-    """Raise what a run would raise for its `--init_from` and `--freeze_d`, with these new networks; report as it."""
+    """Raise what a run would raise for its `--init_from` and `--freeze_d`, with these networks on the meta device;
+    report as it.
+    """
     families.frozen_of_d(D, config.freeze_d)
     if config.init_from and not _has_begun(config):
-        _initialize(config, SimpleNamespace(G=G, D=D, G_ema=copy.deepcopy(G)), classes, _load_source(config))
+        source = _load_source(config)
+        shapes = {net: {key: weight.to("meta") for key, weight in source[net].items()} for net in ("G", "D", "G_ema")}
+        _initialize(config, SimpleNamespace(G=G, D=D, G_ema=copy.deepcopy(G)), classes, source | shapes)
 
 
 def _initialize(config, nets, classes, source):

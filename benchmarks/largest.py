@@ -13,11 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from memory import MARGIN, estimate  # noqa: E402
-
 import parameter  # noqa: E402 - found through the line above
 from device.distributed import Place  # noqa: E402
 from device.precision import Precision  # noqa: E402
+from training.memory import MARGIN, estimate  # noqa: E402
 
 CARDS = (4, 6, 8, 12, 16, 24)       # GB
 IN_USE = 0.7                        # GiB of a card that driver, CUDA's libraries and a desktop take

@@ -177,6 +177,13 @@ def test_what_cannot_be_begun_from_is_refused_in_a_line(run, flags, code, told):
         assert found == code and told in err and err.count("\n") <= 2 and not Path("models/b").exists()
 
 
+def test_a_dry_run_says_what_would_be_taken_without_a_warning(run, recwarn):
+    run("--version", "a", "--total_step", 1)
+    code, out, _ = run("--version", "b", "--init_from", "a", "--dry_run", tiny=False)
+    assert code == 0 and "initialized from 'a', step 1: " in out
+    assert not [str(warning.message) for warning in recwarn if "meta" in str(warning.message)]
+
+
 def test_freezing_belongs_to_fine_tuning(run):
     code, _, err = run("--version", "b", "--freeze_d", 2)
     assert code == 2 and "--freeze_d" in err and "--init_from" in err

@@ -1,6 +1,7 @@
 """The repository's structure: allowed imports, where a family may be named, which files are at the top level."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from functools import cache
@@ -58,6 +59,15 @@ def test_units_import_only_units_of_earlier_lines():
              if (other := name.split(".")[0]) in LAYER and other != unit_of(path)
              and LAYER[other] >= LAYER[unit_of(path)]}
     assert not wrong
+
+
+def test_what_scripts_import_is_there():
+    """Tests import most of benchmarks/, not all, so that a module that has moved would be missed by its users."""
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+    modules = {(path.name, name) for path in scripts for node in ast.walk(tree_of(path))
+               for name in ([node.module] if isinstance(node, ast.ImportFrom) else
+                            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])}
+    assert modules and not {found for found in modules if importlib.util.find_spec(found[1]) is None}
 
 
 def test_no_circle_inside_a_folder():

@@ -15,7 +15,12 @@ class Standing(NamedTuple):
     step: int
     worse: int
 
+    def is_done(self, config):
+        """Return whether no score has been better for `--patience` measurements."""
+        return self.worse >= config.patience
+
     def in_words(self):
+        """Return what a run that is done says."""
         return f"no score is better than that of step {self.step}, which best.pth has, for {self.worse} measurements"
 
 
@@ -61,7 +66,3 @@ class Measurements:
             return better, Standing(self.trainer.step if better else -1, 0)
         # the line of these scores is not written yet
         return None, Standing(step, count_after(self.folders.logs, step, best["metric"]) + 1)
-
-    def is_done(self):
-        """Return whether no score has been better for `--patience` measurements."""
-        return self.standing.worse >= self.config.patience
