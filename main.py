@@ -164,7 +164,4 @@ def describe(config, dataset, place):
 
 
 if __name__ == "__main__":
-    console.protect()
-    code = main(sys.argv[1:])
-    console.finish()
-    sys.exit(code)
+    console.run(main)

@@ -39,6 +39,7 @@ import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
+from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from errors import DataError, UsageError  # noqa: E402
 from metrics import evaluate, swd  # noqa: E402
@@ -424,4 +425,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -50,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import at_least  # noqa: E402
 from dataset.table import CELEBA_CROP  # noqa: E402
+from device import console  # noqa: E402
 from device.signals import Interrupt  # noqa: E402
 from errors import CheckpointError, DataError, UsageError, first_line  # noqa: E402
 from flags.scaling import TIMES  # noqa: E402
@@ -559,4 +560,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

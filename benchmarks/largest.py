@@ -14,8 +14,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import parameter  # noqa: E402 - found through the line above
+from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from device.precision import Precision  # noqa: E402
+from processes import exit_code_of  # noqa: E402
 from training.memory import MARGIN, estimate  # noqa: E402
 
 CARDS = (4, 6, 8, 12, 16, 24)       # GB
@@ -46,15 +48,24 @@ def largest(flags, imsize, name):
     return found
 
 
-def main(flags):
-    """Print the tables."""
+def tables(flags):
+    """Print a table for each of KINDS. Raises UsageError for flags that do not exist. Returns exit code 0."""
     for title, kind in KINDS.items():
         print(f"\n| {title} | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
         for imsize in parameter.FAMILIES[kind[0]].IMSIZES:
             both = zip(*(largest((*kind, *flags), imsize, name) for name in ("bf16", "fp32")), strict=True)
             cells = [" / ".join(str(batch or "-") for batch in pair) for pair in both]
             print(f"| {imsize} px | " + " | ".join(cells) + " |", flush=True)
+    return 0
+
+
+def main(argv):
+    """Run the command line `argv` and return the exit code."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__.strip())
+        return 0
+    return exit_code_of(lambda: tables(argv))
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]))
+    console.run(main)

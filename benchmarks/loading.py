@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_loader  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
 from dataset.workers import cores  # noqa: E402
+from device import console  # noqa: E402
 from errors import Failure  # noqa: E402
 from metrics.cost import alternate, each_ratio, hardware  # noqa: E402
 
@@ -174,4 +175,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

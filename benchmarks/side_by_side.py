@@ -28,7 +28,7 @@ import parameter  # noqa: E402 - found through the line above
 import report  # noqa: E402
 from ablation_options import Parser, at_least, score_command  # noqa: E402
 from data_loader import build_dataset, real_batches  # noqa: E402
-from device import distributed  # noqa: E402
+from device import console, distributed  # noqa: E402
 from errors import Failure  # noqa: E402
 from gallery.grid import grid_side, save_grid, to_uint8  # noqa: E402
 from processes import Children, exit_code_of  # noqa: E402
@@ -138,4 +138,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -39,7 +39,7 @@ import families  # noqa: E402
 import loading  # noqa: E402
 import parameter  # noqa: E402
 from dataset import workers  # noqa: E402
-from device import distributed  # noqa: E402 - found through the line above
+from device import console, distributed  # noqa: E402 - found through the line above
 from device.precision import Precision  # noqa: E402
 from errors import Failure  # noqa: E402
 from layers.convolutions import Resampling  # noqa: E402
@@ -304,4 +304,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import parameter  # noqa: E402
 from data_loader import build_dataset  # noqa: E402 - found through the line above
-from device import distributed  # noqa: E402
+from device import console, distributed  # noqa: E402
 from errors import Failure, UsageError  # noqa: E402
 from generate.classes import find_classes  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio  # noqa: E402
@@ -52,4 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    console.run(main)

@@ -72,8 +72,10 @@ def report(message):
             json.dump({"message": cause}, written)
 
 
-def finish():
-    """Flush both streams for the last time."""
+def run(main):
+    """Exit with the code of `main(argv)`, whatever becomes of stdout and stderr: the last line of a program."""
+    protect()
+    code = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TolerantStream):
-            stream.finish()
+        stream.finish()
+    sys.exit(code)

@@ -333,18 +333,19 @@ def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in,
             "import ablation; from metrics import swd; from pathlib import Path; from functools import partial\n"
             "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
             "swd.sliced_wasserstein = partial(swd.sliced_wasserstein, count=64, directions=4)\n"
-            "sys.exit(ablation.main(sys.argv[1:]))")
+            "ablation.console.run(ablation.main)")
     command = [sys.executable, "-c", text, "--image_path", "pictures", "--imsize", "32", "--steps", "4",
                "--seeds", "1", "--samples", "10", "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.close()                  # as `| head` does, which ends nothing
     deadline = time.time() + 180
     while not (Path("hanging").exists() and Path("ablation/ablation.md").exists()) and time.time() < deadline:
         time.sleep(0.05)
     assert run() == 6
     assert "writes into ablation; wait for it, or use another --out" in capsys.readouterr().err
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 143 and b"the same command goes on" in err and b"Traceback" not in err
+    err = process.stderr.read()
+    assert process.wait(timeout=30) == 143 and b"the same command goes on" in err and b"Traceback" not in err
     assert Path("saved").exists(), "the training was asked to save, not killed"
     monkeypatch.delenv("HANG")
     before = len(calls("train"))

@@ -53,6 +53,15 @@ def test_dry_run_into_head_is_quiet(tmp_path):
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("path", [path for path in sorted((Path(MAIN).parent / "benchmarks").glob("*.py"))
+                                  if "a part of another program" not in path.read_text()], ids=lambda path: path.stem)
+def test_a_measuring_program_into_head_is_quiet(path, tmp_path):
+    command = f"{sys.executable} {path} --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.soak
 def test_a_console_without_the_character_shows_an_escape(tmp_path, pictures):
     folder = tmp_path / "größe"
     pictures.rename(folder)
