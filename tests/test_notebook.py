@@ -67,6 +67,14 @@ def program(pictures, tmp_path):
     return folder, {"PICTURES": archive, "FLAGS": TINY, "KEEP": str(tmp_path / "kept")}
 
 
+def test_it_trains_on_a_zip(program, tmp_path):
+    folder, settings = program
+    _, setup, training = executed(folder / "docs/colab.ipynb", folder / "docs", cells=6, STEPS=4, **settings)
+    assert "12 pictures in" in setup["text/plain"] and "done: 4 steps" in training["text/plain"]
+    assert checkpoint.steps_in(tmp_path / "kept/models/mine") == [2, 4]
+
+
+@pytest.mark.soak
 def test_it_trains_shows_samples_and_exports(program, tmp_path, monkeypatch):
     folder, settings = program
     shown = executed(folder / "docs/colab.ipynb", folder / "docs", STEPS=4, **settings)
