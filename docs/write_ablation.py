@@ -109,6 +109,7 @@ def draw():
             axes.set(title=f"{title}: {column} ({'higher' if column == 'coverage' else 'lower'} is better)",
                      ylim=(-0.6, 2.6), yticks=range(3), yticklabels=[] if place else ["both", "metadata", "SLAE"])
             axes.title.set_fontsize(9)
+            axes.locator_params(axis="x", nbins=5)
             axes.xaxis.set_major_formatter("{x:+.0f} %")
             axes.tick_params(labelsize=8)
             axes.grid(axis="x", alpha=0.3)
