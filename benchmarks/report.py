@@ -253,7 +253,7 @@ def differences(results, path):
     Raises OSError. With fewer than two seeds, or without matplotlib, it does nothing.
     """
     baseline = results.get(BASELINE, {})
-    found = {name: _relative_differences(results, baseline, name) for name in columns_of(results)[0]
+    found = {name: relative_differences(results, baseline, name) for name in columns_of(results)[0]
              if sign_of(name) and name not in COST}
     found = {name: intervals for name, intervals in found.items() if intervals}
     if not found:
@@ -264,26 +264,32 @@ def differences(results, path):
         return False
     for place, (name, intervals) in enumerate(found.items()):
         axes = figure.add_subplot(rows, columns, place + 1)
-        for height, label in enumerate(labels):
-            if label in intervals:
-                mean, low, high = intervals[label]
-                decided = not low <= 0 <= high
-                axes.plot([low, high], [height] * 2, color=f"C{len(labels) - height}", linewidth=3 if decided else 1.5)
-                axes.plot(mean, height, "o", color=f"C{len(labels) - height}", markersize=5)
-        axes.axvline(0, color="black", linewidth=0.8)
-        better = "lower" if sign_of(name) < 0 else "higher"
-        axes.set(title=f"{name} ({better} is better)", ylim=(-0.6, len(labels) - 0.4),
-                 yticks=range(len(labels)), yticklabels=labels if place % columns == 0 else [""] * len(labels))
-        axes.title.set_fontsize(9)
-        axes.locator_params(axis="x", nbins=5)
-        axes.xaxis.set_major_formatter("{x:+.0f} %")
-        axes.tick_params(labelsize=8)
-        axes.grid(axis="x", alpha=0.3)
+        draw_intervals(axes, intervals, labels, place % columns == 0)
+        axes.set_title(f"{name} ({'lower' if sign_of(name) < 0 else 'higher'} is better)", fontsize=9)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
     return True
 
 
-def _relative_differences(results, baseline, name):
+def draw_intervals(axes, intervals, labels, named):
+    """Draw {label: (mean, low, high)} in percent, one line a label from below, thick where it excludes 0; with the
+    labels if `named`.
+    """
+    for height, label in enumerate(labels):
+        if label in intervals:
+            mean, low, high = intervals[label]
+            decided = not low <= 0 <= high
+            axes.plot([low, high], [height] * 2, color=f"C{len(labels) - height}", linewidth=3 if decided else 1.5)
+            axes.plot(mean, height, "o", color=f"C{len(labels) - height}", markersize=5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(ylim=(-0.6, len(labels) - 0.4), yticks=range(len(labels)),
+             yticklabels=labels if named else [""] * len(labels))
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:+.0f} %")
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+
+
+def relative_differences(results, baseline, name):
     """Return {label: (mean, low, high)} in percent of the baseline's mean; {} if that is 0 or a label has one seed."""
     values = [run[name] for run in baseline.values() if name in run]
     if not values or not statistics.mean(values):

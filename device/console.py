@@ -53,7 +53,7 @@ class TolerantStream:
 
 
 def protect():
-    """Wrap sys.stdout and sys.stderr for the rest of the process."""
+    """Wrap sys.stdout and sys.stderr for the rest of the process. Return the two TolerantStreams."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:                                      # closed before we started, as by `>&-`
@@ -61,6 +61,7 @@ def protect():
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")       # cp1252; file names that are not UTF-8
         setattr(sys, name, TolerantStream(stream))
+    return sys.stdout, sys.stderr
 
 
 def report(message):
@@ -74,8 +75,8 @@ def report(message):
 
 def run(main):
     """Exit with the code of `main(argv)`, whatever becomes of stdout and stderr: the last line of a program."""
-    protect()
+    streams = protect()                 # a library may put others in their places meanwhile
     code = main(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         stream.finish()
     sys.exit(code)

@@ -9,12 +9,14 @@ import json
 import re
 import sys
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "docs")]
 
 import report  # noqa: E402 - found through the line above
+from write_flags import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
 PICTURE = ROOT / "docs" / "results_ablation.png"
@@ -28,6 +30,7 @@ STEPS = (400, 800, 1200)
 KEY = re.compile(r"(\w+)_seed(\d+), step (\d+), \d+ pictures(, mix)?")
 
 
+@cache
 def read(name, step):
     """Return {arm: {seed: {column: number}}} of a set of pictures at a step."""
     scores = json.loads((ROOT / "docs" / "ablation" / f"{name}.json").read_text(encoding="utf-8"))["scores"]
@@ -47,14 +50,9 @@ def cell(found, decimals):
     return text if found[1] <= 0 <= found[2] else f"**{text}**"
 
 
-def line_of(*cells):
-    """Return a line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
-
-
 def last_step():
     """Return the lines of the table of all sets after the last step."""
-    lines = [line_of("", "", "seeds", *COLUMNS.values()), line_of(*["---"] * (3 + len(COLUMNS)))]
+    rows = []
     for name, title in SETS.items():
         results = read(name, STEPS[-1])
         baseline = results[report.BASELINE]
@@ -64,23 +62,23 @@ def last_step():
             cells = [f"{means[column]:.{decimals[column]}f}" if arm == report.BASELINE else
                      cell(report.paired_interval(baseline, results[arm], column), decimals[column])
                      for column in COLUMNS]
-            lines.append(line_of(title if arm == report.BASELINE else "", label, len(results[arm]), *cells))
-    return lines
+            rows.append((title if arm == report.BASELINE else "", label, str(len(results[arm])), *cells))
+    return table(("", "", "seeds", *COLUMNS.values()), rows)
 
 
 def convergence():
     """Return the lines of the table of kid by step."""
-    lines = [line_of("kid at step", "", *STEPS), line_of(*["---"] * (2 + len(STEPS)))]
+    rows = []
     for name, title in SETS.items():
         by_step = [read(name, step) for step in STEPS]
         means = [report.mean_and_spread([run["kid"] for run in results[report.BASELINE].values()])[0]
                  for results in by_step]
-        lines.append(line_of(title, "FastGAN", *(f"{mean:.2f}" for mean in means)))
+        rows.append((title, "FastGAN", *(f"{mean:.2f}" for mean in means)))
         for arm in list(ARMS)[1:]:
             cells = [cell(report.paired_interval(results[report.BASELINE], results[arm], "kid"), 2)
                      for results in by_step]
-            lines.append(line_of("", ARMS[arm], *cells))
-    return lines
+            rows.append(("", ARMS[arm], *cells))
+    return table(("kid at step", "", *map(str, STEPS)), rows)
 
 
 def section():
@@ -95,24 +93,13 @@ def draw():
     figure = Figure(figsize=(10, 6.4), dpi=100, layout="constrained")
     for row, (name, title) in enumerate(SETS.items()):
         results = read(name, STEPS[-1])
-        baseline = results[report.BASELINE]
         for place, column in enumerate(SHOWN):
-            mean, _ = report.mean_and_spread([run[column] for run in baseline.values()])
             axes = figure.add_subplot(len(SETS), len(SHOWN), row * len(SHOWN) + place + 1)
-            for height, arm in enumerate(reversed(list(ARMS)[1:])):
-                middle, low, high = (100 * value / mean
-                                     for value in report.paired_interval(baseline, results[arm], column))
-                width = 1.5 if low <= 0 <= high else 3.5
-                axes.plot([low, high], [height] * 2, color=f"C{3 - height}", linewidth=width)
-                axes.plot(middle, height, "o", color=f"C{3 - height}", markersize=5)
-            axes.axvline(0, color="black", linewidth=0.8)
-            axes.set(title=f"{title}: {column} ({'higher' if column == 'coverage' else 'lower'} is better)",
-                     ylim=(-0.6, 2.6), yticks=range(3), yticklabels=[] if place else ["both", "metadata", "SLAE"])
-            axes.title.set_fontsize(9)
-            axes.locator_params(axis="x", nbins=5)
-            axes.xaxis.set_major_formatter("{x:+.0f} %")
-            axes.tick_params(labelsize=8)
-            axes.grid(axis="x", alpha=0.3)
+            intervals = report.relative_differences(results, results[report.BASELINE], column)
+            report.draw_intervals(axes, {ARMS[arm]: found for arm, found in intervals.items()},
+                                  list(ARMS.values())[:0:-1], place == 0)
+            better = "lower" if report.sign_of(column) < 0 else "higher"
+            axes.set_title(f"{title}: {column} ({better} is better)", fontsize=9)
     figure.savefig(PICTURE, format="png")
 
 

@@ -52,6 +52,14 @@ def test_dry_run_into_head_is_quiet(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
+def test_a_library_that_puts_another_stream_in_the_place_of_stdout_changes_no_exit_code():
+    text = ("import io, sys; from device import console\n"
+            "def main(argv): sys.stdout = io.StringIO(); return 0\n"
+            "console.run(main)")
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, cwd=Path(MAIN).parent)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("path", [path for path in sorted((Path(MAIN).parent / "benchmarks").glob("*.py"))
                                   if "a part of another program" not in path.read_text()], ids=lambda path: path.stem)
