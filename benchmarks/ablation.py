@@ -1,6 +1,7 @@
 """The ablation of SLAE-FastGAN as one command: FastGAN, with SLAE, with metadata, with both.
 
     python benchmarks/ablation.py --image_path DIR --imsize 64 --steps 20000 --seeds 8
+    ... --minutes 15 instead of --steps                 equal time, for variants whose steps take unequally long
     ... --until kid --most 16                           more seeds, until the intervals of kid exclude 0
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
     ... --evaluate lpips,share                          columns of --mode evaluate, at the last step
@@ -8,13 +9,13 @@
     ... --model sagan --variant "plain=--g_attn none --d_attn none"     arms of another model
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
 
-Trains every variant at equal steps and seeds, each as its own `python main.py`, scores what it draws at --points
-steps of each run, and writes to --out: ablation.md (tables of means and spreads and of every seed, paired differences
-with their 95 % intervals, and what they say of the paper's claims), differences.png, curves.png, ablation.png (the
-variants' grids side by side), and the runs' samples/, logs/, models/. Runs of one seed are pairs: what they have in
-common starts with the same weights and sees the same batches of real pictures. It goes seed by seed, so that one that
-ends early has every variant of the first seeds. The same command again goes on: nothing is trained, drawn or scored
-twice. Exit codes are main.py's; a run that fails hands on its own.
+Trains every variant at equal steps (or time) and seeds, each as its own `python main.py`, scores what it draws at
+--points steps (or times) of each run, and writes to --out: ablation.md (tables of means and spreads and of every seed,
+paired differences with their 95 % intervals, and what they say of the paper's claims), differences.png, curves.png,
+ablation.png (the variants' grids side by side), and the runs' samples/, logs/, models/. Runs of one seed are pairs:
+what they have in common starts with the same weights and sees the same batches of real pictures. It goes seed by seed,
+so that one that ends early has every variant of the first seeds. The same command again goes on: nothing is trained,
+drawn or scored twice. Exit codes are main.py's; a run that fails hands on its own.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -41,7 +43,7 @@ from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
 from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
-from errors import DataError, UsageError  # noqa: E402
+from errors import DataError, Failure, UsageError  # noqa: E402
 from metrics import evaluate, swd  # noqa: E402
 from processes import Children, Stopped, exit_code_of  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
@@ -50,6 +52,7 @@ from utils import write_atomically  # noqa: E402
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
 RECORDS = 10        # grids per run
+FOREVER = 10**9     # steps of a run that --minutes ends
 
 
 class Record:
@@ -68,7 +71,7 @@ class Record:
             self._refuse_other(name, self.data["settings"].get(name), now)
 
     def _refuse_other(self, name, before, now):
-        if before != now:
+        if (before or "") != now:               # older records lack a name
             raise UsageError(f"--out {self.path.parent} holds an ablation with other {name}: {before or '(none)'}, "
                              f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
 
@@ -113,12 +116,13 @@ class Ablation:
                                       "imsize": options.imsize})
         self.dataset = table.open_folder(config)
         fingerprint = table.fingerprint(self.dataset, config)[:12]
-        every = -(-options.steps // options.points)
-        self.points = [*range(every, options.steps, every), options.steps]      # steps that are scored
+        self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
+        self.end = self.points[-1]
         self.runs = []
         self.record = Record(self.out / "ablation.json", {
             "imsize": options.imsize, "flags after --": shlex.join([*(self.model if options.model else ()), *extra]),
-            "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}"})
+            "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}",
+            "minutes": f"{self.end} in {len(self.points)} points" if options.minutes else ""})
         self.children = Children(options.jobs)
         self._report_lock = threading.Lock()
 
@@ -164,7 +168,7 @@ class Ablation:
 
     def _undecided(self, variants):
         """The variants whose paired difference of --until from the baseline may be 0, as its interval includes it."""
-        results, column = self._results(self.options.steps), self.options.until
+        results, column = self._results(self.end), self.options.until
         if column not in {name for seeds in results.values() for run in seeds.values() for name in run}:
             raise UsageError(f"--until {column}: no such column; there are {', '.join(report.columns_of(results)[0])}")
         baseline = results[report.BASELINE]
@@ -221,29 +225,58 @@ class Ablation:
     def _complete(self, run):
         """Train, draw, score: whatever of it is not done yet. Called in a thread of its own."""
         self.children.check()
-        steps, place = self.options.steps, f"{self.runs.index(run) + 1} of {len(self.runs)}"
+        place = f"{self.runs.index(run) + 1} of {len(self.runs)}"
         draws = self._draws(run.variant)
-        if all(self._numbers(run, draw, step) for step in self.points for draw in draws):
+        if all(self._numbers(run, draw, point) for point in self.points for draw in draws):
             say(f"{place}: {run.name} has been scored")
-        elif self._checkpoint(run, steps).exists():
+        elif self._checkpoint(run, self.end).exists():
             say(f"{place}: {run.name} has been trained")
         else:
-            say(f"{place}: training {run.name} to step {steps}, see {self._log(run.name)}")
-            self.children.run(run.name, self._main(
-                run.variant, "--seed", run.seed, "--version", run.name, "--sample_path", self.out / "samples",
-                "--total_step", steps, "--sample_step", max(1, -(-steps // RECORDS)), "--model_save_step",
-                self.points[0], "--keep_checkpoints", 0, "--log_step", max(1, min(10, steps // RECORDS))),
-                self._log(run.name))
-        for step in self.points:
+            say(f"{place}: training {run.name} to {self.unit} {self.end}, see {self._log(run.name)}")
+            if self.options.minutes:
+                self._train_for_minutes(run)
+            else:
+                self._train(run, "--total_step", self.end, "--sample_step", max(1, -(-self.end // RECORDS)),
+                            "--model_save_step", self.points[0], "--log_step", max(1, min(10, self.end // RECORDS)))
+        for point in self.points:
             for draw in draws:
-                self._score(run, draw, step)
-        for step in self.points[:-1]:
-            self._checkpoint(run, step).unlink(missing_ok=True)         # its pictures have been drawn
-        say(f"{place}: {run.name}: {', '.join(report.in_words(self._numbers(run, draws[0], steps)))}")
+                self._score(run, draw, point)
+        for point in self.points[:-1]:
+            self._checkpoint(run, point).unlink(missing_ok=True)        # its pictures have been drawn
+        say(f"{place}: {run.name}: {', '.join(report.in_words(self._numbers(run, draws[0], self.end)))}")
         self.report()
 
-    def _checkpoint(self, run, step):
-        return self.out / "models" / run.name / f"{step:07d}.pth"
+    def _train(self, run, *flags, seconds=None):
+        """Train to the run's own end, or for so many seconds."""
+        self.children.run(run.name, self._main(
+            run.variant, "--seed", run.seed, "--version", run.name, "--sample_path", self.out / "samples",
+            "--keep_checkpoints", 0, *flags), self._log(run.name), seconds=seconds)
+
+    def _train_for_minutes(self, run):
+        """Train up to each point in turn, and keep in the record which step was reached there.
+
+        What an interrupted call trained beyond a point is left out: it has had time already.
+        """
+        before, step = 0, None
+        for point in self.points:
+            if self._step(run, point) is None:
+                folders = [self.out / kind / run.name for kind in ("models", "logs", "samples")]
+                for folder in folders if step is None else ():
+                    shutil.rmtree(folder, ignore_errors=True)
+                self._train(run, "--total_step", FOREVER, "--model_save_step", FOREVER, "--sample_step", 1000,
+                            *(("--pretrained_model", step) if step else ()), seconds=60 * (point - before))
+                reached = max((int(path.stem) for path in folders[0].glob("[0-9]*.pth")), default=0)
+                if reached <= (step or 0):
+                    raise Failure(f"{run.name} trained no step from minute {before} to {point}; give more --minutes")
+                self.record.put(reached, "reached", run.name, str(point))
+            before, step = point, self._step(run, point)
+
+    def _step(self, run, point):
+        """The step of a run at a point, None if it is not known yet."""
+        return self.record.data.get("reached", {}).get(run.name, {}).get(str(point)) if self.options.minutes else point
+
+    def _checkpoint(self, run, point):
+        return self.out / "models" / run.name / f"{self._step(run, point) or 0:07d}.pth"
 
     def _draws(self, variant):
         """The values of --metadata_sample that a variant is drawn with; (None,) without metadata."""
@@ -252,29 +285,29 @@ class Ablation:
     def _label(self, variant, draw):
         return f"{variant.name}, {draw}" if draw and self.options.all_draws else variant.name
 
-    def _key(self, run, draw, step):
-        key = f"{run.name}, step {step}, {self.options.samples} pictures"
+    def _key(self, run, draw, point):
+        key = f"{run.name}, {self.unit} {point}, {self.options.samples} pictures"
         return f"{key}, {draw}" if draw else key
 
-    def _score(self, run, draw, step):
-        """Fill in what the record lacks of one row's scores for one seed and step."""
-        kept = self.record.data["scores"].get(self._key(run, draw, step), {})
-        missing = [scorer for scorer in self._scorers(step) if scorer not in kept]
-        fake = self._draw(run, draw, step) if set(missing) - {self._evaluated} else None
+    def _score(self, run, draw, point):
+        """Fill in what the record lacks of one row's scores for one seed and point."""
+        kept = self.record.data["scores"].get(self._key(run, draw, point), {})
+        missing = [scorer for scorer in self._scorers(point) if scorer not in kept]
+        fake = self._draw(run, draw, point) if set(missing) - {self._evaluated} else None
         for scorer in missing:
             self.children.check()
             if scorer == self._evaluated:
-                scores = self._evaluate(run, draw, step)
+                scores = self._evaluate(run, draw)
             elif scorer == "swd":
                 scores = {"swd": swd.sliced_wasserstein(self.real, swd.PictureFiles.below(fake))}
             else:
                 scores = report.scores_by(scorer, self.out / "real", fake, lambda words: self.children.run(
                     f"--score for {run.name}", words, self._log(run.name), capture=True))
-            self.record.put(scores, "scores", self._key(run, draw, step), scorer)
+            self.record.put(scores, "scores", self._key(run, draw, point), scorer)
 
-    def _scorers(self, step):
-        """What computes columns at this step: swd, the --score commands, at the last step --evaluate."""
-        last = step == self.options.steps and self.options.evaluate
+    def _scorers(self, point):
+        """What computes columns at this point: swd, the --score commands, at the last one --evaluate."""
+        last = point == self.end and self.options.evaluate
         return ["swd", *self.options.score, *([self._evaluated] if last else [])]
 
     @property
@@ -282,25 +315,25 @@ class Ablation:
         """The name of --evaluate's scores in the record."""
         return f"--evaluate {self.options.evaluate}"
 
-    def _evaluate(self, run, draw, step):
-        """{column: number}: what --mode evaluate --metrics ... finds for a run at `step`."""
+    def _evaluate(self, run, draw):
+        """{column: number}: what --mode evaluate --metrics ... finds for a run at the last point."""
         log = self.out / "logs" / run.name / "metrics.jsonl"
         before = len(log.read_text(encoding="utf-8").splitlines())
         self.children.run(run.name, self._main(
             run.variant, "--seed", run.seed, "--version", run.name, "--mode", "evaluate", "--metrics",
-            self.options.evaluate, "--pretrained_model", step, "--sample_path", self.out / "samples",
-            *(("--metadata_sample", draw) if draw else ())), self._log(run.name))
+            self.options.evaluate, "--pretrained_model", self._step(run, self.end), "--sample_path",
+            self.out / "samples", *(("--metadata_sample", draw) if draw else ())), self._log(run.name))
         return report.scores_in(log.read_text(encoding="utf-8").splitlines()[before:])
 
-    def _draw(self, run, draw, step):
-        """The folder of --samples pictures by G_ema of a run at `step`; drawn now unless they are there."""
-        samples = self.options.samples
+    def _draw(self, run, draw, point):
+        """The folder of --samples pictures by G_ema of a run at `point`; drawn now unless they are there."""
+        samples, step = self.options.samples, self._step(run, point)
         place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
         folder = place / run.name / f"{step:07d}_generated_seed0"
         if len(swd.PictureFiles.below(folder)) != samples:
-            if not self._checkpoint(run, step).exists():
+            if not self._checkpoint(run, point).exists():
                 raise DataError(f"{folder}: the pictures of step {step} are gone, and so is its checkpoint; to train "
-                                f"{run.name} again, delete {self._checkpoint(run, step).parent}")
+                                f"{run.name} again, delete {self._checkpoint(run, point).parent}")
             self.children.run(run.name, self._main(
                 run.variant, "--version", run.name, "--train", "false", "--pretrained_model", step, "--seed", 0,
                 "--num_samples", samples, "--sample_path", place, *(("--metadata_sample", draw) if draw else ())),
@@ -309,13 +342,14 @@ class Ablation:
 
     # --------------------------------------------------------------------------------------------- the report
 
-    def _numbers(self, run, draw, step):
-        """{column: number} of one row, seed and step, {} while anything of it is missing."""
-        kept = self.record.data["scores"].get(self._key(run, draw, step), {})
-        if any(scorer not in kept for scorer in self._scorers(step)):
+    def _numbers(self, run, draw, point):
+        """{column: number} of one row, seed and point, {} while anything of it is missing."""
+        kept = self.record.data["scores"].get(self._key(run, draw, point), {})
+        if any(scorer not in kept for scorer in self._scorers(point)):
             return {}
-        numbers = {}
-        for scorer in self._scorers(step):
+        step = self._step(run, point)
+        numbers = {"steps": step} if self.options.minutes else {}
+        for scorer in self._scorers(point):
             clash = sorted(numbers.keys() & kept[scorer].keys() | kept[scorer].keys() & set(report.COST))
             if clash:
                 raise UsageError(f"{scorer}: '{clash[0]}' is the name of another column already")
@@ -323,31 +357,31 @@ class Ablation:
         cost = report.cost_of(self.out / "logs" / run.name / "metrics.jsonl", step)
         return {**numbers, **cost, **self.record.data["parameters"][run.variant.slug]}
 
-    def _results(self, step):
-        """{row's label: {seed: {column: number}}} of what there is so far, at this step."""
+    def _results(self, point):
+        """{row's label: {seed: {column: number}}} of what there is so far, at this point."""
         results = {}
         for variant in self.options.variants:
             for draw in self._draws(variant):
-                runs = {run.seed: self._numbers(run, draw, step) for run in self.runs if run.variant is variant}
+                runs = {run.seed: self._numbers(run, draw, point) for run in self.runs if run.variant is variant}
                 results[self._label(variant, draw)] = {seed: run for seed, run in runs.items() if run}
         return {label: seeds for label, seeds in results.items() if seeds}
 
     def report(self):
         """Write ablation.md, ablation.png and curves.png of what there is so far. Returns the lines of the numbers."""
         with self._report_lock:
-            by_step = {step: results for step in self.points if (results := self._results(step))}
-            results = by_step.get(self.options.steps)
+            by_point = {point: results for point in self.points if (results := self._results(point))}
+            results = by_point.get(self.end)
             if not results:
                 return []
             numbers = report.summary(results, self.record.data["floor"], not self.options.model)
-            numbers += report.convergence(by_step)
+            numbers += report.convergence(by_point, self.unit)
             shown = self._write_picture(results)
             if report.differences(results, self.out / "differences.png"):
                 shown += ["", "![paired differences](differences.png)", "",
                           "Paired differences from the baseline in percent of its mean, with their 95 % intervals; "
                           "thick lines exclude 0."]
-            if report.curves(by_step, self.out / "curves.png"):
-                shown += ["", "![scores by step](curves.png)", "",
+            if report.curves(by_point, self.out / "curves.png", self.unit):
+                shown += ["", f"![scores by {self.unit}](curves.png)", "",
                           "Means over the seeds, with their 95 % intervals."]
             text = "\n".join([*self._head(results), *numbers, *shown]) + "\n"
             write_atomically(self.out / "ablation.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -361,7 +395,7 @@ class Ablation:
         lines = [
             f"# Ablation of {options.model or 'SLAE-FastGAN'}", "",
             f"    {shlex.join(['python', 'benchmarks/ablation.py', *self.argv])}", "",
-            f"- imsize {options.imsize}, {options.steps} steps, seeds "
+            f"- imsize {options.imsize}, {self.end} {self.unit}s, seeds "
             f"{', '.join(map(str, sorted({run.seed for run in self.runs})))}",
             f"- {len(self.real)} real pictures, {options.samples} drawn from G_ema of each run",
             f"- {report.hardware()}" + (f"; {options.jobs} trainings at once" if options.jobs > 1 else ""),
@@ -394,15 +428,27 @@ class Ablation:
         """Write ablation.png of the first seed. Returns the lines of ablation.md that show it."""
         grids = []
         for variant in self.options.variants:
-            grid = self.out / "samples" / f"{variant.slug}_seed0" / f"{self.options.steps:07d}_fake.png"
+            written = sorted((self.out / "samples" / f"{variant.slug}_seed0").glob("[0-9]*_fake.png"))
             scores = results.get(self._label(variant, self._draws(variant)[0]), {}).get(0)
-            if scores and grid.exists():
-                grids.append((variant.name, grid, report.in_words(scores)))
+            if scores and written:
+                grids.append((variant.name, written[-1], report.in_words(scores)))
         if not grids:
             return []
         report.picture(grids, self.out / "ablation.png")
         return [f"![grids of {', '.join(name for name, _, _ in grids)}, seed 0](ablation.png)", "",
-                f"Seed 0 at step {self.options.steps}, always of the same z."]
+                f"Seed 0, the last grids up to {self.unit} {self.end}, always of the same z."]
+
+
+def points_of(options):
+    """("step" or "minute", the points at which runs are scored), evenly spread, the last one their end."""
+    if options.minutes:
+        return "minute", [_whole(round(options.minutes * (i + 1) / options.points, 3)) for i in range(options.points)]
+    every = -(-options.steps // options.points)
+    return "step", [*range(every, options.steps, every), options.steps]
+
+
+def _whole(number):
+    return int(number) if number == int(number) else number
 
 
 def say(text):

@@ -64,6 +64,17 @@ def at_least(low):
     return convert
 
 
+def some_minutes(text):
+    """'2.5' -> 2.5 minutes."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0
+    if not 0 < minutes < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of minutes over 0, such as 2.5")
+    return minutes
+
+
 OTHERS = (Variant(report.BASELINE, ()),)        # of another model: as it is
 
 
@@ -123,18 +134,22 @@ def parse(argv):
     parser = Parser(
         prog="python benchmarks/ablation.py", allow_abbrev=False,
         usage="python benchmarks/ablation.py --image_path DIR --steps N [--flag VALUE ...] [-- FLAGS OF main.py]",
-        description="Train FastGAN, +SLAE, +metadata and both, or variants of your own, at equal steps and seeds, and "
-                    "compare them. The same command again goes on.")
+        description="Train FastGAN, +SLAE, +metadata and both, or variants of your own, at equal steps (or time) and "
+                    "seeds, and compare them. The same command again goes on.")
     add = parser.add_argument
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
     add("--model", type=one_of(*sorted(parameter.FAMILIES.keys() - {"fastgan"})), metavar="NAME",
         help="another model, whose baseline is it as it is, with the flags after --; compare it with --variant")
     add("--imsize", type=at_least(swd.SMALLEST), default=64, metavar="N",
         help="side of the pictures (default: 64 px)")
-    add("--steps", type=at_least(1), required=True, metavar="N", help="updates of G in each run")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=at_least(1), metavar="N", help="updates of G in each run")
+    length.add_argument("--minutes", type=some_minutes, metavar="N",
+                        help="instead of --steps: wall time of each run's training, program start included; for "
+                        "variants whose steps take unequally long")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")
     add("--points", type=at_least(1), default=4, metavar="N",
-        help="steps at which each run is scored, evenly spread, the last included (default: 4)")
+        help="steps or times at which each run is scored, evenly spread, the last included (default: 4)")
     add("--until", metavar="COLUMN", help="more seeds, until the 95 %% interval of each variant's difference from the "
         "baseline in this column excludes 0, or --most seeds were trained")
     add("--most", type=at_least(1), default=16, metavar="N", help="seeds of each variant with --until (default: 16)")

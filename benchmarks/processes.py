@@ -33,10 +33,11 @@ class Children:
         self._running = set()
         self._lock = threading.RLock()      # a signal's handler may come while this thread holds it
 
-    def run(self, name, command, log, capture=False):
+    def run(self, name, command, log, capture=False, seconds=None):
         """Run `command` to its end, with its output appended to the file `log`; with `capture`, return its stdout.
 
-        Raises Stopped, or a Failure with the command's own exit code after showing the end of its output.
+        After so many `seconds` a training is asked to save and end. Raises Stopped, or a Failure with the command's own
+        exit code after showing the end of its output.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "ab+") as output:
@@ -54,13 +55,21 @@ class Children:
                 except OSError as error:
                     raise Failure(f"{name}: cannot run {command[0]} ({error.strerror})") from None
                 self._running.add(process)
+            interrupted = None
             try:
-                printed = process.communicate()[0] or b""
+                try:
+                    printed = process.communicate(timeout=seconds)[0]
+                except subprocess.TimeoutExpired:
+                    with self._lock:
+                        if not self._stopped:           # else it was asked, and a second signal ends it unsaved
+                            process.send_signal(signal.SIGINT)
+                    printed, interrupted = process.communicate()[0], 128 + signal.SIGINT
             finally:
                 with self._lock:
                     self._running.discard(process)
             self.check()
-            if process.returncode:
+            printed = printed or b""
+            if process.returncode not in (0, interrupted):
                 output.seek(start)
                 raise self._failure(name, process.returncode, output.read() + printed, log)
         return printed.decode(errors="replace")

@@ -165,17 +165,17 @@ def _change(name, before, after):
     return text
 
 
-def convergence(by_step):
-    """Lines of Markdown: for each score a table of its means and paired differences by step.
+def convergence(by_point, unit):
+    """Lines of Markdown: for each score a table of its means and paired differences by `unit`, step or minute.
 
-    `by_step`: {step: results}; [] for a single step.
+    `by_point`: {number of steps or minutes: results}; [] for a single point.
     """
     lines = []
-    for name in _scores(by_step) if len(by_step) > 1 else ():
-        labels = list(dict.fromkeys(label for results in by_step.values() for label in results))
+    for name in _scores(by_point) if len(by_point) > 1 else ():
+        labels = list(dict.fromkeys(label for results in by_point.values() for label in results))
         rows = []
-        for step, results in by_step.items():
-            cells = [f"{step:,}"]
+        for point, results in by_point.items():
+            cells = [f"{point:,}"]
             baseline = results.get(BASELINE, {})
             for label in labels:
                 values = [run[name] for run in results.get(label, {}).values() if name in run]
@@ -187,19 +187,19 @@ def convergence(by_step):
                     cell = cell if low <= 0 <= high else f"**{cell}**"
                 cells.append(cell)
             rows.append(cells)
-        lines += [f"`{name}` by step:", "", *markdown_table(["step", *labels], rows), ""]
+        lines += [f"`{name}` by {unit}:", "", *markdown_table([unit, *labels], rows), ""]
     if lines:
         lines.append("In brackets: 95 % interval of the paired difference from the baseline; bold where it excludes 0.")
         lines.append("")
     return lines
 
 
-def _scores(by_step):
-    """The columns of scores whose meaning is known, of at least two steps."""
-    columns = columns_of(list(by_step.values())[-1])[0]
-    steps = {name: sum(any(name in run for seeds in results.values() for run in seeds.values())
-                       for results in by_step.values()) for name in columns}
-    return [name for name in columns if name not in COST and steps[name] > 1
+def _scores(by_point):
+    """The columns of scores whose meaning is known, of at least two points."""
+    columns = columns_of(list(by_point.values())[-1])[0]
+    points = {name: sum(any(name in run for seeds in results.values() for run in seeds.values())
+                        for results in by_point.values()) for name in columns}
+    return [name for name in columns if name not in COST and points[name] > 1
             and (sign_of(name) or name.endswith("nearest"))]
 
 
@@ -217,28 +217,28 @@ def _figure(panels, most, width, height):
     return Figure(figsize=(width * columns, height * rows), dpi=110, layout="constrained"), rows, columns
 
 
-def curves(by_step, path):
-    """Write a picture of each score by step, a line for each variant with its 95 % interval. Return whether it did.
+def curves(by_point, path, unit="step"):
+    """Write a picture of each score by `unit`, a line for each variant with its 95 % interval. Return whether it did.
 
-    Raises OSError. With a single step, or without matplotlib, it does nothing.
+    Raises OSError. With a single point, or without matplotlib, it does nothing.
     """
-    names = _scores(by_step)
-    if len(by_step) < 2 or not names:
+    names = _scores(by_point)
+    if len(by_point) < 2 or not names:
         return False
     figure, rows, columns = _figure(len(names), 3, 5, 3.6)
     if figure is None:
         return False
-    labels = list(dict.fromkeys(label for results in by_step.values() for label in results))
+    labels = list(dict.fromkeys(label for results in by_point.values() for label in results))
     for place, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, place + 1)
         for label in labels:
-            found = {step: interval(values) or (values[0],) * 3 for step, results in by_step.items()
+            found = {point: interval(values) or (values[0],) * 3 for point, results in by_point.items()
                      if (values := [run[name] for run in results.get(label, {}).values() if name in run])}
             mean, low, high = zip(*found.values(), strict=True)
             line, = axes.plot(list(found), mean, marker="o", markersize=4, label=label)
             axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         better = {-1: " (lower is better)", 1: " (higher is better)", 0: ""}[sign_of(name)]
-        axes.set(title=f"{name}{better}", xlabel="step")
+        axes.set(title=f"{name}{better}", xlabel=unit)
         axes.grid(alpha=0.3)
         if not place:
             axes.legend()

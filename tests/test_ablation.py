@@ -67,6 +67,8 @@ else:
             sys.exit(130)
     from PIL import Image
     step = int(flag("total_step"))
+    if step == 10**9:                                                   # of --minutes, which are over at once
+        step = int(flag("pretrained_model", 0)) + 3
     models, logs, samples = (Path(flag(kind), name) for kind in ("model_save_path", "log_path", "sample_path"))
     for folder in (models, logs, samples):
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,6 +260,36 @@ def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, caps
 
 
 @pytest.mark.soak
+def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, capsys):
+    def run_for(minutes, *flags):
+        return ablation.main(["--image_path", "pictures", "--imsize", "32", "--minutes", minutes, "--points", "2",
+                              "--seeds", "1", "--samples", "10", *TWO, *flags])
+
+    assert run_for("5") == 0
+    trained = [call["argv"] for call in calls("train")]
+    assert [value(argv, "--version") for argv in trained] == ["baseline_seed0"] * 2 + ["slae_seed0"] * 2
+    assert [value(argv, "--pretrained_model") if "--pretrained_model" in argv else None for argv in trained] == [
+        None, "3"] * 2
+    text = Path("ablation/ablation.md").read_text()
+    for part in ("imsize 32, 5 minutes", "`swd` by minute:", "| 2.5 |", "steps 6", "up to minute 5"):
+        assert part in text
+    assert sorted(path.name for path in Path("ablation/models").glob("*/*.pth")) == ["0000006.pth"] * 2
+
+    # interrupted between the points: what the run had reached at the first one is kept, what it trained after it is not
+    record = json.loads(Path("ablation/ablation.json").read_text())
+    del record["reached"]["slae_seed0"]["5"], record["scores"]["slae_seed0, minute 5, 10 pictures"]
+    Path("ablation/ablation.json").write_text(json.dumps(record))
+    assert run_for("5") == 0
+    (again,) = [call["argv"] for call in calls("train")][4:]
+    assert (value(again, "--version"), value(again, "--pretrained_model")) == ("slae_seed0", "3")
+    assert run("--out", "ablation", *TWO) == 2
+    assert "an ablation with other minutes: 5 in 2 points, now (none)" in capsys.readouterr().err
+
+    monkeypatch.setenv("HANG", "baseline_seed0")
+    assert run_for("0.06", "--out", "short") == 1 and Path("saved").exists(), "asked to save and end"
+    assert "trained no step from minute 0 to 0.03; give more --minutes" in capsys.readouterr().err
+
+
 def test_seeds_are_added_until_the_interval_excludes_zero(stand_in, capsys):
     # differences 5, -1, -1, -1, -1.3, ...: the interval excludes 0 with none of them for the first 11 seeds
     score = scorer_of(stand_in, kid="10 + both * (1 if seed < 2 else 1 + seed / 100) * (seed != 0 or -1)")
@@ -394,6 +426,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
 @pytest.mark.parametrize(("flags", "code", "message"), [
     (("--variants", "baseline,+SLEA"), 2, "did you mean +SLAE?"),
     (("--seeds", "0"), 2, "--seeds: '0' is no whole number of at least 1"),
+    (("--minutes", "5"), 2, "--minutes: not allowed with argument --steps"),
     (("--score", "echo {real}"), 2, "must name both folders"),
     (("--score", "no_such_program {real} {fake}"), 2, "there is no program no_such_program"),
     (("--image_path", "nowhere"), 3, "there is no folder nowhere; set --image_path to"),
