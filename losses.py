@@ -127,6 +127,8 @@ class SelfSupervisedHinge:
         if labels[0] is not None:
             mismatch = self._mismatch(D, on_real, *labels)
             loss, stats["mismatch"] = loss + self.MISMATCH_WEIGHT * mismatch, mismatch.detach()
+        if not self.recon_weight:                           # the decoders then take no time
+            return loss, stats
         pairs = D.reconstruct(on_real, real)
         rebuilt, targets = (torch.cat(images) for images in zip(*pairs.values(), strict=True))
         # all decoders in one pass; the mean over the batch keeps recon_weight independent of the batch size

@@ -26,8 +26,8 @@ import data_loader  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
 from dataset.workers import cores  # noqa: E402
 from device import console  # noqa: E402
-from errors import Failure  # noqa: E402
 from metrics.cost import alternate, each_ratio, hardware  # noqa: E402
+from processes import exit_code_of  # noqa: E402
 
 DRAWN = 20_000  # pictures
 SIZE = (178, 218)
@@ -140,8 +140,8 @@ def sides_of(options, root, scratch, device):
     return [TimedLoader(name, open, options, device, reopen=open is fresh) for name, open in ways.items()]
 
 
-def main(argv):
-    """Compare the ways to load and print the table. Returns exit code 0 or a Failure's."""
+def compare(argv):
+    """Compare the ways to load and print the table. Returns exit code 0. Raises Failure, OSError."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image_path", type=Path, help="folder of folders of pictures, as ImageFolder wants it")
     for name, default in (("imsize", 64), ("batch_size", 64), ("num_workers", 2)):
@@ -158,9 +158,6 @@ def main(argv):
         sides = sides_of(options, root, scratch, device)
         try:
             alternate(sides)
-        except Failure as failure:
-            print(f"error: {failure}", file=sys.stderr)
-            return failure.code
         finally:
             for side in sides:
                 side.close()
@@ -172,6 +169,11 @@ def main(argv):
         print(f"| {side.name} | {options.batch_size / statistics.median(side.seconds):,.0f} | "
               f"{middle:.2f} ({low:.2f} to {high:.2f}) |")
     return 0
+
+
+def main(argv):
+    """Run the command line `argv` and return the exit code."""
+    return exit_code_of(lambda: compare(argv))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parameter  # noqa: E402
 from data_loader import build_dataset  # noqa: E402 - found through the line above
 from device import console, distributed  # noqa: E402
-from errors import Failure, UsageError  # noqa: E402
+from errors import UsageError  # noqa: E402
 from generate.classes import find_classes  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio  # noqa: E402
+from processes import exit_code_of  # noqa: E402
 
 
 def _side(argv):
@@ -27,21 +28,17 @@ def _side(argv):
     return TimedConfig(config, distributed.start(config), classes=classes)
 
 
-def main(argv):
-    """Compare the two sides of the command line and print the figures. Returns exit code 0 or a Failure's."""
+def compare(argv):
+    """Compare the two sides of the command line and print the figures. Returns exit code 0. Raises Failure."""
     if {"-h", "--help"} & set(argv):
         print(__doc__.strip(), "The flags are those of main.py: python main.py --help", sep="\n\n")
         return 0
-    try:
-        if argv.count("--") != 2:
-            raise UsageError("give the flags of both, --, those of A, --, those of B")
-        first = argv.index("--")
-        second = argv.index("--", first + 1)
-        both, flags = argv[:first], (argv[first + 1:second], argv[second + 1:])
-        sides = [_side([*both, *own]) for own in flags]
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.code
+    if argv.count("--") != 2:
+        raise UsageError("give the flags of both, --, those of A, --, those of B")
+    first = argv.index("--")
+    second = argv.index("--", first + 1)
+    both, flags = argv[:first], (argv[first + 1:second], argv[second + 1:])
+    sides = [_side([*both, *own]) for own in flags]
     steps = alternate(sides)
     low, middle, high = statistics.quantiles(each_ratio(*sides), n=4)
     for name, own, side in zip("AB", flags, sides, strict=True):
@@ -49,6 +46,11 @@ def main(argv):
     print(f"A / B: {middle:.3f} (middle half of {len(sides[0].seconds)} rounds of {steps} steps: {low:.3f} to "
           f"{high:.3f})")
     return 0
+
+
+def main(argv):
+    """Run the command line `argv` and return the exit code."""
+    return exit_code_of(lambda: compare(argv))
 
 
 if __name__ == "__main__":

@@ -292,6 +292,14 @@ def test_d_loss_is_the_hinge_of_both_paths_and_three_reconstructions():
         nn.functional.l1_loss(D.decode_last(D([real, downscale(real, 32)]).last), downscale(real, 32)).item(), rel=1e-4)
 
 
+def test_without_their_weight_no_reconstructions_are_made():
+    _, D = networks()
+    real, fake = torch.rand(3, 3, 64, 64), [torch.rand(3, 3, 64, 64), torch.rand(3, 3, 32, 32)]
+    D.decode_last = D.decode_middle = D.decode_small = None             # calling one would raise
+    loss, stats = SelfSupervisedHinge(l1, 0.0, 0.0).d_loss(D, real, fake)
+    assert loss.isfinite() and stats.keys() == {"d_real", "d_fake"}
+
+
 def test_real_images_with_labels_of_others_count_as_fakes():
     D = Discriminator(64, 4, classes=3)
     nn.init.normal_(D.projection.table.parametrizations.weight.original)
