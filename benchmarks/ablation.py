@@ -417,7 +417,7 @@ class Ablation:
     def _varied(self):
         """The settings in which the runs are meant to differ: those that some variant sets."""
         words = [word.partition("=")[0] for variant in self.options.variants for word in variant.flags]
-        return {"version", "seed", *(word.removeprefix("--") for word in words if word.startswith("--"))}
+        return {*report.OF_A_RUN, *(word.removeprefix("--") for word in words if word.startswith("--"))}
 
     def _configs(self):
         """The saved configs of the runs that there are."""

@@ -24,6 +24,8 @@ from utils import write_atomically
 
 BASELINE = "baseline"       # label of the row that the others are compared with
 
+OF_A_RUN = {"version", "seed", "pretrained_model"}      # settings that differ between the runs of a variant, too
+
 COST = ("s/step", "GPU GiB", "G parameters", "D parameters")      # lower is better
 
 
@@ -339,7 +341,7 @@ def on_settings(configs, varied):
     differing = sorted(name for name in shared if any(config[name] != configs[0][name] for config in configs))
     if differing:
         return [*lines, f"- **the runs differ in more than they should: {', '.join(differing)}**"]
-    named = ", ".join(f"`{name}`" for name in sorted(set(varied) - {"seed", "version"}))
+    named = ", ".join(f"`{name}`" for name in sorted(set(varied) - OF_A_RUN))
     return [*lines, f"- but for {named} all settings are equal between the runs"]
 
 

@@ -41,7 +41,7 @@ FLAGS = (
          "pictures) | bank (of one picture) | gauss (normal, with the same covariance)", unused=_without_metadata),
     Flag("recon", one_of("lpips", "l1"), DERIVED, "reconstruction loss of D's decoders: "
          "lpips | l1 (default: lpips if VGG-16's weights are available, else l1)"),
-    Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss; 0: none are made, in a fifth "
+    Flag("recon_weight", float, 1.0, "weight of the reconstructions in D's loss; 0: none are made, in a tenth "
          "less time", 0.0),
     Flag("backtrack_metadata", boolean, False, "with --metrics lpips: optimize the metadata too, not z alone",
          per_call=True),

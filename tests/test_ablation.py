@@ -68,12 +68,13 @@ else:
     from PIL import Image
     step = int(flag("total_step"))
     if step == 10**9:                                                   # of --minutes, which are over at once
-        step = int(flag("pretrained_model", 0)) + 3
+        step = int(flag("pretrained_model", 0)) + len(name)
     models, logs, samples = (Path(flag(kind), name) for kind in ("model_save_path", "log_path", "sample_path"))
     for folder in (models, logs, samples):
         folder.mkdir(parents=True, exist_ok=True)
     (models / "config.json").write_text(json.dumps({
-        "version": name, "seed": flag("seed"), "slae": flag("slae"), "metadata": flag("metadata") == "true",
+        "version": name, "seed": flag("seed"), "pretrained_model": flag("pretrained_model"),
+        "slae": flag("slae"), "metadata": flag("metadata") == "true",
         "vgg_weights": "random", "batch_size": 8, "recon": os.environ.get("RECON" + flag("slae", ""), "l1")}))
     (logs / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i, "sec_per_step": s}) + "\\n" for i, s in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2))))
@@ -269,11 +270,12 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
     trained = [call["argv"] for call in calls("train")]
     assert [value(argv, "--version") for argv in trained] == ["baseline_seed0"] * 2 + ["slae_seed0"] * 2
     assert [value(argv, "--pretrained_model") if "--pretrained_model" in argv else None for argv in trained] == [
-        None, "3"] * 2
+        None, "14", None, "10"]
     text = Path("ablation/ablation.md").read_text()
-    for part in ("imsize 32, 5 minutes", "`swd` by minute:", "| 2.5 |", "steps 6", "up to minute 5"):
+    for part in ("imsize 32, 5 minutes", "but for `metadata`, `slae` all settings are equal", "`swd` by minute:",
+                 "| 2.5 |", "+SLAE against baseline: steps 28 -> 20 (-29 %)", "up to minute 5"):
         assert part in text
-    assert sorted(path.name for path in Path("ablation/models").glob("*/*.pth")) == ["0000006.pth"] * 2
+    assert sorted(path.name for path in Path("ablation/models").glob("*/*.pth")) == ["0000020.pth", "0000028.pth"]
 
     # interrupted between the points: what the run had reached at the first one is kept, what it trained after it is not
     record = json.loads(Path("ablation/ablation.json").read_text())
@@ -281,7 +283,7 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
     Path("ablation/ablation.json").write_text(json.dumps(record))
     assert run_for("5") == 0
     (again,) = [call["argv"] for call in calls("train")][4:]
-    assert (value(again, "--version"), value(again, "--pretrained_model")) == ("slae_seed0", "3")
+    assert (value(again, "--version"), value(again, "--pretrained_model")) == ("slae_seed0", "10")
     assert run("--out", "ablation", *TWO) == 2
     assert "an ablation with other minutes: 5 in 2 points, now (none)" in capsys.readouterr().err
 
