@@ -260,7 +260,6 @@ def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, caps
     assert Path("calls.txt").read_text() == before, "what has been scored needs neither checkpoints nor pictures"
 
 
-@pytest.mark.soak
 def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, capsys):
     def run_for(minutes, *flags):
         return ablation.main(["--image_path", "pictures", "--imsize", "32", "--minutes", minutes, "--points", "2",
@@ -292,6 +291,7 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
     assert "trained no step from minute 0 to 0.03; give more --minutes" in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_seeds_are_added_until_the_interval_excludes_zero(stand_in, capsys):
     # differences 5, -1, -1, -1, -1.3, ...: the interval excludes 0 with none of them for the first 11 seeds
     score = scorer_of(stand_in, kid="10 + both * (1 if seed < 2 else 1 + seed / 100) * (seed != 0 or -1)")
