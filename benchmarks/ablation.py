@@ -45,14 +45,14 @@ from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from errors import DataError, Failure, UsageError  # noqa: E402
 from metrics import evaluate, swd  # noqa: E402
-from processes import Children, Stopped, exit_code_of  # noqa: E402
+from processes import FOREVER, Children, Stopped, exit_code_of  # noqa: E402
+from storage import checkpoint  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
 RECORDS = 10        # grids per run
-FOREVER = 10**9     # steps of a run that --minutes ends
 
 
 class Record:
@@ -257,16 +257,16 @@ class Ablation:
 
         What an interrupted call trained beyond a point is left out: it has had time already.
         """
-        before, step = 0, None
+        if self._step(run, self.points[0]) is None:
+            for kind in ("models", "logs", "samples"):
+                shutil.rmtree(self.out / kind / run.name, ignore_errors=True)
+        before, step = 0, 0
         for point in self.points:
             if self._step(run, point) is None:
-                folders = [self.out / kind / run.name for kind in ("models", "logs", "samples")]
-                for folder in folders if step is None else ():
-                    shutil.rmtree(folder, ignore_errors=True)
                 self._train(run, "--total_step", FOREVER, "--model_save_step", FOREVER, "--sample_step", 1000,
                             *(("--pretrained_model", step) if step else ()), seconds=60 * (point - before))
-                reached = max((int(path.stem) for path in folders[0].glob("[0-9]*.pth")), default=0)
-                if reached <= (step or 0):
+                reached = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
+                if reached <= step:
                     raise Failure(f"{run.name} trained no step from minute {before} to {point}; give more --minutes")
                 self.record.put(reached, "reached", run.name, str(point))
             before, step = point, self._step(run, point)

@@ -15,6 +15,7 @@ from dataset.workers import cores
 from errors import CheckpointError, Failure
 
 TAIL = 12       # lines of a failed command's output that are shown
+FOREVER = 10**9     # --total_step of a training that its time ends
 
 
 class Stopped(Exception):
@@ -55,24 +56,22 @@ class Children:
                 except OSError as error:
                     raise Failure(f"{name}: cannot run {command[0]} ({error.strerror})") from None
                 self._running.add(process)
-            interrupted = None
             try:
-                try:
-                    printed = process.communicate(timeout=seconds)[0]
-                except subprocess.TimeoutExpired:
-                    with self._lock:
-                        if not self._stopped:           # else it was asked, and a second signal ends it unsaved
-                            process.send_signal(signal.SIGINT)
-                    printed, interrupted = process.communicate()[0], 128 + signal.SIGINT
+                printed, expected = wait_for(process, seconds, self._interrupt)
             finally:
                 with self._lock:
                     self._running.discard(process)
             self.check()
             printed = printed or b""
-            if process.returncode not in (0, interrupted):
+            if process.returncode not in (0, expected):
                 output.seek(start)
                 raise self._failure(name, process.returncode, output.read() + printed, log)
         return printed.decode(errors="replace")
+
+    def _interrupt(self, process):
+        with self._lock:
+            if not self._stopped:                       # else it was asked, and a second signal ends it unsaved
+                process.send_signal(signal.SIGINT)
 
     @staticmethod
     def _failure(name, code, output, log):
@@ -102,6 +101,18 @@ class Children:
         """A signal to the program: the first lets trainings save, the second does not wait for that."""
         self.stop(kill=self.signal is not None)
         self.signal = self.signal or number
+
+
+def wait_for(process, seconds, interrupt):
+    """Wait for a process, that `interrupt(process)` asks to end after so many seconds; None: it is not asked.
+
+    Return (its stdout, None without a pipe; the exit code to expect: 0, or 130 of one that was asked).
+    """
+    try:
+        return process.communicate(timeout=seconds)[0], 0
+    except subprocess.TimeoutExpired:
+        interrupt(process)
+        return process.communicate()[0], 128 + signal.SIGINT
 
 
 def exit_code_of(action, flag=""):

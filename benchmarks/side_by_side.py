@@ -31,7 +31,7 @@ from data_loader import build_dataset, real_batches  # noqa: E402
 from device import console, distributed  # noqa: E402
 from errors import Failure  # noqa: E402
 from gallery.grid import grid_side, save_grid, to_uint8  # noqa: E402
-from processes import Children, exit_code_of  # noqa: E402
+from processes import FOREVER, Children, exit_code_of, wait_for  # noqa: E402
 from reference import PlainTrainer  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
@@ -68,14 +68,11 @@ def train_ours(options, flags, began, log):
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, ROOT / "main.py", *flags, "--version", "ours", *folders]
     with open(log, "ab") as output:
-        process = subprocess.Popen([*map(str, command), "--total_step", "1000000000"], stdout=output, stderr=output)
-        try:
-            process.wait(max(0, began + 60 * options.minutes - time.time()))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)          # it saves and ends
-        code = process.wait()
-    if code != 130:
-        raise Failure(f"main.py ended with exit code {code}; its output is in {log}")
+        process = subprocess.Popen([*map(str, command), "--total_step", str(FOREVER)], stdout=output, stderr=output)
+        wait_for(process, max(0, began + 60 * options.minutes - time.time()),
+                 lambda process: process.send_signal(signal.SIGINT))            # it saves and ends
+    if process.returncode != 130:
+        raise Failure(f"main.py ended with exit code {process.returncode}; its output is in {log}")
     Children(1).run("main.py", [*command, "--train", "false", "--num_samples", options.samples, "--seed", 0], log)
     (drawn,) = (options.out / "sample" / "ours").glob("*_generated_seed0")
     drawn.with_suffix(".png").rename(options.out / "ours.png")

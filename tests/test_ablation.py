@@ -472,7 +472,7 @@ class InThisProcess:
     def __init__(self, jobs):
         pass
 
-    def run(self, name, command, log, capture=False):
+    def run(self, name, command, log, capture=False, seconds=None):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             assert main.main([str(word) for word in command[2:]]) == 0, name
         return out.getvalue()
