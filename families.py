@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fastgan_models
 import flags.fastgan
@@ -118,12 +120,25 @@ def build_networks(config, device, classes=None):
     return [mps.with_contiguous_maps(net.to(device, memory_format=mps.memory_format(device)), device) for net in built]
 
 
+def build_shapes(config, classes=0):
+    """`build` on the meta device: networks of shapes alone, of any width in no time, without random numbers."""
+    with torch.device("meta"), _Uninitialized():
+        return build(config, classes)
+
+
+class _Uninitialized(TorchFunctionMode):
+    """Leave out torch.nn.init: on the meta device it imports torch._dynamo, which takes a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
 def find_mismatch(config, state):
     """Return in words why the networks of a checkpoint's `state` are not those of `config`; None if they are."""
     classes = len((state.get("classes") or {"names": ()})["names"])     # older checkpoints have none
-    with torch.device("meta"):          # shapes alone: no memory, no random numbers, no power iteration
-        built = build(config, classes)
-    expected = dict(zip("GD", (net.state_dict() for net in built), strict=True))
+    expected = dict(zip("GD", (net.state_dict() for net in build_shapes(config, classes)), strict=True))
     for name, weights in (*expected.items(), ("G_ema", expected["G"])):
         if state[name].keys() != weights.keys():
             other = sorted(state[name].keys() ^ weights.keys(), key=str)[0]

@@ -123,8 +123,6 @@ def dispatch(config, place, interrupt):
 
 def describe(config, dataset, place):
     """Print the resolved config, parameter counts, data and device (`--dry_run`)."""
-    import torch
-
     import data_loader
     import families
     import start
@@ -145,8 +143,7 @@ def describe(config, dataset, place):
     if config.classes is not None:
         require_classes(classes).choose(config.classes)
     if not config.fake_dir:                             # scoring a folder needs no networks
-        with torch.device("meta"):                      # shapes alone: of any width, in no time
-            G, D = families.build(config, len(classes or ()))
+        G, D = families.build_shapes(config, len(classes or ()))
         for name, net in (("G", G), ("D", D)):
             say(f"{name} parameters: {sum(weight.numel() for weight in net.parameters())}")
         if config.mode == "train":

@@ -31,9 +31,11 @@ class SpectralNorm(nn.Module):
         self.out_dim = out_dim
         self.kept = None                    # W / sigma, see `kept_weights`
         rows = weight.shape[out_dim]
-        self.register_buffer("u", nn.functional.normalize(torch.randn(rows), dim=0, eps=_EPS))
-        self.register_buffer("v", nn.functional.normalize(torch.randn(weight.numel() // rows), dim=0, eps=_EPS))
+        self.register_buffer("u", torch.randn(rows))
+        self.register_buffer("v", torch.randn(weight.numel() // rows))
         if not weight.is_meta:              # on the meta device a network is built for its shapes alone
+            self.u = nn.functional.normalize(self.u, dim=0, eps=_EPS)
+            self.v = nn.functional.normalize(self.v, dim=0, eps=_EPS)
             self.iterate(weight, WARM_UP_ITERATIONS)
 
     def _times(self, weight, vector, transpose):

@@ -34,7 +34,7 @@ from generate.classes import require_classes
 from generate.latents import Inputs, save_latents
 from generate.trained import load_generator
 from pretrained import lpips
-from utils import as_rgb
+from utils import Adam, as_rgb
 
 FALLBACK_HINT = "--vgg_weights PATH"
 CANDIDATES = 256        # samples whose nearest ones are starts
@@ -66,7 +66,7 @@ def search(G, net, start, target, steps, free, advance, watch=lambda step, image
     with torch.no_grad():
         target_embedding = net.embed(target)                            # (B, D)
     optimized, fixed = start.z[:, :free].clone().requires_grad_(True), start.z[:, free:]
-    optimizer = torch.optim.Adam([optimized], RATE)
+    optimizer = Adam([optimized], RATE)
     best = torch.full((len(target),), torch.inf, device=target.device)
     images, errors, latents = torch.zeros_like(target), torch.zeros_like(best), start.z.clone()
     for step in range(steps):

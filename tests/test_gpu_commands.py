@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import gpu_pack
+import gpu_results
 import gpu_runs
 from dataset.toy import draw_face
 from parameter import as_json, parse, resolve
@@ -250,11 +251,11 @@ def test_a_curve_needs_two_steps_and_a_line_in_the_making_is_left_for_later(tmp_
              {"step": 6, "sec_per_step": 0.5}, {"step": 10, "fd": 2.0, "protocol": "p"}]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 15, "protoc')
-    log = gpu_runs.Log(path)
+    log = gpu_results.Log(path)
     assert log.scores == {5: {"fd": 3.0, "swd": 1.0}, 10: {"fd": 2.0}} and log.floors == {"fd_floor": 1.5}
     assert log.median("sec_per_step") == "0.500"
-    assert gpu_runs.by_step({"both": log.scores}) == {5: {"both": {0: {"fd": 3.0}}}, 10: {"both": {0: {"fd": 2.0}}}}
-    assert not gpu_runs.by_step({"both": {5: {"fd": 3.0}}})
+    assert gpu_results.by_step({"both": log.scores}) == {5: {"both": {0: {"fd": 3.0}}}, 10: {"both": {0: {"fd": 2.0}}}}
+    assert not gpu_results.by_step({"both": {5: {"fd": 3.0}}})
 
 
 def test_the_first_grid_comes_back_before_the_other_run_has_one(call, tmp_path):
@@ -270,7 +271,7 @@ def test_the_first_grid_comes_back_before_the_other_run_has_one(call, tmp_path):
 
 
 def test_the_zip_of_pages_keeps_to_its_size_with_the_newest_record_in_it(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_runs, "PAGES", 400_000)
+    monkeypatch.setattr(gpu_results, "PAGES", 400_000)
     samples, models = (tmp_path / "runs/celeb" / kind / "sagan_celeb" for kind in ("samples", "models"))
     samples.mkdir(parents=True)
     models.mkdir(parents=True)

@@ -129,20 +129,26 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
 def test_a_step_on_a_cpu_uses_the_memory_of_the_one_before_and_no_compiler():
     """The system gives no new pages after the first steps: filling these with zeros took a tenth to a quarter. And no
-    compiler is imported, which took one to three seconds of each start.
+    compiler is imported, which took one to three seconds of each start; nor for networks that a checkpoint is compared
+    with.
     """
     program = """
 import resource, sys
+import families
+import parameter
 from conftest import begun, step_losses
 training, faults = begun(("--imsize", "64", "--batch_size", "32", "--g_conv_dim", "16", "--d_conv_dim", "16")), []
 for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step_losses(training)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+for flags in (), ("--arch", "resnet"), ("--model", "fastgan"):
+    families.build_shapes(parameter.resolve(parameter.parse([*flags, "--dataset", "toy"])), 3)
 print(min(faults), max(faults), int("torch._dynamo" in sys.modules))
 """
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parent.parent)))}
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | paths)
+    assert not found.returncode, found.stderr
     least, most, compiler = map(int, found.stdout.split())
     assert least < most / 20 and not compiler, found
 

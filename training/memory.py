@@ -191,9 +191,8 @@ class _Shapes(Trainer):
         self.config, self.place, self.classes = config, distributed.Place(device), classes
         self.precision = copy.copy(precision)
         self.precision.device = device
-        with device:
-            nets = families.build(config, classes)
-        self.G, self.D = (net.to(memory_format=torch.channels_last).train() for net in nets)
+        self.G, self.D = (net.to(memory_format=torch.channels_last).train()
+                          for net in families.build_shapes(config, classes))
         for net in (self.G, self.D) if config.checkpointing else ():
             for block in net.large_blocks():
                 block.forward = _as_on_gpu(block.forward)       # backward passes, which call it again, leave this mode
