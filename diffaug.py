@@ -50,7 +50,7 @@ def translation(x, draw_rows=_simply):
 
 
 def cutout(x, draw_rows=_simply):
-    """Set a square of half the side, anywhere (partly outside too), to 0, mid grey."""
+    """Set a rectangle of half the sides, anywhere (partly outside too), to 0, mid grey."""
     B, _, H, W = x.size()
     centre_y = draw_rows(lambda B: torch.randint(0, H + 1, (B, 1), device=x.device), B)
     centre_x = draw_rows(lambda B: torch.randint(0, W + 1, (B, 1), device=x.device), B)

@@ -52,6 +52,10 @@ class LostRankError(Failure):
     code = 7
 
 
+# what to run, in messages where the command line is not known; `parameter.to_resume` where it is
+TO_RESUME = "the same command again (without --restart or --pretrained_model) to resume from the newest checkpoint"
+
+
 def out_of_memory_on(error):
     """Return what has no memory left, "the GPU" or "this machine", by an exception; None if that is of another kind."""
     if type(error).__name__ == "OutOfMemoryError" or "MPS backend out of memory" in str(error):

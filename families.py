@@ -68,11 +68,13 @@ RECONSTRUCTIONS = {     # --recon: the distance between images and their reconst
 
 
 def _require_lpips(config):
-    if config.recon == "lpips":
+    if config.recon == "lpips" and config.recon_weight:
         lpips.require(config.vgg_weights)
 
 
 def _self_supervised(config, device):
+    if not config.recon_weight:
+        return losses.SelfSupervisedHinge(None, 0, config.label_noise)
     if device.type != "meta":                           # where nothing is trained
         say(f"reconstruction loss of D: {config.recon}")
     distance = RECONSTRUCTIONS[config.recon](config, device)        # DataError if its weights are missing

@@ -331,11 +331,12 @@ class Discriminator(nn.Module):
     Takes [image (B, channels, H, W), the same at `small_size`] as G returns them, or the image alone for real ones.
     With `classes` it takes labels (B,), too, and adds a projection of the deep path's features, those before its
     logits, to these; labels of None leave it out. `slae` is the kernel size of the spatial attention in the skip
-    excitations, None for no attention.
+    excitations, None for no attention. `reconstructs`: whether the decoders are trained.
     """
 
-    def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0, channels=3):
+    def __init__(self, imsize, conv_dim, slae=None, sn=True, classes=0, channels=3, reconstructs=True):
         super().__init__()
+        self.reconstructs = reconstructs
         layers = _Layers(sn)
         top = min(short_side(imsize), 256)                              # the stem's output, whatever the imsize
         sizes = [size for size in sorted(D_WIDTHS, reverse=True) if size < 2 * top]
@@ -510,5 +511,5 @@ def build(config, classes=0):
     G = Generator(config.imsize, config.z_dim, config.g_conv_dim, kernel if config.slae else None, config.metadata,
                   config.sn in ("both", "g"), config.metadata_weight, classes, channels)
     D = Discriminator(config.imsize, config.d_conv_dim, kernel if config.slae_d else None, config.sn in ("both", "d"),
-                      classes, channels)
+                      classes, channels, reconstructs=config.recon_weight > 0)
     return G, D

@@ -1,7 +1,7 @@
 """The training loop: steps, and at their intervals logs, sample grids, checkpoints and metrics.
 
-A run ends at `--total_step`, after the current step on SIGINT or SIGTERM, or with an error when a loss or a weight is
-no longer finite. What comes before the first step is in start.py.
+A run ends at `--total_step`, where `--stop auto` says so, after the current step on SIGINT or SIGTERM, or with an error
+when a loss or a weight is no longer finite. What comes before the first step is in start.py.
 """
 
 import json
@@ -17,12 +17,12 @@ from data_loader import real_batches
 from device import distributed, watch
 from device.distributed import say
 from device.loss_scale import LONGEST_STREAK
-from errors import CheckpointError, NonFiniteError, first_line
+from errors import CheckpointError, NonFiniteError, UsageError, first_line, out_of_memory_on
 from families import FAMILIES
 from flags.common import written
 from gallery import page
 from generate.draw import BN_STATS_IMAGES
-from parameter import RUN_SETTINGS, as_json
+from parameter import RUN_SETTINGS, as_json, to_resume
 from storage import checkpoint, score_table
 from storage.boards import Wandb, is_shown
 from storage.folders import step_name
@@ -108,11 +108,11 @@ class Run:
                     # nothing that is not finite is saved, shown or logged
                     means = self.finite_means(due)
                     self.prepare_G_ema(due)
-                    # the checkpoint first; what follows may fail without ending the run
+                    # the checkpoint first: what follows may fail
                     if due.save or due.stop:
                         self.save()
                     self.report(due, means)
-                if (due.stop or due.measure and self.stopped()) and trainer.step < self.config.total_step:
+                if due.stop and trainer.step < self.config.total_step or due.measure and self.stopped():
                     return self.stop()
             return self.finish()
 
@@ -246,8 +246,19 @@ class Run:
         checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
 
     def measure(self):
-        """Compute the metrics of G_ema's samples; save best.pth if they are the best so far."""
-        scores = self.measurements.take(self.state, self.stopped)
+        """Compute the metrics of G_ema's samples; save best.pth if they are the best so far.
+
+        Raise UsageError if they need more memory than there is.
+        """
+        try:
+            scores = self.measurements.take(self.state, self.stopped)
+        except (MemoryError, RuntimeError) as error:
+            where = out_of_memory_on(error)
+            if where is None:
+                raise
+            raise UsageError(f"out of memory on {where} while --metrics {','.join(self.config.metrics)} were computed, "
+                             f"after step {self.trainer.step}.\nGive another --feature_net, fewer --metrics, or "
+                             "--metric_step 0") from None
         if scores is None or not distributed.is_first():
             return
         step, config, standing = self.trainer.step, self.config, self.measurements.standing
@@ -310,8 +321,8 @@ class Run:
             self.save()
         self.ended = page.INTERRUPTED
         self.progress.close()
-        say(f"interrupted: step {self.trainer.step} is saved in {self.folders.models}; run the same command "
-            "again to resume")
+        say(f"interrupted: step {self.trainer.step} is saved in {self.folders.models}; run "
+            f"{to_resume(self.config)} again to resume")
         return 128 + (self.interrupt.signal or signal.SIGTERM)
 
     def finish(self):

@@ -97,7 +97,7 @@ def gradient_penalty(D, real, fake, labels=None):
     # the fused attention kernels have no double backward
     with sdpa_kernel(SDPBackend.MATH), exact(real.device):
         (gradient,) = torch.autograd.grad(D(interpolated, labels).sum(), interpolated,
-                                          create_graph=True)            # (B, 3, H, W)
+                                          create_graph=True)            # (B, C, H, W)
     norm = gradient.flatten(1).norm(dim=1)                 # (B,)
     return (norm - 1).square().mean()
 
@@ -106,7 +106,7 @@ class SelfSupervisedHinge:
     """FastGAN's objective: hinge loss on the logits of both paths of D, plus, in D's loss, the distance of real images
     from their reconstructions by D's decoders (Liu et al. 2021, section 3.2, eqs. 1-3).
 
-    `distance(a, b)` takes images (B, 3, H, W) and returns (B,).
+    `distance(a, b)` takes images (B, C, H, W) and returns (B,); with a `recon_weight` of 0 it may be None.
 
     With labels, real images with the labels of the fakes, where these are others, count as fakes, too (Reed et al.
     2016, arXiv 1605.05396, algorithm 1). Without it G drew faces that anyone calls faces, and of no class: D tells the
@@ -172,7 +172,7 @@ class OnFeatures:
 
 
 def l1(a, b):
-    """Return the mean absolute difference (B,) of images a, b (B, 3, H, W)."""
+    """Return the mean absolute difference (B,) of images a, b (B, C, H, W)."""
     return (a - b).abs().mean((1, 2, 3))
 
 

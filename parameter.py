@@ -195,6 +195,14 @@ def _no_such_run(flag, name, runs):
     return UsageError(f"--{flag} {name}: there is no such run in {runs}; {hint}")
 
 
+def to_resume(config):
+    """Return in words the command that goes on with this run: `--restart` would begin it again, `--pretrained_model`
+    go back.
+    """
+    given = "--restart" if config.restart else "--pretrained_model" if config.pretrained_model is not None else ""
+    return "the same command" + f" without {given}" * bool(given)
+
+
 def source_of(config):
     """Return the path of what `--init_from` names: a checkpoint FILE.pth, or a run's folder."""
     name = config.init_from
@@ -417,10 +425,10 @@ def _world_size():
 
 
 def _check_device(values):
-    device = values["device"]
+    device, world_size = values["device"], _world_size()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
         raise UsageError(f"--device {device}: use auto, cpu, cuda, cuda:N or mps")
-    if device in ("auto", "cpu") and not values["parallel"]:
+    if not values["parallel"] and (device == "cpu" or device == "auto" and world_size == 1):
         return
     import torch  # slow to import: only where needed, so that --help and most mistakes answer at once
 
@@ -430,11 +438,17 @@ def _check_device(values):
         if number >= count:
             available = f"CUDA devices here: {count}" if count else "no CUDA device here"
             raise UsageError(f"--device {device}: {available}; use --device auto or cpu")
-    if device == "mps" and _world_size() > 1:
+    if device.startswith("cuda:") and (world_size > 1 or values["parallel"]):
+        raise UsageError(f"--device {device}: is one GPU, and each process has its own; use --device cuda")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device in ("auto", "cuda") and 0 < count < here:
+        raise UsageError(f"{here} processes on this machine, which has {count} GPU{'s' * (count > 1)}; use "
+                         f"--nproc_per_node={count}, or --device cpu")
+    if device == "mps" and world_size > 1:
         raise UsageError("--device mps: is for one process; use --device cpu with torchrun")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: no GPU of Apple's here, or a PyTorch without MPS; use --device auto or cpu")
-    if values["parallel"] and _world_size() == 1 and (count < 2 or device in ("cpu", "mps")):
+    if values["parallel"] and world_size == 1 and (count < 2 or device in ("cpu", "mps")):
         raise UsageError(f"--parallel true: needs two or more CUDA devices, found {count}; leave it out, or start "
                          "processes yourself with torchrun --nproc_per_node=2 main.py ...")
 

@@ -19,10 +19,10 @@ from device.distributed import say
 from errors import CheckpointError, LockedError, UsageError, first_line, out_of_memory_on
 from gallery import page
 from generate import metadata
-from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
+from generate.classes import Classes, describe_changes, find_classes, lines_on_classes, require_classes
 from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
-from parameter import RUN_SETTINGS, as_json, source_of
+from parameter import RUN_SETTINGS, as_json, source_of, to_resume
 from storage import checkpoint
 from storage.boards import require_wandb
 from storage.folders import FolderLock, RunFolders, require_folders
@@ -32,7 +32,8 @@ from training.measurements import find_standing
 
 
 def train(config, place, precision, interrupt):
-    """Train until `--total_step`, from `--pretrained_model` or the newest checkpoint if there is one.
+    """Train until `--total_step`, or where `--stop auto` ends the run, from `--pretrained_model` or the newest
+    checkpoint if there is one.
 
     Return the exit code: 0, or 128 + the signal's number. Raise UsageError, DataError, NonFiniteError, CheckpointError,
     LockedError or OSError. Until nothing can be refused any more, only caches are written: a run that is refused
@@ -54,6 +55,8 @@ def train(config, place, precision, interrupt):
         return 0
     found = find_dataset(config)
     _, classes = _compare(config, state, found)
+    if config.classes is not None:
+        require_classes(classes).choose(config.classes)
     meter = _load_what_is_needed(config, place, state, classes, len(without_held_out(found, config)))
 
     # what takes work, whose results are cached
@@ -124,7 +127,7 @@ def _find_end(config, folders, step):
     """Return in words why a run that has reached `step` has ended, and how it goes on; None if it has not."""
     if step >= config.total_step:
         return f"reached step {step} of --total_step {config.total_step}; raise it to train on"
-    standing = find_standing(config, folders) if config.stop == "auto" else None
+    standing = find_standing(config, folders, step) if config.stop == "auto" else None
     if standing and standing.is_done(config):
         return f"ended at step {step}, as {standing.in_words()}; --stop never trains on"
     return None
@@ -297,7 +300,7 @@ def _restore(trainer, state, folders):
         moved = folders.supersede_records_after(-1) if distributed.is_first() else 0
         if moved:
             say(f"{moved} records of an older run moved to {folders.samples / 'superseded'}")
-        say(f"starting '{config.version}'; run the same command again to resume from the newest checkpoint\n"
+        say(f"starting '{config.version}'; run {to_resume(config)} again to resume from the newest checkpoint\n"
             f"watch it in a browser, from step {min(config.sample_step, config.total_step)} on: "
             f"{folders.samples / page.NAME}")
         return
@@ -306,7 +309,8 @@ def _restore(trainer, state, folders):
         moved = checkpoint.supersede_after(folders.models, trainer.step)
         if moved:
             say(f"later checkpoints ({', '.join(moved)}) moved to {folders.models / 'superseded'}")
-            folders.supersede_records_after(trainer.step)
+        # of a run that was killed, too: the page would show what is given up beside what is drawn again
+        folders.supersede_records_after(trainer.step)
     distributed.barrier()
     say(f"resuming '{config.version}' from step {trainer.step}")
     processes, before = trainer.place.world_size, state.get("processes")       # older checkpoints lack it

@@ -41,6 +41,7 @@ import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
+from dataset.check import sample_levels  # noqa: E402
 from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from errors import DataError, Failure, UsageError  # noqa: E402
@@ -48,7 +49,7 @@ from metrics import evaluate, swd  # noqa: E402
 from processes import FOREVER, Children, Stopped, exit_code_of  # noqa: E402
 from storage import checkpoint  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
-from utils import write_atomically  # noqa: E402
+from utils import as_rgb, write_atomically  # noqa: E402
 
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
@@ -112,9 +113,10 @@ class Ablation:
         self.options, self.extra, self.argv = options, extra, argv
         self.model = ("--model", options.model) if options.model else MODEL
         self.out = Path(options.out)
-        config = parameter.Config.of({"dataset": "folder", "image_path": options.image_path,
-                                      "imsize": options.imsize})
+        # as the runs see the pictures: --fit, --max_pixels, what is left out, values of more than 8 bits
+        config = parameter.resolve(parameter.parse([str(word) for word in self._main(Variant("", ()))[2:]]))
         self.dataset = table.open_folder(config)
+        self.dataset.use_levels(sample_levels(self.dataset))
         fingerprint = table.fingerprint(self.dataset, config)[:12]
         self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
         self.end = self.points[-1]
@@ -211,7 +213,7 @@ class Ablation:
             unfinished.mkdir(exist_ok=True)
             for index in range(len(self.dataset)):
                 self.children.check()
-                picture = Image.fromarray(self.dataset[index].permute(1, 2, 0).numpy())
+                picture = Image.fromarray(as_rgb(self.dataset[index][None])[0].permute(1, 2, 0).numpy())
                 picture.save(unfinished / f"{index:06d}.png", compress_level=1)
             os.replace(unfinished, folder)
         self.real = swd.PictureFiles.below(folder)

@@ -4,6 +4,7 @@ if __name__ == "__main__":
     raise SystemExit("this file is a part of another program: python benchmarks/ablation.py --help")
 
 import argparse
+import importlib.util
 import re
 import shlex
 import shutil
@@ -94,7 +95,7 @@ def own_variant(text):
         words = tuple(shlex.split(flags))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-    _refuse_own([word for word in words if word not in _TAKEN_AWAY], f"in --variant {name}")
+    _refuse_own([word for word in words if word.partition("=")[0] not in _TAKEN_AWAY], f"in --variant {name}")
     if name.lower() in {variant.slug for variant in VARIANTS}:
         raise argparse.ArgumentTypeError(f"'{name}' is a variant of its own already; take another name")
     return Variant(name, words)
@@ -169,6 +170,8 @@ def parse(argv):
     add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
     add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
     options = parser.parse_args(argv[:split])
+    if not importlib.util.find_spec("scipy"):           # for the intervals, at the end of hours
+        raise UsageError("the intervals need scipy: pip install -r benchmarks/requirements.txt")
     if Path(options.image_path).resolve() in [path := Path(options.out).resolve(), *path.parents]:
         raise UsageError(f"--out {options.out}: lies in --image_path, and would become training pictures")
     if options.model and options.variants:

@@ -1,5 +1,8 @@
 """The trainings of `bash benchmarks/gpu.sh OUT celeb|few|few100|classes|large`, and where their runs are."""
 
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: bash benchmarks/gpu.sh --help")
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path

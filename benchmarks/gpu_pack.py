@@ -149,7 +149,7 @@ def unpack(path, folder, experiment):
             raise DataError(f"{shown(path)} holds no picture; pack it again with {experiment.pack_flag}")
         os.replace(partial, folder)
         origin.write_text(now)
-    return sum(1 for file in folder.rglob("*") if file.suffix in SUFFIXES)
+    return sum(1 for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _unpack(data, path, crop):

@@ -1,5 +1,8 @@
 """What a call of gpu_runs.py leaves in OUT: report, score curves, grids, attention, logs, and pages in a zip."""
 
+if __name__ == "__main__":
+    raise SystemExit("this file is a part of another program: bash benchmarks/gpu.sh --help")
+
 import json
 import os
 import platform

@@ -236,6 +236,8 @@ def curves(by_point, path, unit="step"):
         for label in labels:
             found = {point: interval(values) or (values[0],) * 3 for point, results in by_point.items()
                      if (values := [run[name] for run in results.get(label, {}).values() if name in run])}
+            if not found:                               # a --score program may lack a column for one
+                continue
             mean, low, high = zip(*found.values(), strict=True)
             line, = axes.plot(list(found), mean, marker="o", markersize=4, label=label)
             axes.fill_between(list(found), low, high, color=line.get_color(), alpha=0.12, linewidth=0)
@@ -389,16 +391,23 @@ def read_scores(printed, command):
         last = lines[-1][:80] if lines else ""
         raise Failure(f"--score {command!r}: its last line must be a JSON object, but is {last!r}")
     return {name: value for name, value in scores.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)}
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)}
 
 
 def scores_in(lines):
-    """{column: number} of the scores in these lines of a metrics.jsonl, without their spreads and intervals."""
-    numbers = {}
+    """{column: number} of the scores in these lines of a metrics.jsonl, without their spreads and intervals.
+
+    `nearest` is measured with metadata drawn in each way: the first, bank, has its name alone, gauss is named.
+    """
+    numbers, sources = {}, {}
     for entry in map(json.loads, lines):
-        if "protocol" in entry:
-            numbers |= {name: value for name, value in entry.items()
-                        if isinstance(value, float) and not name.endswith((*score_table.BESIDE, "_floor"))}
+        if "protocol" not in entry:
+            continue
+        for name, value in entry.items():
+            if isinstance(value, float) and not name.endswith((*score_table.BESIDE, "_floor")):
+                is_first = sources.setdefault(name, entry["source"]) == entry["source"]
+                draw = entry["source"].rpartition("metadata ")[2].partition(",")[0]
+                numbers[name if is_first else f"{name}_{draw}"] = value
     return numbers
 
 

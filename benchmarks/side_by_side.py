@@ -105,7 +105,7 @@ def compare(options, extra):
             record[side] = {"minutes": options.minutes, **found, **score(options, side)}
             write_atomically(record_path, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         print(f"{NAMES[side]}: {', '.join(f'{name} {value}' for name, value in record[side].items())}", flush=True)
-    lines = {side: [f"{record[side]['steps']:,} steps in {options.minutes:g} min",
+    lines = {side: [f"{record[side]['steps']:,} steps in {record[side]['minutes']:g} min",
                     *(f"{name} {report.number(record[side][name])}" for name in ("kid", "fd", "coverage")
                       if name in record[side])] for side in NAMES}
     report.picture([(NAMES[side], options.out / f"{side}.png", lines[side]) for side in NAMES],

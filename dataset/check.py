@@ -206,6 +206,8 @@ class Check:
         origin = {"home": os.path.abspath(dataset.home), "procedure": decode.CACHE_VERSION, "index": 2}
         if dataset.crop:
             origin["crop"] = dataset.crop
+        if dataset.max_pixels != decode.MAX_PIXELS:     # left out where it is usual, for the caches that there are
+            origin["max_pixels"] = dataset.max_pixels
         self.store = Cache(config.cache_path, "index", origin)
         self.index = _Index.of(dataset, self.store)
 

@@ -175,6 +175,8 @@ def _open(file: BinaryIO) -> Image.Image:
         warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF data
         try:
             return Image.open(file, formats=tuple(FORMATS))
+        except RuntimeError as error:  # of a damaged AVIF; no part of DAMAGE, as PyTorch raises it for much else
+            raise OSError(str(error)) from None
         except ValueError:  # of a PNG with large texts, see `_despite_text`
             file.seek(0)
             return _despite_text(lambda data: Image.open(io.BytesIO(data), formats=tuple(FORMATS)), file.read())
@@ -276,8 +278,16 @@ def _limit(image: Image.Image, longest: int, crop: int | None, max_pixels: int):
         raise _TooLarge
 
 
+def _load(image: Image.Image):
+    """Decode a picture. Raises one of _UNUSABLE."""
+    try:
+        image.load()
+    except RuntimeError as error:  # as in `_open`
+        raise OSError(str(error)) from None
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # before the try, so that damaged pixel data is not mistaken for a damaged EXIF tag
+    _load(image)  # before the try, so that damaged pixel data is not mistaken for a damaged EXIF tag
     try:
         return ImageOps.exif_transpose(image)
     except DAMAGE:
@@ -336,7 +346,7 @@ def _extremes(data: bytes) -> tuple[float, float]:
         warnings.simplefilter("ignore")
         with _open(io.BytesIO(data)) as image:
             if image.mode == "F" or image.mode.startswith("I"):
-                image.load()
+                _load(image)
                 values = np.asarray(image)
             else:
                 values, mode = _channels(data)

@@ -137,8 +137,8 @@ class _File:
         """Create the file, empty but fully allocated, and delete stale versions of it. Raises OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         utils.write_atomically(self.path, self._write)
-        kind = self.path.name.rpartition("_")[0]
-        for other in self.path.parent.glob(f"{kind}_*.u8"):
+        kind, _, digest = self.path.stem.rpartition("_")        # of this very shape: others are no versions of it
+        for other in self.path.parent.glob(f"{kind}_{'[0-9a-f]' * len(digest)}.u8"):
             if other != self.path:
                 with contextlib.suppress(PermissionError):  # of Windows, where it stays if a process has mapped it
                     other.unlink(missing_ok=True)  # elsewhere such a process can still use it

@@ -263,6 +263,11 @@ def describe_changes(before: dict, now: dict) -> str | None:
     return "; ".join(parts) or None
 
 
+def are_same(before: dict, now: dict) -> bool:
+    """Return whether two records of `summarize` have the same pictures, by name and size."""
+    return np.array_equal(_identities(before), _identities(now))
+
+
 def is_other_set(before: dict, now: dict) -> bool:
     """Return whether two records of `summarize` have no picture in common: none of the same name and size."""
     return not np.isin(_identities(before), _identities(now)).any()

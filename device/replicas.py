@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from errors import NonFiniteError
+from errors import TO_RESUME, NonFiniteError
 
 BUCKET = 2 * 2**20      # bytes of gradients that are sent together, at least; little is left when backward ends
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}     # by bytes per element
@@ -248,8 +248,7 @@ def check_replicas(tensors, step):
     ranks = differs[:, first].nonzero().flatten().tolist()
     who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
     raise DriftError(f"step {step}: {list(tensors)[first]} of {who} is no longer that of rank 0.\n"
-                     "Run the same command again to resume from the newest checkpoint; if this returns, suspect the "
-                     "hardware.")
+                     f"Run {TO_RESUME}; if this returns, suspect the hardware.")
 
 
 def _digest(tensor):

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from device import console
 from device.distributed import launched
 from device.signals import Interrupted
-from errors import Failure, LostRankError
+from errors import TO_RESUME, Failure, LostRankError
 
 BEAT = 1.0              # seconds between two counts
 GRACE = 4.0             # seconds that a rank has to report by itself what it noticed, before the thread ends it
@@ -196,7 +196,7 @@ class Watch:
             what = f"is stopped or hangs: no sign of it for {SILENT:.0f} s"
         else:
             what = f"was killed or stopped, or its machine is gone: no sign of it for {SILENT:.0f} s"
-        return f"{', '.join(names)} {what}.\nRun the same command again to resume from the newest checkpoint."
+        return f"{', '.join(names)} {what}.\nRun {TO_RESUME}."
 
     def explain(self, seconds):
         """Return the LostRankError for what happened just now, as soon as it is known; None after so many seconds."""

@@ -36,7 +36,7 @@ class Health:
             self.gaps.clear()
 
     def check(self, step, fakes, reals, logits):
-        """Check a record: images of G and real ones (N, 3, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
+        """Check a record: images of G and real ones (N, C, H, W), D's `logits` {"real", "fake"[, "heldout"]: (N,)}.
 
         Return {name: float} for the metrics line.
         """

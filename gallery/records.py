@@ -106,7 +106,8 @@ def _points(queries):
 
 
 def write_masks(G, D, record):
-    """Write sheets of the spatial attention masks, a column per layer, and of D's reconstructions of real images.
+    """Write sheets of the spatial attention masks, a column per layer, and of D's reconstructions of real images, if it
+    learns these.
 
     Return {"mask/<layer>": mean, "mask_range/<layer>": maximum - minimum} of each layer's masks on generated images.
     """
@@ -121,8 +122,9 @@ def write_masks(G, D, record):
         if masks_of_layers:
             sheets.save_masks(shown, masks_of_layers, record.attention / record.name(name), title, record.step,
                               record.names[:ATTENTION_ROWS])
-    sheets.save_reconstructions(D.reconstructions(real), record.samples / record.name("recon"), "reconstructions",
-                                record.step)
+    if D.reconstructs:
+        sheets.save_reconstructions(D.reconstructions(real), record.samples / record.name("recon"), "reconstructions",
+                                    record.step)
     return {**{f"mask/{layer}": mask.mean().item() for layer, mask in masks.items()},
             **{f"mask_range/{layer}": (mask.max() - mask.min()).item() for layer, mask in masks.items()}}
 

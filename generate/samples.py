@@ -74,7 +74,7 @@ def _sample_classes(config, trained, folder, side, count, latents):
             remove_leftovers(folder / name)
             rows[label] = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
     grid.save_grid(torch.cat([rows[label] for label in shown]), shown_in, min(side, count),
-                   [classes.names[label] for label in shown])
+                   classes.captions(torch.tensor(shown)))
     which = f"of each of {len(chosen)} classes" if chosen[1:] else f"of class {printable(classes.names[chosen[0]])}"
     trained.finish(config, f"{_pictures(count)} of step {trained.step} {which} in {folder}{os.sep}, "
                    f"{_first(side, count)} as a grid in {shown_in}{_older(folder, count * len(set(chosen)))}")
@@ -164,7 +164,7 @@ def read_recipe(path):
     try:
         with Image.open(path) as picture:
             recipe = json.loads(picture.info.get(KEY, "null"))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError) as error:     # RuntimeError: AVIF; JSON nested without end
         reason = getattr(error, "strerror", None) or "is no picture, or a damaged one"
         raise UsageError(f"--like {path}: {reason}") from None
     if isinstance(recipe, dict) and "row" in recipe:

@@ -23,7 +23,8 @@ from utils import forked_random_state
 @dataclass(frozen=True)
 class TrainedGenerator:
     """A checkpoint's G_ema in eval mode, its latents, precision, batch size and step, and the folders of its run;
-    `weights`, hex digits that tell it from checkpoints of other runs.
+    `weights`, hex digits that tell it from checkpoints of other runs; `data`, the record of the pictures that it was
+    trained on, of older checkpoints None.
     """
 
     G: torch.nn.Module
@@ -33,6 +34,7 @@ class TrainedGenerator:
     step: int
     folders: RunFolders
     weights: str
+    data: dict | None
 
     def draw(self, inputs):
         """Generate images (N, C, H, W) in [-1, 1] on the CPU."""
@@ -56,17 +58,29 @@ class TrainedGenerator:
 
 def load_generator(config, place, precision):
     """Return the TrainedGenerator of `--version` and `--pretrained_model`. Raises CheckpointError."""
+    return generator_of(load_state(config), config, place, precision)
+
+
+def load_state(config):
+    """Return what a TrainedGenerator needs of the checkpoint of `--version` and `--pretrained_model`, a dict. Raises
+    CheckpointError.
+    """
     folders = RunFolders.of(config)
     state = checkpoint.load_step(folders.models, config.pretrained_model, say, partial(find_mismatch, config))
     if state is None:
         raise CheckpointError(f"--version {config.version}: no checkpoint in {folders.models}.\n"
                               "Train it first, or name a run with --version (and --model_save_path).")
-    classes = Classes.from_state(state.get("classes"))
+    return {key: state.get(key) for key in ("G_ema", "step", "config", "classes", "metadata", "data")}
+
+
+def generator_of(state, config, place, precision):
+    """Return the TrainedGenerator of what `load_state` returned."""
+    classes = Classes.from_state(state["classes"])
     G, _ = build_networks(config, place.device, classes)
     G.load_state_dict(state["G_ema"])
     G.eval()
     batch = batch_for(config.imsize)
-    latents = Latents(config.z_dim, Bank.from_state(state.get("metadata")), config.metadata_sample, place.device,
+    latents = Latents(config.z_dim, Bank.from_state(state["metadata"]), config.metadata_sample, place.device,
                       classes, config.truncation)
     if config.truncation is not None or config.metadata_sample != state["config"].get("metadata_sample"):
         # the checkpoint's batch-norm statistics belong to whole z and to the metadata of its own sampler; the same
@@ -75,8 +89,8 @@ def load_generator(config, place, precision):
             generator = torch.Generator().manual_seed(0)
             inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
             recompute_bn_stats(G, inputs, precision, batch)
-    return TrainedGenerator(G, latents, precision, batch, state["step"], folders,
-                            _digest_of(state["G_ema"]))
+    return TrainedGenerator(G, latents, precision, batch, state["step"], RunFolders.of(config),
+                            _digest_of(state["G_ema"]), state["data"])
 
 
 def _digest_of(weights):

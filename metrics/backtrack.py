@@ -13,7 +13,7 @@ import torch
 import data_loader
 from data_loader import to_images
 from dataset.images import Subset, ThreadedReader, split
-from dataset.table import DATASETS
+from dataset.table import DATASETS, are_same, summarize
 from device import distributed
 from device.distributed import is_first, say
 from gallery.sheets import save_reconstructions
@@ -41,10 +41,14 @@ def require(config):
 def evaluate(evaluation):
     """Yield [Score]: how well G reconstructs held-out pictures. Write a sheet of some, and a JSON file of all."""
     config, place, trained = evaluation.config, evaluation.place, evaluation.trained
-    _, held_out = split(data_loader.open_dataset(config), config.holdout or HELD_OUT)
+    dataset = data_loader.open_dataset(config)
+    _, held_out = split(dataset, config.holdout or HELD_OUT)
+    changed = bool(trained.data) and not are_same(trained.data, summarize(dataset, config))
     if not config.holdout:
         say(f"note: this run was trained on all pictures, including these {len(held_out)}, so the result is a training "
             "error; train with --holdout 0.1 to hold some out")
+    elif changed:                                       # which ones are held out depends on how many there are
+        say("note: the pictures have changed since this run began, so that some of those held out now were trained on")
     if len(held_out) > BACKTRACKED:
         held_out = Subset(held_out, spread_indices(BACKTRACKED, len(held_out)), "")
     pictures, labels = ThreadedReader(held_out), _labels(trained.latents.classes, held_out)
@@ -56,6 +60,8 @@ def evaluate(evaluation):
         _write_json(trained, held_out, result)
         _save_sheet(evaluation, pictures, result)
     seen_in_training = "never trained on" if config.holdout else "TRAINED ON"
+    if config.holdout and changed:
+        seen_in_training = "of a changed set, PARTLY TRAINED ON"
     yield [Score(result.scores(), (
         f"{weights_in_words(config.vgg_weights)} at {config.imsize} px between {len(held_out):,} pictures of "
         f"{dataset_name(config)} ({seen_in_training}) and what G draws "

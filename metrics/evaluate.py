@@ -25,7 +25,7 @@ from flags.common import METRICS
 from flags.pictures import PictureShape, as_imsize, sides
 from gallery import page
 from generate.draw import DrawnSamples
-from generate.trained import TrainedGenerator, load_generator
+from generate.trained import TrainedGenerator, generator_of, load_state
 from metrics.meter import Meter, Reference, of_folder, of_run, refuse_few
 from parameter import Config
 from storage import checkpoint, score_table
@@ -89,7 +89,8 @@ def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lamb
 
 
 def _evaluate_run(config, place, precision):
-    trained = load_generator(config, place, precision)
+    state = load_state(config)                          # once: a run that goes on writes newer ones meanwhile
+    trained = generator_of(state, config, place, precision)
     trained.G.requires_grad_(False)
     _refuse_without_classes(config, trained)
     needs_pictures = any(METRICS[name].of_folders or METRICS[name].of_classes for name in config.metrics)
@@ -106,7 +107,7 @@ def _evaluate_run(config, place, precision):
         # separately for each sampler: samples with the metadata of one training picture are more likely to be copies
         for sampler in ("bank", "gauss") if config.metadata else (None,):
             changed = Config.of({**vars(config), "metadata_sample": sampler})
-            generator = load_generator(changed, place, precision) if sampler else trained
+            generator = generator_of(state, changed, place, precision) if sampler else trained
             yield f"_{sampler}" if sampler else "", samples_of(generator), generator.latents.source(config.seed)
 
     def picture_path(name):
@@ -166,7 +167,10 @@ class _Report:
             log = MetricsLog(self.trained.folders.logs, self.config.use_tensorboard)
             for score in scores:
                 log.write(self.step, score.line())
-                log.write_events(self.step, score.values)
+                try:
+                    log.write_events(self.step, score.values)
+                except Exception as error:              # whatever a library or a full disk may raise
+                    say(f"warning: cannot write TensorBoard events ({type(error).__name__}: {first_line(error)})")
             log.close()
             self.trained.folders.samples.mkdir(parents=True, exist_ok=True)
             classes = self.trained.latents.classes
@@ -186,7 +190,8 @@ class _Report:
 def _evaluate_folder(config, place):
     if config.imsize is None:
         config = Config.of({**vars(config), "imsize": _common_size(config)})
-    samples = ThreadedReader(of_folder(config.fake_dir, PictureShape.of_config(config), "--fake_dir").dataset)
+    samples = ThreadedReader(of_folder(
+        config.fake_dir, PictureShape.of_config(config), "--fake_dir", config.max_pixels).dataset)
     read_reference = _find_reference(config)
     meter, others = load(config, place)
     reference = read_reference()
@@ -207,7 +212,7 @@ def _find_reference(config):
     `read` checks the latter, which takes time and writes caches. Raise DataError if there are none.
     """
     if config.real_dir:
-        reference = of_folder(config.real_dir, PictureShape.of_config(config), "--real_dir")
+        reference = of_folder(config.real_dir, PictureShape.of_config(config), "--real_dir", config.max_pixels)
         _note_resized(config.real_dir, "--real_dir", config)
         return lambda: reference
     try:

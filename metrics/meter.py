@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dataset.check import sample_levels
+from dataset.decode import MAX_PIXELS
 from dataset.images import ImageDataset, open_pictures
 from dataset.table import fingerprint
 from errors import DataError
@@ -54,15 +55,15 @@ def of_run(config, dataset):
                      fingerprint(dataset, config), config.imsize)
 
 
-def of_folder(path, shape, flag):
+def of_folder(path, shape, flag, max_pixels=MAX_PIXELS):
     """The pictures of the folder, or archive, given by `flag`, brought to `shape`, a PictureShape or the side of square
-    RGB pictures, as in training. Raises DataError.
+    RGB pictures, as in training; `max_pixels` as of --max_pixels. Raises DataError.
     """
     shape = PictureShape.of(shape)
     config = Config.of({"dataset": "folder", "image_path": str(path), "imsize": shape.imsize,
                         "channels": shape.channels, "fit": shape.fit})
     try:
-        dataset = open_pictures(Path(path), shape)
+        dataset = open_pictures(Path(path), shape, max_pixels=max_pixels)
         dataset.use_levels(sample_levels(dataset))
     except DataError as error:
         raise DataError(f"{flag}: {error}; name a folder of pictures") from None

@@ -72,8 +72,9 @@ class PictureFiles:
         arrays = []
         for path in self.paths[part]:
             with Image.open(path) as image:
-                arrays.append(np.asarray(image.convert("RGB")))
-        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+                pixels = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))      # (H, W, C)
+            arrays.append(as_rgb(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+        return torch.cat(arrays)
 
     def halves(self, seed):
         """Return two disjoint random halves; of an odd number of files one is left out."""
@@ -110,13 +111,15 @@ def descriptors(pictures, count, seed=0):
     """Sample `count` random 7x7 patches of every pyramid level: [float (count, 3, 49), ...], the finest level first.
 
     pictures: a set, its shorter side a power of two, at least 16. The numbers of patches per picture differ by at most
-    one. The positions depend on `seed`, N, H and W only. Grey and transparent pictures count as RGB.
+    one; of more than `count` pictures, those with a patch are spread evenly. The positions depend on `seed`, N, H and
+    W only. Grey and transparent pictures count as RGB.
     """
     H, W = pictures[0:1].shape[2:]
     sizes = [(H >> level, W >> level) for level in range((min(H, W) // SMALLEST).bit_length())]
     generator = torch.Generator().manual_seed(seed)
     corners = [[torch.randint(side - PATCH + 1, (count,), generator=generator) for side in size] for size in sizes]
-    owner = torch.arange(count) % len(pictures)
+    N = len(pictures)
+    owner = torch.arange(count) * N // count if count < N else torch.arange(count) % N
     patches = [torch.empty(count, 3, PATCH**2) for _ in sizes]
     chunk = max(1, CHUNK // (H * W))
     for start in range(0, len(pictures), chunk):

@@ -48,8 +48,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder, purge_step=None, settings=None):
-        self.folder, self.settings = folder, settings
-        self.writer = self._open(purge_step)
+        self.folder, self.settings, self.purge_step = folder, settings, purge_step
+        self.writer = None                              # opened to write: what may fail is only that
 
     def write(self, step, values):
         """Write the numbers among `values`. After an error the next call opens a new file."""
@@ -72,15 +72,16 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _opened(self):
-        writer, self.writer = self.writer or self._open(None), None
+        writer, self.writer = self.writer or self._open(), None
         yield writer
         writer.flush()
         self.writer = writer                            # kept unless something was raised
 
-    def _open(self, purge_step):
+    def _open(self):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(self.folder, purge_step=purge_step)
+        writer = SummaryWriter(self.folder, purge_step=self.purge_step)
+        self.purge_step = None                          # only once: what follows is of this run
         if self.settings is not None:
             from torch.utils.tensorboard.summary import hparams
 
@@ -117,6 +118,9 @@ class Wandb:
         self.folder, self.run = Path(folder), None
         with self._tolerant():
             self.run = self._begin(name, settings)
+            # wandb drops what is logged for a step of its own that is past, as after a kill, or going back
+            self.run.define_metric("step")
+            self.run.define_metric("*", step_metric="step")
             if not self.run.disabled:
                 offline = f"{self.folder / 'wandb'}, offline; `wandb sync` sends it"
                 say(f"wandb: {offline if self.run.offline else self.run.url}")
@@ -164,7 +168,7 @@ class Wandb:
     def _log(self, step, find):
         if self.run:
             with self._tolerant():
-                self.run.log(find(), step=step)
+                self.run.log({"step": step, **find()})
 
     @contextlib.contextmanager
     def _tolerant(self):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from errors import CheckpointError, first_line
+from errors import TO_RESUME, CheckpointError, first_line
 from storage.folders import step_name
 from utils import write_atomically
 
@@ -54,7 +54,7 @@ def _write(state, path):
     except (OSError, RuntimeError) as error:     # torch.save raises RuntimeError when the disk is full
         raise CheckpointError(
             f"cannot write {path} ({first_line(error)}); earlier checkpoints are untouched.\n"
-            "Free some space (or lower --keep_checkpoints), then run the same command again."
+            f"Free some space (or lower --keep_checkpoints), then run {TO_RESUME}."
         ) from None
 
 
@@ -140,10 +140,10 @@ def load_newest(folder, warn=print, find_mismatch=lambda state: None):
     Others are skipped with a warning to `warn`; one that another process prunes meanwhile is skipped in silence. Raise
     CheckpointError if there are checkpoints, but none can be used.
     """
-    paths = [path_of(folder, step) for step in reversed(steps_in(folder))]
-    if best_path(folder).is_file():                     # last: it may be the only one left
-        paths.append(best_path(folder))
-    unusable = 0
+    steps = {path_of(folder, step): step for step in steps_in(folder)}
+    if best_path(folder).is_file():                     # it may be the newest, or the only one left
+        steps[best_path(folder)] = load_best(folder)[1] - 0.5       # of one step the other; damaged ones last
+    paths, unusable = sorted(steps, key=steps.get, reverse=True), 0
     for path in paths:
         try:
             return load_state(path, find_mismatch)
@@ -151,7 +151,7 @@ def load_newest(folder, warn=print, find_mismatch=lambda state: None):
             continue
         except CheckpointError as error:
             unusable += 1
-            warn(f"warning: {error}; trying the one before")
+            warn(f"warning: {error}" + "; trying the one before" * (path != paths[-1]))
     if unusable:
         raise CheckpointError(f"no checkpoint in {folder} can be used.\n"
                               "--restart true moves that run aside and starts from scratch; or use another --version.")

@@ -43,14 +43,14 @@ def names_at(folder, step):
     return names
 
 
-def count_after(folder, step, name):
-    """Return how many later steps than `step` have a value of this name in metrics.jsonl."""
+def count_between(folder, after, until, name):
+    """Return how many steps in (after, until] have a value of this name in metrics.jsonl."""
     steps = set()
     for line in _lines(folder):
         if b'"%s": ' % name.encode() in line:           # no other is parsed
             with contextlib.suppress(ValueError, RecursionError):
                 steps.add(json.loads(line)["step"])
-    return sum(later > step for later in steps)
+    return sum(after < step <= until for step in steps)
 
 
 class MetricsLog:
@@ -155,7 +155,7 @@ class Window:
     def means(self):
         """Return {name: mean over the window and all ranks}. Synchronizes with the device; all ranks must call it."""
         values = distributed.mean_over_processes(torch.stack([total.float() for total in self.sums.values()]))
-        self.sums = dict(zip(self.sums, values, strict=True))   # the same on all ranks: any of them may save it
+        self.sums = dict(zip(self.sums, values, strict=True))   # the same on all ranks
         means = dict(zip(self.sums, (values / self.steps).tolist(), strict=True))
         self.stop_clock()                               # after the synchronization: all steps have ended
         return means

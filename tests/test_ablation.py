@@ -25,6 +25,7 @@ from PIL import Image
 import ablation
 import main
 import processes
+import report
 import trainer
 from metrics import swd
 
@@ -165,6 +166,29 @@ def test_the_real_pictures_are_cropped_as_in_training(stand_in):
     assert run("--variants", "baseline") == 0
     files = sorted(Path("ablation/real").iterdir())
     assert len(files) == 12 and {Image.open(path).size for path in files} == {(32, 32)}
+
+
+def test_the_real_pictures_are_padded_and_on_white_as_in_training(stand_in, pictures):
+    Image.new("RGBA", (64, 32), (255, 0, 0, 128)).save(pictures / "0.png")
+    assert run("--variants", "baseline", "--", "--fit", "pad", "--channels", "rgba") == 0
+    with Image.open("ablation/real/000000.png") as picture:
+        assert picture.mode == "RGB"
+        assert set(picture.getcolors()) == {(16 * 32, (255, 255, 255)), (16 * 32, (255, 127, 127))}
+
+
+def test_what_a_score_program_does_not_find_is_left_out(stand_in):
+    score = script(stand_in, """
+import json, sys
+print(json.dumps({"fd": 3.5, "kid": float("nan"), **({"precision": 0.5} if "baseline" in sys.argv[2] else {})}))""")
+    assert run(*TWO, "--points", "2", "--score", score) == 0
+    text = Path("ablation/ablation.md").read_text()
+    assert "| fd " in text and "kid" not in text and Path("ablation/curves.png").exists()
+
+
+def test_nearest_of_metadata_drawn_in_two_ways_is_two_columns():
+    lines = [json.dumps({"step": 4, "nearest": value, "protocol": "how", "source": f"G_ema, seed 0, metadata {draw}"})
+             for draw, value in (("bank", 0.5), ("gauss", 0.9))]
+    assert report.scores_in(lines) == {"nearest": 0.5, "nearest_gauss": 0.9}
 
 
 def test_the_same_command_again_trains_draws_and_scores_nothing(stand_in, monkeypatch):
@@ -442,6 +466,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--variant", "wide"), 2, "'wide' is not NAME=FLAGS"),
     (("--variant", "wide=--seed 3"), 2, "--seed in --variant wide: the ablation sets it"),
     (("--variant", "Both=--z_dim 3"), 2, "take another name"),
+    (("--variant", "x=--slae=false --total_step=3"), 2, "--total_step in --variant x"),
     (("--width", "9"), 2, "unrecognized arguments: --width"),
 ])
 def test_mistakes_are_named(stand_in, capsys, flags, code, message):

@@ -113,6 +113,18 @@ def test_a_picture_that_cannot_be_read_costs_no_training(run, monkeypatch):
     assert [event.step for event in events().Scalars("d_loss")] == [1, 2, 3, 4]
 
 
+def test_a_tensorboard_that_cannot_be_opened_costs_only_its_events(run, monkeypatch):
+    def missing(self):
+        raise ModuleNotFoundError("No module named 'tensorboard'")
+
+    monkeypatch.setattr(boards.TensorBoard, "_open", missing)
+    code, out, _ = run(*RUN, "--total_step", 4, "--use_tensorboard", "true")
+    assert code == 0 and out.count("cannot write TensorBoard events") == 1 and "metrics.jsonl" not in out
+    assert [line["step"] for line in lines("a")] == [1, 2, 3, 4]
+    code, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "swd", "--num_eval", 8)
+    assert code == 0 and "cannot write TensorBoard events" in out and "swd" in lines("a")[-1]
+
+
 # ----------------------------------------------------------------------------------------------------------- wandb
 
 
@@ -137,7 +149,7 @@ def records(path):
 
 
 def sessions(version="a"):
-    """[(id, name, config, {step: {key: value}}), ...] of a run's offline wandb folders, the oldest first."""
+    """[(id, name, config, {step of the run: {key: value}}), ...] of a run's offline wandb folders, the oldest first."""
     importlib.import_module("wandb").teardown()         # as at the end of a program: waits until all is written
     found = []
     for path in sorted(Path("logs", version, "wandb").glob("offline-run-*/*.wandb")):
@@ -145,9 +157,10 @@ def sessions(version="a"):
         for record in records(path):
             if record.HasField("run"):
                 begun = record.run
-            for item in record.history.item:
-                key = item.key or "/".join(item.nested_key)
-                history.setdefault(record.history.step.num, {})[key] = json.loads(item.value_json)
+            values = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                      for item in record.history.item}
+            if values:
+                history.setdefault(values["step"], {}).update(values)
         config = {entry.key: json.loads(entry.value_json) for entry in begun.config.update}
         found.append((begun.run_id, begun.display_name, config, history))
     return found
@@ -227,7 +240,10 @@ class Broken:
             raise self.Error("no network")
         return self
 
-    def log(self, values, step):
+    def define_metric(self, name, step_metric=None):
+        pass
+
+    def log(self, values):
         self.calls += 1
         if self.calls == self.at:
             raise ConnectionError("lost")

@@ -249,6 +249,16 @@ def test_a_picture_that_was_cut_short_is_found_by_its_end_if_it_cannot_be_decode
     assert cut < 1000 or look(data)
 
 
+@pytest.mark.parametrize("what", [b"iloc", b"mdat"])
+def test_a_damaged_avif_is_damaged(what):
+    """libavif's errors are RuntimeErrors, of the header and of the pixels."""
+    data = bytearray(noisy("AVIF"))
+    place = data.rindex(what)
+    data[place:place + 8] = bytes(8)
+    with pytest.raises(UnusablePicture):
+        decode(bytes(data), "x.avif", 16)
+
+
 def test_bytes_after_the_end_are_no_fault():
     assert look(noisy("JPEG") + b"a maker's note" * 9) is None
     assert look(noisy("PNG") + b"more") is None

@@ -19,6 +19,7 @@ from dataset import decoded_cache, images
 from dataset.decoded_cache import DecodedCache
 from dataset.images import Subset
 from errors import CheckpointError
+from flags.pictures import PictureShape
 
 
 @pytest.fixture(autouse=True)
@@ -178,16 +179,19 @@ def test_an_lmdb_that_was_written_again_is_decoded_again(home, changed):
 def test_another_size_crop_or_pillow_has_a_file_of_its_own(folder, monkeypatch):
     seen = set()
 
-    def cache(imsize=16, crop=None):
-        decoded_cache.cached(images.Files(folder, imsize, crop), data_config(imsize=imsize, cache="on"))
-        seen.update(files(folder / ".decoded"))
+    def cache(imsize=16, crop=None, channels="rgb"):
+        config = data_config(imsize=imsize, cache="on", channels=channels)
+        decoded_cache.cached(images.Files(folder, PictureShape.of_config(config), crop), config)
+        seen.update(now := files(folder / ".decoded"))
+        kept.append(len(now))
         return len(seen)
 
-    assert [cache(), cache(), cache(crop=20), cache(imsize=32)] == [1, 1, 2, 3]
+    kept = []
+    assert [cache(channels="grey"), cache(), cache(), cache(crop=20), cache(imsize=32)] == [1, 2, 2, 3, 4] == kept
     monkeypatch.setattr(decoded_cache.PIL, "__version__", "0.1")
-    assert cache() == 4
-    monkeypatch.setattr(decoded_cache.decode, "CACHE_VERSION", 99)
     assert cache() == 5
+    monkeypatch.setattr(decoded_cache.decode, "CACHE_VERSION", 99)
+    assert cache() == 6
 
 
 def test_a_folder_that_moves_takes_its_cache_along(folder, home, reads):

@@ -131,11 +131,14 @@ def test_copies_are_found_and_shown(run, folders, small_lpips):
     assert Image.open("logs/fake_nearest.png").size[0] > 8 * SMALL_SHEETS
 
 
-def test_samples_with_metadata_of_one_picture_and_of_none_are_scored_apart(run, pictures, small_lpips):
+def test_samples_with_metadata_of_one_picture_and_of_none_are_scored_apart(run, pictures, small_lpips, monkeypatch):
     run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
         "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
+    loads, load = [], checkpoint.load_step
+    monkeypatch.setattr(checkpoint, "load_step", lambda *words: loads.append(1) or load(*words))
     code, _, err = run("--version", "f", "--mode", "evaluate", "--metrics", "nearest", "--num_eval", 8, tiny=False)
     assert code == 0, err
+    assert len(loads) == 1, "a run that goes on has newer ones meanwhile"
     bank, gauss = lines("f")[-2:]
     assert (bank["source"], gauss["source"]) == tuple(f"G_ema, seed 0, metadata {how}" for how in ("bank", "gauss"))
     assert bank["protocol"] == gauss["protocol"] and bank["nearest"] != gauss["nearest"]
@@ -156,6 +159,13 @@ def test_held_out_pictures_are_back_tracked_one_by_one(run, pictures, small_lpip
     assert Path("samples/a/0000001_backtrack.png").exists()
     shown = Path("samples/a/index.html").read_text()
     assert "0000001_backtrack.png" in shown and '"lpips"' in shown
+
+
+def test_a_set_that_has_changed_holds_out_pictures_that_were_trained_on_and_says_so(run, pictures, small_lpips):
+    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", 0.25)
+    shutil.copy(pictures / "0.png", pictures / "00.png")
+    _, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1, tiny=False)
+    assert "some of those held out now were trained on" in out and "PARTLY TRAINED ON" in lines("a")[-1]["protocol"]
 
 
 def test_a_run_that_held_nothing_out_is_told_so(run, pictures, small_lpips):
@@ -222,6 +232,9 @@ def test_real_pictures_of_other_sizes_are_cut_as_in_training_and_counted(run, fo
     (lambda: shutil.rmtree("fake"), (), ("--fake_dir", "there is no folder fake")),
     (lambda: shutil.rmtree("real"), (), ("--real_dir", "there is no folder real")),
     (lambda: None, ("--imsize", "48", "--metrics", "swd"), ("--metrics swd", "--imsize 64")),
+    (lambda: None, ("--max_pixels", "1000"), ("more than 1,000 pixels; --max_pixels 0 lifts this limit",)),
+    (lambda: Image.new("RGB", (64, 64)).save("real/big.png"), ("--max_pixels", "2000"), ("real/big.png",
+                                                                                         "--max_pixels 0")),
 ])
 def test_unusable_folders_end_with_3_in_two_lines_and_nothing_half_written(run, folders, small_inception, spoil, flags,
                                                                            words):

@@ -9,11 +9,12 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 import parameter
 from errors import UsageError
 from flags.common import FEATURE_NETS, LOSSES, METRICS
-from parameter import FAMILIES, FLAGS, GROUPS, resolve
+from parameter import FAMILIES, FLAGS, GROUPS, parse, resolve, to_resume
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -287,6 +288,28 @@ def test_a_batch_that_processes_cannot_share_is_refused(run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, _, err = run("--batch_size", 4)
     assert code == 2 and "--batch_size 4 must be a multiple of the 3 processes" in err and os.listdir() == []
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    ("", "4 processes on this machine, which has 2 GPUs; use --nproc_per_node=2"),
+    ("--device cuda", "4 processes on this machine, which has 2 GPUs"),
+    ("--device cuda:1", "--device cuda:1: is one GPU, and each process has its own"),
+])
+def test_processes_have_a_gpu_each(monkeypatch, flags, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match=words):
+        resolve(parse(flags.split()))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert flags == "--device cuda:1" or resolve(parse(flags.split())).device in ("auto", "cuda")
+
+
+def test_the_command_that_goes_on_is_named_without_what_would_begin_again():
+    for flags, words in (((), "the same command"), (("--restart", "true"), "the same command without --restart"),
+                         (("--pretrained_model", "5"), "the same command without --pretrained_model")):
+        assert to_resume(resolve(parse(flags))) == words
 
 
 def test_the_config_is_read_only():

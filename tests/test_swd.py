@@ -71,6 +71,14 @@ def test_descriptors_are_patches_of_the_pictures_own_levels_in_equal_shares():
     detail, coarse = swd.descriptors(flat, 10)
     assert detail.abs().max() < 1e-3
     assert torch.allclose(coarse.mean((1, 2)), torch.tensor([0, 50, 100, 150, 0, 50, 100, 150, 0, 50.0]))
+    _, coarse = swd.descriptors(flat, 2)
+    assert torch.allclose(coarse.mean((1, 2)), torch.tensor([0, 100.0])), "of more pictures than patches evenly spread"
+
+
+def test_transparent_parts_of_files_are_white(tmp_path):
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "0.png")
+    Image.new("L", (16, 16), 40).save(tmp_path / "1.png")
+    assert swd.PictureFiles.below(tmp_path)[0:2].unique(sorted=False).tolist() in ([255, 40], [40, 255])
 
 
 def test_the_pyramid_adds_up_to_the_picture_and_a_flat_picture_has_no_detail():

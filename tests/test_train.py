@@ -228,7 +228,8 @@ def test_pretrained_model_starts_from_that_step_and_loses_nothing(run):
 
 def test_records_of_a_future_that_is_given_up_are_set_aside(run):
     run("--version", "a", "--total_step", 4, "--sample_step", 2, "--model_save_step", 2, "--attn_path", "maps")
-    run("--version", "a", "--total_step", 3, "--pretrained_model", 2, "--attn_path", "maps")
+    os.remove("models/a/0000004.pth")                   # as if it had been killed before that checkpoint
+    run("--version", "a", "--total_step", 3, "--attn_path", "maps")
     assert {path.name[:7] for path in Path("samples/a").glob("*_fake.png")} == {"0000002", "0000003"}
     assert Path("samples/a/superseded/0000004_fake.png").exists()
     assert Path("maps/a/superseded/0000004_attn_g8.png").exists() and not Path("maps/a/0000004_attn_g8.png").exists()
@@ -545,6 +546,9 @@ def test_a_run_says_when_it_is_done_and_with_stop_auto_it_ends(run, pictures, fi
     code, out, _ = run(*flags, "--version", "b", "--stop", "auto")
     assert code == 0 and "no score is better than that of step 4" in out and "done: 8 steps" in out
     assert checkpoint.steps_in("models/b") == [8] and "note: no score" not in out
+    fids(4, 3)
+    code, out, _ = run(*flags, "--version", "b", "--stop", "auto", "--pretrained_model", "best")
+    assert code == 0 and "resuming 'b' from step 4" in out and "done: 8 steps" in out, "what is given up counts not"
     code, out, _ = run(*flags, "--version", "b", "--stop", "auto")
     assert code == 0 and "'b' has ended at step 8, as no score is better" in out and "--stop never trains on" in out
     fids(4, 2, 9)
@@ -563,7 +567,7 @@ def test_a_measurement_that_is_broken_off_is_made_up_and_counts_as_none(run, pic
     fids(5)
     with monkeypatch.context() as patch:
         patch.setattr(Meter, "measure", interrupted)
-        code, out, _ = run(*flags)
+        code, out, _ = run(*flags, "--total_step", 4)   # the last one, too
     assert code == 130 and "interrupted: step 4 is saved" in out and scored("a") == {2: 5}
     fids(4, 7)
     code, out, _ = run(*flags)
@@ -640,6 +644,27 @@ def test_a_run_of_which_only_the_best_is_left_is_still_this_run(run, pictures, f
     code, out, _ = run("--version", "a", "--total_step", 5, tiny=False)
     assert code == 0 and "resuming 'a' from step 4" in out
     assert state("a", 5)["samples_seen"] == best["samples_seen"] + 4
+
+
+def test_a_best_that_is_newer_than_all_other_checkpoints_is_gone_on_from(run, pictures, fids):
+    fids(5, 3)
+    run(*measuring(pictures), "--version", "a", "--total_step", 4, "--model_save_step", 3)
+    os.remove("models/a/0000004.pth")                   # as if it had been killed soon after that measurement
+    fids(4)
+    code, out, _ = run("--version", "a", "--total_step", 5, tiny=False)
+    assert code == 0 and "resuming 'a' from step 4" in out and scored("a") == {2: 5, 4: 3, 5: 4}
+    assert checkpoint.steps_in("models/a") == [3, 5] and checkpoint.load("models/a/best.pth")["step"] == 4
+
+
+def test_a_measurement_that_needs_too_much_memory_is_told_what_helps_and_its_step_is_saved(run, pictures, fids,
+                                                                                           monkeypatch):
+    def exhausted(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Meter, "measure", exhausted)
+    code, _, err = run(*measuring(pictures), "--version", "a", "--total_step", 4)
+    assert code == 2 and "while --metrics fid were computed, after step 2" in err and "--feature_net" in err
+    assert "--batch_size" not in err and checkpoint.steps_in("models/a") == [2]
 
 
 def test_a_resumed_run_keeps_a_best_that_is_better(run, pictures, fids):

@@ -56,6 +56,13 @@ def test_a_run_writes_masks_reconstructions_and_their_figures(fastgan):
     assert "random" in out, "a VGG with random weights is said"
 
 
+def test_without_reconstructions_none_is_computed_shown_or_said(fastgan):
+    code, out, _ = fastgan("--version", "a", "--total_step", 1, "--sample_step", 1, "--metadata", "false", "--recon",
+                           "lpips", "--recon_weight", 0, vgg_weights="missing.pth")
+    assert code == 0 and "reconstruction loss" not in out and not list(Path("samples/a").glob("*recon*"))
+    assert not any(name.startswith("recon") for name in lines("a")[-1])
+
+
 def test_without_slae_there_is_no_mask_to_draw(fastgan):
     fastgan("--version", "a", "--total_step", 1, "--sample_step", 1, "--slae", "false", "--metadata", "false")
     assert not list(Path("samples/a").glob("*attn*"))

@@ -6,7 +6,7 @@ import utils
 from device import distributed
 from generate.draw import DrawnSamples
 from storage import checkpoint, score_table
-from storage.journal import count_after
+from storage.journal import count_between
 
 
 class Standing(NamedTuple):
@@ -24,10 +24,13 @@ class Standing(NamedTuple):
         return f"no score is better than that of step {self.step}, which best.pth has, for {self.worse} measurements"
 
 
-def find_standing(config, folders):
-    """Return the Standing of a run that measures by what is on the disk; (-1, 0) if it does not."""
-    best, step = checkpoint.load_best(folders.models) if config.metric_step else (None, -1)
-    return Standing(step, count_after(folders.logs, step, best["metric"])) if best else Standing(-1, 0)
+def find_standing(config, folders, step):
+    """Return the Standing at `step` of a run that measures by what is on the disk; (-1, 0) if it does not.
+
+    What was measured after that step does not count: it is given up, or was never saved.
+    """
+    best, of_step = checkpoint.load_best(folders.models) if config.metric_step else (None, -1)
+    return Standing(of_step, count_between(folders.logs, of_step, step, best["metric"])) if best else Standing(-1, 0)
 
 
 class Measurements:
@@ -38,7 +41,7 @@ class Measurements:
 
     def __init__(self, trainer, meter, folders):
         self.trainer, self.meter, self.folders, self.config = trainer, meter, folders, trainer.config
-        self.standing = distributed.on_first(lambda: find_standing(self.config, folders))
+        self.standing = distributed.on_first(lambda: find_standing(self.config, folders, trainer.step))
 
     def take(self, state, stopped):
         """Return a list of Scores, or None if `stopped()` came true; if they are the best so far, save `state()` as
@@ -64,5 +67,8 @@ class Measurements:
         better = score_table.better_score(scores, best, self.meter.scores_by_rank())
         if better or best is None:
             return better, Standing(self.trainer.step if better else -1, 0)
+        now = self.trainer.step
+        if step == now:                                 # measured again, as the run was killed before its line
+            return None, Standing(step, 0)
         # the line of these scores is not written yet
-        return None, Standing(step, count_after(self.folders.logs, step, best["metric"]) + 1)
+        return None, Standing(step, count_between(self.folders.logs, step, now - 1, best["metric"]) + 1)
