@@ -1,5 +1,5 @@
 # make demo    set up .venv, train on toy faces, say where to look
-# make test    set up .venv, run the whole suite, a process and a thread for each core
+# make test    set up .venv, run the suite but its long tests, a process of one thread for each core, at most 8
 # make soak    every fault many times, with a table of what was lost, and whatever else takes too long for every change
 # make lint    ruff over everything
 # make docs    write docs/flags.md from the flags

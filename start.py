@@ -55,8 +55,6 @@ def train(config, place, precision, interrupt):
         return 0
     found = find_dataset(config)
     _, classes = _compare(config, state, found)
-    if config.classes is not None:
-        require_classes(classes).choose(config.classes)
     meter = _load_what_is_needed(config, place, state, classes, len(without_held_out(found, config)))
 
     # what takes work, whose results are cached
@@ -142,8 +140,10 @@ def _finish_page(config, folders):
 
 def _load_what_is_needed(config, place, state, classes, pictures):
     """Return the Meter, or None. Raise DataError or UsageError if weights are missing, or memory, or pictures for the
-    metrics, or the package that --wandb needs.
+    metrics, or the package that --wandb needs, or --classes.
     """
+    if config.classes is not None:
+        require_classes(classes).choose(config.classes)
     require_wandb(config)
     require_memory(config, place, classes)
     if config.metric_step:

@@ -7,6 +7,7 @@
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -245,6 +246,16 @@ class Files(EncodedDataset):
 
 
 _archives = {}  # {(path, _version_of it): open file}
+_position = threading.Lock()  # of their positions, where these are used
+
+
+def _read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """`os.pread`, which Windows lacks."""
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, count, offset)
+    with _position:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.read(descriptor, count)
 
 
 def _version_of(file: os.stat_result) -> tuple:
@@ -283,7 +294,7 @@ class Archive(EncodedDataset):
     def _unpack(self, member: Member) -> bytes:
         """Raises ValueError if the file is damaged, DataError if the archive cannot be read."""
         try:
-            return unpack(member, partial(os.pread, self._descriptor()))
+            return unpack(member, partial(_read_at, self._descriptor()))
         except OSError as error:
             raise DataError(f"cannot read {printable(self.home)}: {error.strerror}") from error
 

@@ -42,9 +42,10 @@ def open_folder(config) -> ImageDataset:
 
 
 def _missing(config, problem: object, name: str) -> DataError:
+    own = "; for pictures of your own add `--dataset folder`" if os.path.exists(config.image_path) else ""
     return DataError(
         f"--dataset {config.dataset} --image_path {printable(config.image_path)}: {problem}\n"
-        f"get the data with `bash download.sh {name}`, or train on drawn faces with `--dataset toy`"
+        f"get the data with `bash download.sh {name}`, or train on drawn faces with `--dataset toy`{own}"
     )
 
 

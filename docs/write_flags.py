@@ -78,7 +78,8 @@ def _kept():
     return "\n\n".join(["## What a run keeps", *(textwrap.fill(text, 120, break_on_hyphens=False) for text in (
         f"Checkpoints depend on these flags, so a resumed run refuses other values: {_names(fixed)}; and, where the "
         f"checkpoints depend on them, {_names(some)}. All others may change when a run is resumed; it lists what "
-        "changed. A run keeps its classes, too: whether there are any, their names and their order.",
+        "changed of those that training depends on. A run keeps its classes, too: whether there are any, their names "
+        "and their order.",
         "These belong to one call, and are never taken from a saved config or from `--config`: "
         f"{_names(per_call)}."))]) + "\n"
 

@@ -1,8 +1,8 @@
 """The flags that all families share; `Flag`: converter, default, range, help.
 
-flags/pictures.py says what pictures are; every other file in this folder holds the flags, presets, image sizes and
-checks of one family. `parameter.py` parses the command line by these tables. Nothing here imports torch, so that --help
-and most mistakes answer at once.
+flags/pictures.py says what pictures are, flags/scaling.py what --preset gpu scales; every other file in this folder
+holds the flags, presets, image sizes and checks of one family. `parameter.py` parses the command line by these tables.
+Nothing here imports torch, so that --help and most mistakes answer at once.
 """
 
 import argparse
@@ -253,8 +253,22 @@ def only_with_loss(name):
     return lambda values: values["adv_loss"] != name and f"--adv_loss {values['adv_loss']}"
 
 
+def _not_measuring(values):
+    """For `Flag.unused`: no metric is computed, in training or of a checkpoint."""
+    if values["mode"] == "train":
+        return not values["metric_step"] and "--metric_step 0 (with N training measures every N steps)"
+    return values["mode"] != "evaluate" and f"--mode {values['mode']}"
+
+
+def _only_in(*modes):
+    """For `Flag.unused`: a flag of these modes alone."""
+    return lambda values: values["mode"] not in modes and f"--mode {values['mode']}"
+
+
 def _without_features(values):
     """For `Flag.unused`: none of the metrics is computed from the features of a network."""
+    if setting := _not_measuring(values):
+        return setting
     chosen = values["metrics"]
     return not any(METRICS[name].file in ("features", "ifid") for name in chosen) and f"--metrics {written(chosen)}"
 
@@ -318,7 +332,7 @@ FLAGS = {
              "delete the pictures that the last check of this version found damaged", per_call=True),
         Flag("port", int, 8000, "--mode serve: the port, of this machine's loopback address 127.0.0.1 alone; 0: a free "
              "one", 0, 65535, per_call=True,
-             unused=lambda values: values["mode"] != "serve" and f"--mode {values['mode']}"),
+             unused=_only_in("serve")),
         Flag("train", boolean, True, "false is the same as --mode sample", per_call=True),
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N | mps (Apple's GPUs, never tried on a Mac); "
              "auto: CUDA if available, else MPS", per_call=True),
@@ -346,7 +360,8 @@ FLAGS = {
         Flag("dataset", one_of("celeb", "lsun", "cifar10", "folder", "toy"), "celeb",
              "celeb | lsun | cifar10 | folder (any pictures in --image_path) | toy (faces drawn by code)"),
         Flag("image_path", str, "./data", "root of the data sets; for --dataset folder the folder of pictures, or a "
-             "zip archive of them"),
+             "zip archive of them", unused=lambda values: values["dataset"] == "toy"
+             and "--dataset toy (--dataset folder takes the pictures of a folder)"),
         Flag("imsize", as_imsize, 64, "side of the pictures in pixels, a power of two: {families}; or HEIGHTxWIDTH, "
              "such as 64x128, the longer side a multiple of a quarter of the shorter one",
              fixed=of_runs),
@@ -368,8 +383,9 @@ FLAGS = {
         Flag("max_pixels", int, 178_956_970, "pictures of more pixels are read at a reduced size (JPEG) or left out; "
              "0: no limit", 0),
         Flag("clean_copies", boolean, False, "--mode clean_data: delete byte-identical copies, too, but the first of "
-             "each", per_call=True),
-        Flag("yes", boolean, False, "--mode clean_data: delete without asking", per_call=True),
+             "each", per_call=True, unused=_only_in("clean_data")),
+        Flag("yes", boolean, False, "--mode clean_data: delete without asking", per_call=True,
+             unused=_only_in("clean_data")),
         Flag("cache", one_of("auto", "on", "off"), "auto", "cache decoded pictures in a file, for all runs: auto (if "
              "it takes at most a quarter of the free disk space and the run has more than one epoch) | on | off"),
         Flag("cache_dir", str, None, "folder of that file (default: .decoded in the data's folder or, where that "
@@ -391,7 +407,7 @@ FLAGS = {
     "optimization": (
         Flag("adv_loss", one_of(*LOSSES), "hinge", f"adversarial loss: {' | '.join(LOSSES)}", fixed=always),
         Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
-             0.0, 1.0, unused=only_with_loss("hinge")),
+             0.0, 1.0, unused=lambda values: values["d_features"] == "none" and only_with_loss("hinge")(values)),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
              unused=only_with_loss("wgan-gp")),
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "
@@ -423,8 +439,8 @@ FLAGS = {
         Flag("keep_checkpoints", int, 5, "newest checkpoints kept on disk; 0 keeps all", 0),
         Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl: numbers, "
              "pictures, settings"),
-        Flag("wandb", boolean, False, "also log them to Weights & Biases (needs wandb); with WANDB_MODE=offline to the "
-             "disk"),
+        Flag("wandb", boolean, False, "training: also log them to Weights & Biases (needs wandb); with "
+             "WANDB_MODE=offline to the disk"),
         Flag("log_path", str, "./logs", "folder of the logs", per_call=True),
         Flag("model_save_path", str, "./models", "folder of the checkpoints", per_call=True),
         Flag("sample_path", str, "./samples", "folder of the pictures", per_call=True),
@@ -433,28 +449,29 @@ FLAGS = {
     ),
     "evaluation": (
         Flag("metrics", metrics, ("fid", "kid", "pr", "is"),
-             f"any of {_list_metrics(True)}; in --mode evaluate also {_list_metrics(False)}"),
+             f"any of {_list_metrics(True)}; in --mode evaluate also {_list_metrics(False)}", unused=_not_measuring),
         Flag("metric_step", int, 0, "steps between computations of the metrics in training; the checkpoint of the best "
              f"fid, or with fewer than {FEW:,} real pictures of the best kid, is kept as best.pth; 0: never", 0),
         Flag("patience", int, 10, "measurements in a row without a better score after which a run is done; a line says "
              "so", 1, unused=_without_best),
         Flag("stop", one_of("never", "auto"), "never", "never | auto (end a run that is done by --patience)",
              unused=_without_best),
-        Flag("num_eval", int, 5000, "samples that metrics are computed on", 2),
+        Flag("num_eval", int, 5000, "samples that metrics are computed on", 2, unused=_not_measuring),
         Flag("feature_net", one_of(*FEATURE_NETS), "inception", "network whose features fid, kid, pr and ifid compare; "
              "the scores of others than inception are named after it, such as fd_dinov2: inception | vgg16 (of "
              "--vgg_weights) | dinov2 (ViT-L/14, 1.2 GB) | clip (ViT-B/32, 354 MB)", unused=_without_features),
         Flag("inception_weights", str, "standard", "weights of --feature_net inception: standard (TensorFlow's of "
              "2015-12-05) | random (for tests) | PATH", unused=lambda values: values["feature_net"] != "inception"
              and f"--feature_net {values['feature_net']}"),
-        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for --feature_net vgg16, nearest and lpips, metadata "
+        Flag("vgg_weights", str, "imagenet", "weights of VGG-16 for --feature_net vgg16, nearest and lpips, metadata, "
              "reconstructions and --d_features: imagenet (torchvision's file) | random (for tests) | PATH",
              fixed=lambda values: (values["metadata"] or values["d_features"] != "none") and values["mode"] == "train"),
         Flag("fake_dir", str, None, "score the pictures in this folder, from any generator, instead of a run's samples",
              per_call=True),
-        Flag("real_dir", str, None, "score against the pictures in this folder instead of the data set", per_call=True),
+        Flag("real_dir", str, None, "score against the pictures in this folder instead of the data set (but lpips, "
+             "which takes those that the run has held out)", per_call=True),
         Flag("backtrack_steps", int, 300, "--mode project and lpips: steps of Adam on the latent of each picture", 1,
-             per_call=True),
+             per_call=True, unused=_only_in("project", "evaluate")),
     ),
     "from a checkpoint": (
         Flag("pretrained_model", step_or_best, None, "resume from, sample or evaluate the checkpoint of this step; "
@@ -464,24 +481,27 @@ FLAGS = {
         Flag("restart", boolean, False, "train from scratch: the run of this version is moved aside, to VERSION.old1",
              per_call=True),
         Flag("num_samples", int, 64, "pictures that --mode sample writes; with --classes of each", 1, per_call=True,
-             unused=lambda values: _with_latents(values) or values["seeds"] and f"--seeds {written(values['seeds'])}"),
+             unused=lambda values: _not_sampling(values) or _with_latents(values)
+             or values["seeds"] and f"--seeds {written(values['seeds'])}"),
         Flag("seeds", seeds, None, "--mode sample: one picture for each of these seeds, such as 3,5,9-20, whatever "
              "else is drawn", per_call=True, unused=lambda values: _not_sampling(values) or _with_latents(values)),
-        Flag("like", str, None, "draw a picture of --mode sample again: a PNG file, which says how it was drawn; typed "
-             "flags change that: --truncation, --classes, --pretrained_model, --version", per_call=True,
+        Flag("like", str, None, "draw a picture of --mode sample again, by the checkpoint that drew it (see "
+             "--keep_checkpoints): a PNG file, which says how it was drawn; typed flags change that: --truncation, "
+             "--classes, --pretrained_model, --version", per_call=True,
              unused=_not_sampling),
         Flag("target", str, None, "--mode project: the pictures to come close to, any size and shape, one or more",
              per_call=True, several=True,
-             unused=lambda values: values["mode"] != "project" and f"--mode {values['mode']}"),
+             unused=_only_in("project")),
         Flag("latents", str, None, "draw these instead of random ones, .npz files that --mode project wrote: --mode "
              "sample, or interpolate between them", per_call=True, several=True,
-             unused=lambda values: values["mode"] not in ("sample", "interpolate") and f"--mode {values['mode']}"),
+             unused=_only_in("sample", "interpolate")),
         Flag("truncation", float, None, "truncation trick: components of z beyond this are resampled, for better "
              "quality and less diversity; 0.5 to 2 (default: none)", low=0.01, per_call=True,
              unused=lambda values: values["mode"] in ("train", "project", "evolution") and f"--mode {values['mode']}"),
         Flag("num_frames", int, 120, "frames of the video that --mode interpolate writes; grids in that of --mode "
-             "evolution, at most", 2, per_call=True),
-        Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video: webp | gif | mp4 (needs "
-             "imageio-ffmpeg)", per_call=True),
+             "evolution, at most", 2, per_call=True, unused=_only_in("interpolate", "evolution")),
+        Flag("film", one_of("webp", "gif", "mp4"), "webp", "format of that video, and of the search of --mode project: "
+             "webp | gif | mp4 (needs imageio-ffmpeg)", per_call=True,
+             unused=_only_in("interpolate", "evolution", "project")),
     ),
 }

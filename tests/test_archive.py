@@ -182,6 +182,12 @@ def test_an_archive_travels_to_spawned_workers_and_is_read_by_threads(pictures):
     assert torch.equal(ThreadedReader(dataset.whole)[:], expected)
 
 
+def test_an_archive_is_read_by_threads_where_the_system_has_no_pread(pictures, monkeypatch):
+    dataset, expected = opened(pack()), everything(opened("pictures"))
+    monkeypatch.delattr(os, "pread")                    # as on Windows
+    assert torch.equal(ThreadedReader(dataset)[:], expected)
+
+
 def test_an_archive_that_was_replaced_is_not_mixed_up(pictures):
     first = opened(pack())
     before = everything(first)

@@ -82,6 +82,7 @@ def test_a_missing_data_set_names_the_two_ways_on(tmp_path, dataset, place, name
     problem, ways_on = refused(data_config(tmp_path, dataset=dataset))
     assert f"--dataset {dataset}" in problem and str(tmp_path / place) in problem
     assert f"`bash download.sh {name}`" in ways_on and "`--dataset toy`" in ways_on
+    assert "`--dataset folder`" in ways_on, "where a folder was named"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

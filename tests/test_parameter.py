@@ -129,6 +129,13 @@ def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
     ("--adv_loss wgan-gp --label_noise 0.2", "--label_noise 0.2: has no effect with --adv_loss wgan-gp; leave it out"),
     ("--stop auto --metric_step 5 --metrics pr,swd", "--stop auto: has no effect with --metrics pr,swd; leave it out"),
     ("--stop auto", "--stop auto: has no effect with --metric_step 0"),
+    ("--metrics kid", "--metrics kid: has no effect with --metric_step 0 (with N training measures every N steps)"),
+    ("--num_eval 9 --mode sample", "--num_eval 9: has no effect with --mode sample"),
+    ("--feature_net vgg16", "--feature_net vgg16: has no effect with --metric_step 0"),
+    ("--mode interpolate --num_samples 5", "--num_samples 5: has no effect with --mode interpolate (--mode sample"),
+    ("--dataset toy --image_path x", "--image_path x: has no effect with --dataset toy (--dataset folder takes"),
+    ("--yes true", "--yes true: has no effect with --mode train"),
+    ("--mode sample --film gif", "--film gif: has no effect with --mode sample"),
     ("--lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),
     ("--model fastgan --lambda_gp 5", "--lambda_gp 5.0: has no effect with --adv_loss hinge"),
     ("--g_attn none --d_attn none --attn_pool true", "--attn_pool true: has no effect with --g_attn none --d_attn"),
@@ -147,6 +154,7 @@ def test_a_setting_without_effect_is_refused_only_if_typed_and_not_the_default(t
     (tmp_path / "c.json").write_text(json.dumps({"lambda_gp": 5.0, "adv_loss": "hinge"}))
     assert resolve({"config": str(tmp_path / "c.json")}).lambda_gp == 5
     assert resolve({"lambda_gp": 10.0, "adv_loss": "hinge"}).lambda_gp == 10
+    assert resolve({"adv_loss": "wgan-gp", "d_features": "vgg16", "label_noise": 0.2}).label_noise == 0.2, "of heads"
     with pytest.raises(UsageError, match="no effect"):
         resolve({"version": "a", "label_noise": 0.3}, lambda folder: before)
 
@@ -387,15 +395,15 @@ def saved(**settings):
 def test_metrics_and_the_checkpoint_are_named_by_words():
     typed = parameter.parse(["--metrics", "kid,fid,kid", "--pretrained_model", "best"])
     assert typed == {"metrics": ("kid", "fid"), "pretrained_model": "best"}
-    assert resolve(typed).pretrained_model == "best"
+    assert resolve({**typed, "metric_step": 5}).pretrained_model == "best"
     assert parameter.parse(["--pretrained_model", "5000"]) == {"pretrained_model": 5000}
     assert resolve({}).metrics == ("fid", "kid", "pr", "is") and resolve({}).metric_step == 0
-    assert resolve({"feature_net": "vgg16"}).feature_net == "vgg16", "the metrics that were not typed may stay"
+    config = resolve({"feature_net": "vgg16", "metric_step": 5})
+    assert config.feature_net == "vgg16", "the metrics that were not typed may stay"
 
 
 @pytest.mark.parametrize("flags", [
     {"mode": "evaluate", "metrics": ("lpips", "nearest", "cost"), "metric_step": 5},    # metric_step is the run's
-    {"metrics": ("lpips",)},                                    # a training that takes none
     {"metrics": ("fid", "kid", "pr", "is", "swd"), "metric_step": 5},
     {"mode": "evaluate", "metrics": ("fid", "kid", "pr", "is", "swd", "nearest"), "fake_dir": "x", "dataset": "toy"},
     {"model": "fastgan", "mode": "evaluate", "metrics": ("cost",), "against": "baseline"},
@@ -409,7 +417,7 @@ def test_cost_is_measured_by_one_process(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="--metrics cost: is measured on one device"):
         resolve({"mode": "evaluate", "metrics": ("fid", "cost")})
-    assert resolve({"mode": "evaluate"}).metrics and resolve({"metrics": ("cost",)}).mode == "train"
+    assert resolve({"mode": "evaluate"}).metrics and resolve({"metrics": ("fid",), "metric_step": 3}).mode == "train"
 
 
 def test_how_it_is_measured_is_the_runs_but_evaluate_takes_the_usual_metrics():
@@ -420,7 +428,7 @@ def test_how_it_is_measured_is_the_runs_but_evaluate_takes_the_usual_metrics():
     config = resolve({"version": "a", "mode": "evaluate"}, find)
     assert (config.num_eval, config.metrics) == (99, ("fid", "kid", "pr", "is"))
     assert resolve({"version": "a", "mode": "evaluate", "metrics": ("swd",)}, find).metrics == ("swd",)
-    assert resolve({"version": "a", "metrics": ("swd",), "metric_step": 0}, find).metric_step == 0
+    assert resolve({"version": "a", "metric_step": 0}, find).metric_step == 0
 
 
 def test_what_was_held_out_stays_held_out():

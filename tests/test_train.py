@@ -612,7 +612,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_scored_is_scored_all_the_same(r
         os.replace("models/a/0000002.pth", "models/a/0000003.pth")
         return {"fid": 1.0}
 
-    run(*measuring(pictures), "--version", "a", "--total_step", 2, "--metric_step", 0)
+    run("--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 2)
     monkeypatch.setattr(features, "distances", prune)
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu", tiny=False)
     assert code == 0 and lines("a")[-1]["fid"] == 1 and checkpoint.best_score("models/a") is None
