@@ -32,8 +32,7 @@ from training.measurements import find_standing
 
 
 def train(config, place, precision, interrupt):
-    """Train until `--total_step`, or where `--stop auto` ends the run, from `--pretrained_model` or the newest
-    checkpoint if there is one.
+    """Train from `--pretrained_model`, or the newest checkpoint if there is one, to the end (see loop.py).
 
     Return the exit code: 0, or 128 + the signal's number. Raise UsageError, DataError, NonFiniteError, CheckpointError,
     LockedError or OSError. Until nothing can be refused any more, only caches are written: a run that is refused
