@@ -262,12 +262,13 @@ class Generator(nn.Module):
 
     has_noise = True        # maps, which in evaluation depend on z
 
-    def forward(self, z, labels=None, style=None, noise=None):
-        """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing).
+    def forward(self, z, labels=None, style=None, noise=None, style_labels=None):
+        """With `style`, latents like z, the skips take their sources from the maps of `style` (style mixing), which has
+        labels of its own.
 
         With `noise`, latents like z, the noise maps of evaluation are those of `noise`.
         """
-        maps = self._maps(z, labels, None if style is None else self._maps(style, labels), noise)
+        maps = self._maps(z, labels, None if style is None else self._maps(style, style_labels), noise)
         x = maps[self.size]                                             # (B, width, imsize, imsize)
         small = self.to_small(maps[self.small_size])                    # (B, channels, imsize / 2, imsize / 2)
         return [torch.tanh(self.to_rgb(x).float()), torch.tanh(small.float())]

@@ -1,8 +1,9 @@
 """The precision of convolutions and matrix products (`--precision`).
 
 fp32, tf32 (10 bits of mantissa, on GPUs), or bf16 or fp16 by autocast; fp16 trains with loss_scale.py. Weights,
-optimizers, batch statistics, spectral norms, gradient penalties and losses are fp32 at any setting. Without hardware
-support the precision falls back to fp32.
+optimizers, batch statistics, spectral norms, gradient penalties and losses are fp32 at any setting; on GPUs that have
+it, the penalty's products take tf32 unless it is fp32 that was asked for. Without hardware support the precision falls
+back to fp32.
 """
 
 import contextlib

@@ -131,7 +131,9 @@ def write_masks(G, D, record):
 
 def measure_inputs(G, D, record):
     """Return {"share/<input>": share of the images' variance that comes from this input of G}; see variation.py."""
-    inputs, images = (part[:SHARED_BY] for part in (record.inputs, record.images))
+    # of neighbours one gets the other's input: in the record's order these are of different classes
+    order = torch.randperm(len(record.images), generator=torch.Generator().manual_seed(0))[:SHARED_BY]
+    inputs, images = record.inputs[order], record.images[order]
 
     def draw(inputs):
         return G(**inputs.as_arguments())[0]

@@ -67,11 +67,12 @@ class Classes:
         return torch.multinomial(torch.tensor(self.counts, dtype=torch.float64), count, True, generator=generator)
 
     def choose(self, names, limit=None):
-        """Return the numbers of the classes that `--classes` asks for, names or numbers; None and "all" mean all.
+        """Return the numbers of the classes that `--classes` asks for, names or numbers, each once; None and "all"
+        mean all.
 
         With a `limit`, a spread of at most so many. Raises UsageError, also for a class without pictures.
         """
-        numbers = self.present.tolist() if names in (None, ("all",)) else [self._number(name) for name in names]
+        numbers = self.present.tolist() if names in (None, ("all",)) else list(dict.fromkeys(map(self._number, names)))
         for number in numbers:
             if not self.counts[number]:
                 raise UsageError(f"--classes {printable(self.names[number])}: has no pictures, so G cannot learn it; "

@@ -45,9 +45,12 @@ def recompute_bn_stats(G_ema, inputs, precision, batch=64):
         layer.reset_running_stats()
         layer.momentum = None                           # cumulative average over the batches
         layer.train()
+    # in equal parts: each counts alike, a rest of one image as much as all others of a batch
+    parts = -(-len(inputs) // batch)
+    bounds = [len(inputs) * number // parts for number in range(parts + 1)]
     with precision.arithmetic(), shared_weights():
-        for part in inputs.split(batch):
-            G_ema(**part.as_arguments())
+        for start, end in itertools.pairwise(bounds):
+            G_ema(**inputs[start:end].as_arguments())
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
         layer.eval()

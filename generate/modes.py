@@ -130,7 +130,7 @@ def style_mix(config, place, precision):
     for content in tqdm(contents.split(1), unit="row", dynamic_ncols=True):
         with precision.arithmetic():
             labels = None if content.labels is None else content.labels.expand(STYLES)
-            mixed = trained.G(content.z.expand(STYLES, -1), labels, styles.z)[0]
+            mixed = trained.G(content.z.expand(STYLES, -1), labels, styles.z, style_labels=styles.labels)[0]
             rows.append(torch.cat([trained.G(**content.as_arguments())[0], mixed]).cpu())
     path = trained.path(f"style_mix_seed{config.seed}", config.truncation, ".png")
     grid.save_grid(torch.cat(rows), path, columns=STYLES + 1)

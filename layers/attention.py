@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels, pool=False, wrap=None):
         super().__init__()
-        self.pool = nn.MaxPool2d(2) if pool else nn.Identity()
+        self.pool = nn.MaxPool2d(2, ceil_mode=True) if pool else nn.Identity()
         inner, values = max(1, channels // 8), channels if wrap is None else max(1, channels // 2)
 
         def conv(channels, out):

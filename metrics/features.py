@@ -314,9 +314,9 @@ def _groups(count, device):
     return torch.arange(count, device=device) % GROUPS if count >= GROUPS else None
 
 
-def _jackknife(values):
-    """Return the standard error that follows from the values (GROUPS,) without each group."""
-    return float(((values - values.mean()).square().sum() * (GROUPS - 1) / GROUPS).sqrt())
+def jackknife(values):
+    """Return the standard error that follows from the values (groups,) without each group."""
+    return float(((values - values.mean()).square().sum() * (len(values) - 1) / len(values)).sqrt())
 
 
 # FID
@@ -390,7 +390,7 @@ def _kid(real, fake, device, net):
     if groups is not None:
         left = n - torch.bincount(groups)                                               # pictures without each group
         without = within.sum() - within.sum(0) - within.sum(1) + within.diagonal()
-        error = _jackknife(mmd(without, across.sum() - across[:, 0], left))
+        error = jackknife(mmd(without, across.sum() - across[:, 0], left))
     if net != "inception":
         return {"kid": Estimate(mmd(within.sum(), across.sum(), n).item(), error)}
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -451,7 +451,7 @@ def _precision_and_recall(real, fake, device, net):
     if groups is not None:
         left = len(a) - torch.bincount(groups)
         shares["precision"] = [inside.mean(), *((inside.sum() - _per_group(inside, groups)) / left)]
-    return {name: Estimate(float(values[0]), None if groups is None else _jackknife(torch.stack([*values[1:]])),
+    return {name: Estimate(float(values[0]), None if groups is None else jackknife(torch.stack([*values[1:]])),
                            least=0.0, most=1.0) for name, values in shares.items()}
 
 

@@ -7,13 +7,13 @@ import torch
 from device import distributed
 from flags.pictures import short_side
 from gallery import variation
+from metrics import features
 from metrics.nearest import SIDE, reduced, weights_in_words
 from pretrained import lpips
 from storage.score_table import Score
 
 SAMPLES = 256
 BATCH = 64              # samples that swap inputs with each other; that of `Latents.seeded_batches`
-RESAMPLES = 1000        # of the bootstrap
 FALLBACK_HINT = "--metrics without share"
 
 
@@ -36,7 +36,7 @@ def evaluate(evaluation):
         f"share of the variance of G's images from each input: how far {SAMPLES} samples move when this input alone is "
         "that of another sample, over how far two samples are apart; share: by squared differences of pixels, "
         f"share_lpips: by {weights_in_words(config.vgg_weights)} at {min(short_side(config.imsize), SIDE)} px; in "
-        f"brackets the 95 % interval, {RESAMPLES:,} bootstrap resamples of the samples"),
+        f"brackets the 95 % interval, by a jackknife of {features.GROUPS} groups of samples"),
         trained.latents.source(config.seed))]
 
 
@@ -73,9 +73,13 @@ def _embed(net, images, place):
 
 
 def ratio(moved, apart):
-    """Return (mean of `moved` (N,) over mean of `apart` (N,), and the ends of its 95 % interval), floats."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(moved), (RESAMPLES, len(moved)), generator=generator)
-    resampled = moved[chosen].mean(1) / apart[chosen].mean(1).clamp(min=1e-12)
-    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=resampled.dtype))
-    return (moved.mean() / apart.mean().clamp(min=1e-12)).item(), low.item(), high.item()
+    """Return (mean of `moved` (N,) over mean of `apart` (N,), and the ends of its 95 % interval), floats.
+
+    Groups of neighbours are left out, not single ones: each sample is compared with the next.
+    """
+    of_moved, of_apart = (torch.stack([group.sum() for group in each.chunk(features.GROUPS)])
+                          for each in (moved, apart))
+    without = (of_moved.sum() - of_moved) / (of_apart.sum() - of_apart).clamp(min=1e-12)
+    share = (moved.sum() / apart.sum().clamp(min=1e-12)).item()
+    half = features.T95 * features.jackknife(without)
+    return share, max(0.0, share - half), share + half

@@ -205,6 +205,7 @@ def test_captions_name_the_class_or_the_two_that_an_image_is_between():
 
 
 def test_classes_are_asked_for_by_name_or_number():
+    assert Classes(("a", "b", "tabby"), (1, 1, 1)).choose(("2", "0", "tabby")) == [2, 0], "each once"
     classes = Classes(("cat", "7", "dog"), (1, 1, 1))
     assert classes.choose(("7", "0", "dog")) == [1, 0, 2]
     for name, words in (("", "an empty name"), ("all", "all goes alone"), ("0-2", "without ranges"), ("3", "no such")):

@@ -7,11 +7,25 @@ import torch
 from stand_ins import CPU
 
 from device.precision import Precision
-from generate.draw import DrawnSamples
+from generate.draw import DrawnSamples, recompute_bn_stats
+from generate.latents import Inputs
 from generate.trained import load_generator
 from metrics.swd import PictureFiles
 from parameter import resolve
 from storage import checkpoint
+
+
+@pytest.mark.parametrize(("count", "batch"), [(256, 51), (256, 12), (64, 9), (256, 64), (5, 8)])
+def test_batch_statistics_are_of_parts_that_count_alike(count, batch):
+    """As 128x160 has batches of 51, 256 images made five of them, and one image with a sixth of the weight."""
+    G, seen = torch.nn.BatchNorm1d(3), []
+    G.register_forward_pre_hook(lambda net, arguments, named: ((named["z"],), {}), with_kwargs=True)
+    G.register_forward_hook(lambda net, arguments, out: seen.append(len(out)))
+    z = torch.randn(count, 3)
+    recompute_bn_stats(G, Inputs(z), Precision("fp32", CPU.device), batch)
+    assert sum(seen) == count and max(seen) - min(seen) <= 1 and max(seen) <= batch
+    torch.testing.assert_close(G.running_mean, z.mean(0), atol=0.01, rtol=0)
+
 
 FASTGAN = ("--model", "fastgan", "--imsize", 64, "--recon", "l1", "--vgg_weights", "random")
 

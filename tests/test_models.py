@@ -143,3 +143,13 @@ def test_sampling_does_not_depend_on_batch_mates_and_changes_nothing():
         alone, together = G(z[:1])[0], G(z)[0][:1]
     assert torch.allclose(alone, together, atol=1e-5)
     assert all(torch.equal(before[name], tensor) for name, tensor in G.state_dict().items())
+
+
+def test_pooled_keys_cover_maps_of_odd_sides():
+    torch.manual_seed(0)
+    layer, x = SelfAttention(16, pool=True), torch.randn(1, 16, 4, 5)
+    torch.nn.init.ones_(layer.gamma)
+    changed = x.clone()
+    changed[..., 4] += 1
+    assert layer.maps(x, torch.tensor([[0.1, 0.1]])).shape == (1, 1, 2, 3)
+    assert not torch.equal(layer(x)[..., :4], layer(changed)[..., :4]), "the last column is attended to"

@@ -11,6 +11,7 @@ from PIL import Image
 import fastgan_models
 from gallery import film
 from generate import modes
+from layers.norms import ConditionalBatchNorm
 from parameter import resolve
 
 FASTGAN = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--metadata", "false", "--recon", "l1")
@@ -111,6 +112,12 @@ def test_a_style_drives_the_skips_and_nothing_else():
                                          "metadata": False}))
     z, style = torch.randn(2, 4, 8)
     G.eval()
+    classed = fastgan_models.Generator(64, 8, 8, metadata=False, classes=2).eval()
+    for norm in (layer for layer in classed.modules() if isinstance(layer, ConditionalBatchNorm)):
+        torch.nn.init.normal_(norm.shift.weight)
+    ones, zeros = torch.ones(4, dtype=torch.long), torch.zeros(4, dtype=torch.long)
+    mixed = [classed(z, ones, style, style_labels=labels)[0] for labels in (ones, zeros)]
+    assert not torch.equal(*mixed), "the style's class is its own"
     own = G(z)[0]
     assert torch.equal(G(z, style=z)[0], own)
     assert not torch.equal(G(z, style=style)[0], own)
