@@ -20,6 +20,7 @@ from layers import attention, convolutions
 from metrics import cost, meter
 from parameter import parse, resolve
 from pretrained import vgg
+from storage import checkpoint
 from training import memory
 
 ALONE = Place(torch.device("cpu"))
@@ -200,7 +201,8 @@ def test_a_step_that_runs_out_of_memory_says_what_fits_and_a_metric_does_not(run
     assert code == 2 and "out of memory on this machine: a step needs about" in err and "Give --accumulate 2" in err
     monkeypatch.setattr(meter.Meter, "measure", fail)
     code, _, err = run("--version", "b", "--total_step", 2, "--metric_step", 1, "--metrics", "swd", "--num_eval", 4)
-    assert code == 1 and "out of memory on this machine: lower" in err
+    assert code == 2 and "out of memory on this machine while --metrics swd were computed, after step 1" in err
+    assert "--feature_net" in err and "--batch_size" not in err and checkpoint.steps_in("models/b") == [1]
 
 
 def without_weights(config, place, bank, classes):

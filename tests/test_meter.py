@@ -28,7 +28,7 @@ def real(pictures, small_inception):
     """configure(**changes) -> the config of a run on the folder of 12 pictures."""
     def configure(**changes):
         return resolve({"dataset": "folder", "image_path": str(pictures), "imsize": 32, "batch_size": 4,
-                        "num_workers": 0, "device": "cpu", **changes})
+                        "num_workers": 0, "device": "cpu", "metric_step": 5, **changes})
 
     return configure
 
