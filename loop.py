@@ -256,7 +256,7 @@ class Run:
             where = out_of_memory_on(error)
             if where is None:
                 raise
-            raise UsageError(f"out of memory on {where} while --metrics {','.join(self.config.metrics)} were computed, "
+            raise UsageError(f"out of memory on {where} while --metrics {written(self.config.metrics)} were computed, "
                              f"after step {self.trainer.step}.\nGive another --feature_net, fewer --metrics, or "
                              "--metric_step 0") from None
         if scores is None or not distributed.is_first():

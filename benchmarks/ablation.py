@@ -114,7 +114,7 @@ class Ablation:
         self.model = ("--model", options.model) if options.model else MODEL
         self.out = Path(options.out)
         # as the runs see the pictures: --fit, --max_pixels, what is left out, values of more than 8 bits
-        config = parameter.resolve(parameter.parse([str(word) for word in self._main(Variant("", ()))[2:]]))
+        config = self._config()
         self.dataset = table.open_folder(config)
         self.dataset.use_levels(sample_levels(self.dataset))
         fingerprint = table.fingerprint(self.dataset, config)[:12]
@@ -187,14 +187,17 @@ class Ablation:
                 "--imsize", options.imsize, "--log_path", self.out / "logs", "--model_save_path", self.out / "models",
                 *flags, *self.extra, *variant.flags]
 
+    def _config(self, *flags):
+        """The config that main.py has with these flags, in a run of no variant."""
+        return parameter.resolve(parameter.parse([str(word) for word in self._main(Variant("", ()), *flags)[2:]]))
+
     def _log(self, name):
         return self.out / "output" / f"{name}.txt"
 
     def _count_parameters(self):
         """G's and D's sizes, from --dry_run, which also tells before hours of training whether the flags work."""
         if self.options.evaluate:
-            argv = self._main(Variant("", ()), "--mode", "evaluate", "--metrics", self.options.evaluate)[2:]
-            config = parameter.resolve(parameter.parse([str(word) for word in argv]))
+            config = self._config("--mode", "evaluate", "--metrics", self.options.evaluate)
             evaluate.load(config, Place(torch.device("cpu")))           # raises if weights are missing
         for variant in self.options.variants:
             self.record.put_variant(variant)

@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         """Return the attention maps of the given queries, by explicit softmax.
 
         x (B, C, H, W); queries (Q, 2) as (y, x) fractions of the image in [0, 1]. The result is (B, Q, H, W),
-        with `pool` (B, Q, H / 2, W / 2); each map sums to 1.
+        with `pool` (B, Q, H / 2, W / 2), rounded up; each map sums to 1.
         """
         B, _, H, W = x.size()
         size = torch.tensor([H, W], device=x.device)

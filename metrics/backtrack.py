@@ -43,11 +43,14 @@ def evaluate(evaluation):
     config, place, trained = evaluation.config, evaluation.place, evaluation.trained
     dataset = data_loader.open_dataset(config)
     _, held_out = split(dataset, config.holdout or HELD_OUT)
-    changed = bool(trained.data) and not are_same(trained.data, summarize(dataset, config))
+    seen_in_training = "never trained on"
     if not config.holdout:
+        seen_in_training = "TRAINED ON"
         say(f"note: this run was trained on all pictures, including these {len(held_out)}, so the result is a training "
             "error; train with --holdout 0.1 to hold some out")
-    elif changed:                                       # which ones are held out depends on how many there are
+    elif trained.data and not are_same(trained.data, summarize(dataset, config)):
+        # which ones are held out depends on how many there are
+        seen_in_training = "of a changed set, PARTLY TRAINED ON"
         say("note: the pictures have changed since this run began, so that some of those held out now were trained on")
     if len(held_out) > BACKTRACKED:
         held_out = Subset(held_out, spread_indices(BACKTRACKED, len(held_out)), "")
@@ -59,9 +62,6 @@ def evaluate(evaluation):
     if is_first():
         _write_json(trained, held_out, result)
         _save_sheet(evaluation, pictures, result)
-    seen_in_training = "never trained on" if config.holdout else "TRAINED ON"
-    if config.holdout and changed:
-        seen_in_training = "of a changed set, PARTLY TRAINED ON"
     yield [Score(result.scores(), (
         f"{weights_in_words(config.vgg_weights)} at {config.imsize} px between {len(held_out):,} pictures of "
         f"{dataset_name(config)} ({seen_in_training}) and what G draws "

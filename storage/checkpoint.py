@@ -122,6 +122,14 @@ def load_state(path, find_mismatch=lambda state: None, whose="this run"):
     return state
 
 
+def _glance(path, key):
+    """Return an entry of a checkpoint without reading its tensors; None if that fails."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)[key]
+    except Exception:                       # of some fifteen kinds
+        return None
+
+
 def _find_defect(state):
     """Return in words what a state lacks to be one of ours, or None."""
     if not isinstance(state, dict):
@@ -142,7 +150,8 @@ def load_newest(folder, warn=print, find_mismatch=lambda state: None):
     """
     steps = {path_of(folder, step): step for step in steps_in(folder)}
     if best_path(folder).is_file():                     # it may be the newest, or the only one left
-        steps[best_path(folder)] = load_best(folder)[1] - 0.5       # of one step the other; damaged ones last
+        best = _glance(best_path(folder), "step")
+        steps[best_path(folder)] = best - 0.5 if isinstance(best, int) else -1      # of one step the other
     paths, unusable = sorted(steps, key=steps.get, reverse=True), 0
     for path in paths:
         try:
@@ -200,10 +209,7 @@ def load_source(folder, warn=print):
 def saved_config(folder):
     """Return the saved config of the run in `folder`, None if it has no checkpoint; that of a checkpoint FILE.pth."""
     if Path(folder).is_file():
-        try:        # without reading its tensors; what else is wrong with it is said when they are
-            config = torch.load(folder, map_location="cpu", weights_only=True, mmap=True)["config"]
-        except Exception:       # of some fifteen kinds
-            config = None
+        config = _glance(folder, "config")              # what else is wrong with it is said when it is loaded
         return config if isinstance(config, dict) else load_source(folder)["config"]
     if not steps_in(folder) and not best_path(folder).is_file():
         return None
