@@ -67,6 +67,7 @@ def run(argv, interrupt):
     from pretrained import vgg
     from storage import checkpoint
 
+    interrupt.check()                                   # torch's import catches what is raised in numpy's
     config = parameter.resolve(samples.settings_of(typed), checkpoint.saved_config, vgg.FILE.is_available)
     if config.mode == "clean_data":
         return clean.clean_data(config) if distributed.is_first() else 0

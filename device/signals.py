@@ -28,7 +28,7 @@ class Interrupt:
     """
 
     def __init__(self):
-        self.signal, self._since, self._deferred, self._before = None, 0.0, False, {}
+        self.signal, self._since, self._deferred, self._raised, self._before = None, 0.0, False, False, {}
 
     @contextmanager
     def deferred(self):
@@ -43,6 +43,7 @@ class Interrupt:
     def check(self):
         """Raise Interrupted if a request came in and was not acted on, as inside a library's callback."""
         if self.signal is not None and not self._deferred:
+            self._raised = True
             raise Interrupted(self.signal)
 
     def _handle(self, number, frame):
@@ -63,6 +64,8 @@ class Interrupt:
             signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, trace):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._raised and isinstance(error, Exception):
+            raise Interrupted(self.signal) from None    # a library caught it, and failed by what it left half done

@@ -385,14 +385,13 @@ def test_a_thousand_records_and_a_long_log_are_written_fast_and_small(run):
     rng = np.random.default_rng(0)
     run.log(*({"step": step, **dict(zip(keys, rng.normal(size=9), strict=True))} for step in range(10, 100_010, 10)),
             *(measure(step, "p" * 500, fid=step, kid=step, swd=step) for step in range(1000, 101_000, 1000)))
-    run.write()
     times = []
     for step in range(100_010, 100_060, 10):
         run.log({"step": step, "d_loss": 1})
         began = time.process_time()
         run.write()
         times.append(time.process_time() - began)
-    assert min(times) < 0.05
+    assert min(times[1:]) < times[0] / 4, "the first one reads the whole log, the others what is new"
     assert run.path.stat().st_size < 400_000
 
 

@@ -1,5 +1,6 @@
 """Faults while a run is going on: what ends it, what must not, and that nothing is lost."""
 
+import contextlib
 import errno
 import json
 import math
@@ -18,6 +19,7 @@ from conftest import MAIN, TINY, Launched, assert_same_state, lines, small_disk_
 from stand_ins import small_swd
 
 import loop
+import parameter
 import utils
 from gallery import page
 from gallery.health import Health
@@ -354,6 +356,23 @@ def test_before_training_a_request_is_answered_within_5_seconds(tmp_path, after)
     _, err = process.communicate(timeout=20)
     assert process.returncode in (143, -signal.SIGTERM) and "Traceback" not in err, err
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("ends_in", [AttributeError("module 'numpy' has no attribute 'subtract'"), None])
+def test_a_request_that_an_import_swallows_is_answered_all_the_same(run, monkeypatch, ends_in):
+    """As torch's import does with what is raised in numpy's, which is half imported then."""
+    parse = parameter.parse
+
+    def swallow(argv):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if ends_in:
+            raise ends_in
+        return parse(argv)
+
+    monkeypatch.setattr(parameter, "parse", swallow)
+    code, out, err = run("--total_step", 1)
+    assert code == 143 and err == "interrupted\n" and not Path("models").exists()
 
 
 # ------------------------------------------------------------------------------------------ E. what a run owns
