@@ -105,35 +105,36 @@ def image_folder(options, root, device):
             yield images.to(device, non_blocking=True)
 
 
-def ours(options, root, device, place, *flags):
-    """Endless batches by this program, its caches in the folder `place`."""
+def ours(options, root, device, place, cached):
+    """Endless batches by this program, with or without a cache of decoded pictures, in the folder `place`."""
+    cache = ("--cache", "on", "--cache_dir", str(place)) if cached else ("--cache", "off")
     config = parameter.resolve(parameter.parse([
         "--dataset", "folder", "--image_path", str(root), "--hflip", "true", "--check_data", "header",
-        "--cache_dir", str(place), "--cache_path", str(place), *flags,
+        "--cache_path", str(place), *cache,
         *(f"--{name}={getattr(options, name)}" for name in ("imsize", "batch_size", "num_workers"))]))
     return data_loader.real_batches(config, data_loader.build_dataset(config), 0, device)
 
 
 def filled(options, root, device, place):
     """The same with the cache complete: every picture is asked for once first."""
-    ours_at = ours(options, root, device, place, "--cache", "on")
+    ours_at = ours(options, root, device, place, cached=True)
     dataset = ours_at.samples.dataset
     for part in np.array_split(np.arange(len(dataset)), -(-len(dataset) // 1024)):
         dataset.load_batch(part)
     ours_at.close()
-    return ours(options, root, device, place, "--cache", "on")
+    return ours(options, root, device, place, cached=True)
 
 
 def sides_of(options, root, scratch, device):
     """The ways to load, the reference first."""
     def fresh():
-        return ours(options, root, device, Path(tempfile.mkdtemp(dir=scratch)), "--cache", "on")
+        return ours(options, root, device, Path(tempfile.mkdtemp(dir=scratch)), cached=True)
 
     workers = f"{options.num_workers} workers"
     here = " on the GPU" if device.type == "cuda" else ""
     ways = {
         f"torchvision ImageFolder, DataLoader, {workers}": lambda: image_folder(options, root, device),
-        f"no cache, {workers}": lambda: ours(options, root, device, scratch, "--cache", "off"),
+        f"no cache, {workers}": lambda: ours(options, root, device, scratch, cached=False),
         f"first epoch, filling the cache, {workers}": fresh,
         f"later epochs and runs, from the cache{here}": lambda: filled(options, root, device, scratch),
     }

@@ -160,7 +160,7 @@ def load(flags, seconds=None):
         loading.draw(folder, PICTURES)
         count = workers.readers(config)
         readers = f"by {count} processes" if count else "by the training itself"
-        loaded = {f"JPEGs of 178x218, {readers}": loading.ours(config, folder, place.device, folder, "--cache", "off"),
+        loaded = {f"JPEGs of 178x218, {readers}": loading.ours(config, folder, place.device, folder, cached=False),
                   "from the cache": loading.filled(config, folder, place.device, folder)}
         sides = {name: TimedConfig(config, place) for name in ("none: always the same pictures", *loaded)}
         for name, batches in loaded.items():

@@ -82,8 +82,8 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
         findings = on_first(lambda: checks[0].decode(cached))
     dataset.findings = findings
     _say_traits(dataset, findings, config)
-    if not cached.is_decoded():                         # else it has been said
-        on_first(lambda: _say_shape(dataset, config))
+    # once decoded, it has been said; a cache in memory is each rank's own, so this question is rank 0's, too
+    on_first(lambda: cached.is_decoded() or _say_shape(dataset, config))
     _say_copies(dataset, findings, config)
     return _without_bad(dataset, cached, findings, config)
 

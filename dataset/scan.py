@@ -14,7 +14,7 @@ from typing import NamedTuple
 from zipfile import ZIP_DEFLATED, ZIP_STORED
 
 from dataset import labels
-from dataset.decode import SUFFIXES, printable
+from dataset.decode import FORMATS, HEIF, SUFFIXES, printable
 from errors import DataError
 
 NAMED = 10  # files listed in a message, at most
@@ -56,7 +56,9 @@ class Found:
         kinds = [f"{number} {printable(ending) or 'without an ending'}" for ending, number in shown[:NAMED]]
         rest = sum(number for _, number in shown[NAMED:])
         kinds += [f"{rest} of other endings"] * bool(rest)
-        return f"{count} file{'s' * (count > 1)} ignored: {', '.join(kinds)}"
+        hint = "; `pip install pillow-heif` lets them be read" if "HEIF" not in FORMATS and any(
+            ending in HEIF for ending in self.ignored) else ""
+        return f"{count} file{'s' * (count > 1)} ignored: {', '.join(kinds)}{hint}"
 
 
 def find_pictures(folder: Path, own: dict | None = None) -> Found:

@@ -285,6 +285,11 @@ def _not_sampling(values):
     return values["mode"] != "sample" and f"--mode {values['mode']} (--mode sample draws pictures)"
 
 
+def _without_maps(values):
+    """For `Flag.unused`: networks without attention, whose records have no maps."""
+    return not any(values[name] for name in ("g_attn", "d_attn", "slae", "slae_d")) and "networks without attention"
+
+
 def _with_latents(values):
     """For `Flag.unused`: the latents come from files."""
     return values["latents"] and f"--latents {written(values['latents'])}"
@@ -337,12 +342,13 @@ FLAGS = {
         Flag("device", str, "auto", "auto | cpu | cuda | cuda:N | mps (Apple's GPUs, never tried on a Mac); "
              "auto: CUDA if available, else MPS", per_call=True),
         Flag("parallel", boolean, False, "train, or evaluate, on every visible GPU, one process each; batch_size is "
-             "divided among them", per_call=True),
+             "divided among them", per_call=True, unused=_only_in("train", "evaluate")),
         Flag("sync_bn", boolean_or_auto, "auto", "batch norm's statistics over the images of all processes, so that "
              "several train as one does; false: over those of each; auto: true"),
         Flag("check_replicas", int, 1000, "steps between checks that all processes hold the same weights; exit code 4 "
              "if not; 0: never", 0),
-        Flag("seed", int, 0, "random seed of weights, batch order, z and flips", 0, 2**31 - 1),
+        Flag("seed", int, 0, "random seed of weights, batch order, z and flips", 0, 2**31 - 1,
+             unused=lambda values: values["seeds"] and f"--seeds {written(values['seeds'])}"),
         Flag("precision", one_of("auto", "fp32", "tf32", "bf16", "fp16"), "auto", "of convolutions and matrix "
              "products, in training and in sampling: fp32 | tf32 | bf16 | fp16 (mixed precision; fp16 with loss "
              "scaling); auto: bf16 where the hardware has units for it (GPUs since 2020, CPUs with AMX or AVX-512 "
@@ -389,7 +395,8 @@ FLAGS = {
         Flag("cache", one_of("auto", "on", "off"), "auto", "cache decoded pictures in a file, for all runs: auto (if "
              "it takes at most a quarter of the free disk space and the run has more than one epoch) | on | off"),
         Flag("cache_dir", str, None, "folder of that file (default: .decoded in the data's folder or, where that "
-             "cannot be written, cache_path)", per_call=True),
+             "cannot be written, cache_path)", per_call=True,
+             unused=lambda values: values["cache"] == "off" and "--cache off"),
         Flag("cache_path", str, "./cache", "folder of what is computed once for all runs: the check of the pictures, a "
              "data set's metadata, its statistics for --metrics", per_call=True),
     ),
@@ -440,11 +447,12 @@ FLAGS = {
         Flag("use_tensorboard", boolean, False, "also write TensorBoard events beside metrics.jsonl: numbers, "
              "pictures, settings"),
         Flag("wandb", boolean, False, "training: also log them to Weights & Biases (needs wandb); with "
-             "WANDB_MODE=offline to the disk"),
+             "WANDB_MODE=offline to the disk", unused=_only_in("train")),
         Flag("log_path", str, "./logs", "folder of the logs", per_call=True),
         Flag("model_save_path", str, "./models", "folder of the checkpoints", per_call=True),
         Flag("sample_path", str, "./samples", "folder of the pictures", per_call=True),
-        Flag("attn_raw", boolean, False, "also write the attention maps as arrays, one .npz per record"),
+        Flag("attn_raw", boolean, False, "also write the attention maps as arrays, one .npz per record",
+             unused=_without_maps),
         Flag("attn_path", str, None, "folder of the attention maps (default: beside the samples)", per_call=True),
     ),
     "evaluation": (

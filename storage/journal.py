@@ -79,10 +79,17 @@ class MetricsLog:
                 (kept if json.loads(line)["step"] <= step else later).append(line)
             except (ValueError, KeyError, TypeError, RecursionError):      # ValueError: not UTF-8, too
                 dropped += 1
-        if later:
-            with open(self.path.with_name("superseded.jsonl"), "ab") as file:
-                file.writelines(later)
-        utils.write_atomically(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+        superseded = self.path.with_name("superseded.jsonl")
+        before = superseded.stat().st_size if superseded.exists() else 0
+        try:
+            if later:
+                with open(superseded, "ab") as file:
+                    file.writelines(later)
+            utils.write_atomically(self.path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+        except OSError:                                 # a full disk: the next resume moves the same lines
+            if superseded.exists():
+                os.truncate(superseded, before)
+            raise
         if dropped:
             say(f"note: {self.path}: {dropped} damaged line{'s' * (dropped > 1)} dropped")
 

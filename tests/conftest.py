@@ -38,8 +38,10 @@ pytest.register_assert_rewrite("kills")
 
 MAIN = str(Path(__file__).parent.parent / "main.py")
 
-TINY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
-        "--z_dim", "8", "--num_workers", "0", "--device", "cpu", "--preset", "published")
+TINY_OF_ANY = ("--dataset", "toy", "--imsize", "32", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
+               "--z_dim", "8", "--num_workers", "0", "--device", "cpu", "--preset", "published")     # of any family
+TINY = (*TINY_OF_ANY, "--g_attn", "8", "--d_attn", "none")
+EVERY_ATTENTION = ("--g_attn", "8,16", "--d_attn", "4,8")   # as by default; its sheets are half the time of a tiny run
 
 SMALL_SHEETS = 32       # px of the pictures in attention sheets: those of 192 px took a fourth of all tests' time
 

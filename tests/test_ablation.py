@@ -9,17 +9,18 @@ import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Launched
 from PIL import Image
 
 import ablation
@@ -61,7 +62,7 @@ else:
     if name == os.environ.get("HANG"):
         signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored where the suite runs in the background
         try:
-            Path("hanging").touch()
+            Path("hanging").write_text("yes")
             time.sleep(600)
         except KeyboardInterrupt:
             Path("saved").touch()
@@ -86,6 +87,18 @@ else:
 '''
 
 
+class InThisProcess(processes.Children):
+    """Runs the stand-in for main.py in this process, as to start a program takes longer than all that it does."""
+
+    def run(self, name, command, log, capture=False, seconds=None):
+        if command[1] != ablation.MAIN:
+            return super().run(name, command, log, capture, seconds)
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.MonkeyPatch.context() as only_there:
+            only_there.setattr(sys, "argv", [str(word) for word in command[1:]])
+            runpy.run_path(str(ablation.MAIN))
+        return out.getvalue()
+
+
 @pytest.fixture
 def stand_in(tmp_path, pictures, monkeypatch):
     """An empty folder to work in, with a stand-in for main.py and a distance that takes no time."""
@@ -94,9 +107,17 @@ def stand_in(tmp_path, pictures, monkeypatch):
     (tmp_path / "main.py").write_text(STAND_IN)
     monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
     monkeypatch.setattr(ablation, "MODEL", ("--model", "sagan"))        # 32 px
+    monkeypatch.setattr(ablation, "Children", InThisProcess)
     quick = functools.partial(swd.sliced_wasserstein, count=256, directions=8)
     monkeypatch.setattr(swd, "sliced_wasserstein", quick)
     return tmp_path
+
+
+@pytest.fixture
+def stand_in_program(stand_in, monkeypatch):
+    """The same, for what is to fail or hang, or several at once: a program of its own each time."""
+    monkeypatch.setattr(ablation, "Children", processes.Children)
+    return stand_in
 
 
 def run(*flags):
@@ -131,7 +152,7 @@ def script(folder, text, name="score.py"):
 # ------------------------------------------------------------------------------------------------- with a stand-in
 
 
-def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report(stand_in, capsys):
+def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report_with_all_grids(stand_in, capsys):
     assert run("--seeds", 2, "--", "--g_conv_dim", "4") == 0
     trained = [call["argv"] for call in calls("train")]
     assert [value(argv, "--version") for argv in trained] == [
@@ -152,20 +173,12 @@ def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report(sta
     out = capsys.readouterr().out
     assert "| +metadata |" in out and "8 of 8: both_seed1: swd" in out
     assert sorted(os.listdir(".")) == ["ablation", "calls.txt", "main.py", "pictures"]
-
-
-def test_the_picture_has_the_grids_of_all_variants_at_one_size(stand_in):
-    assert run() == 0
+    real = [Image.open(path).size for path in Path("ablation/real").iterdir()]
+    assert real == [(32, 32)] * 12, "cropped as in training"
     page = np.asarray(Image.open("ablation/ablation.png"))
     for name in ("slae_seed0", "metadata_seed0"):
         assert (page == (ord(name[0]), 90, 90)).all(2).sum() == 66 * 66
     assert (page == (ord("b"), 90, 90)).all(2).sum() == 2 * 66 * 66, "baseline and both"
-
-
-def test_the_real_pictures_are_cropped_as_in_training(stand_in):
-    assert run("--variants", "baseline") == 0
-    files = sorted(Path("ablation/real").iterdir())
-    assert len(files) == 12 and {Image.open(path).size for path in files} == {(32, 32)}
 
 
 def test_the_real_pictures_are_padded_and_on_white_as_in_training(stand_in, pictures):
@@ -176,47 +189,32 @@ def test_the_real_pictures_are_padded_and_on_white_as_in_training(stand_in, pict
         assert set(picture.getcolors()) == {(16 * 32, (255, 255, 255)), (16 * 32, (255, 127, 127))}
 
 
-def test_what_a_score_program_does_not_find_is_left_out(stand_in):
-    score = script(stand_in, """
-import json, sys
-print(json.dumps({"fd": 3.5, "kid": float("nan"), **({"precision": 0.5} if "baseline" in sys.argv[2] else {})}))""")
-    assert run(*TWO, "--points", "2", "--score", score) == 0
-    text = Path("ablation/ablation.md").read_text()
-    assert "| fd " in text and "kid" not in text and Path("ablation/curves.png").exists()
-
-
 def test_nearest_of_metadata_drawn_in_two_ways_is_two_columns():
     lines = [json.dumps({"step": 4, "nearest": value, "protocol": "how", "source": f"G_ema, seed 0, metadata {draw}"})
              for draw, value in (("bank", 0.5), ("gauss", 0.9))]
     assert report.scores_in(lines) == {"nearest": 0.5, "nearest_gauss": 0.9}
 
 
-def test_the_same_command_again_trains_draws_and_scores_nothing(stand_in, monkeypatch):
-    score = script(stand_in, "open('scored.txt', 'a').write('x')\nprint('{\"fd\": 3}')")
-    assert run(*TWO, "--score", score) == 0
-    before, report = Path("calls.txt").read_text(), Path("ablation/ablation.md").read_text()
-    monkeypatch.setattr(swd, "sliced_wasserstein", None)           # calling it would raise
-    assert run(*TWO, "--score", score) == 0
-    assert Path("calls.txt").read_text() == before and Path("scored.txt").read_text() == "xx"
-    assert Path("ablation/ablation.md").read_text() == report
-    shutil.rmtree("ablation/drawn")
-    assert run(*TWO) == 0, "without --score its column is gone, and nothing is needed for that"
-
-
-def test_a_score_added_later_is_all_that_is_done(stand_in):
+def test_a_score_added_later_is_all_that_is_done_and_the_same_command_again_does_nothing(stand_in, monkeypatch):
     assert run(*TWO) == 0
     before = Path("calls.txt").read_text()
+    monkeypatch.setattr(swd, "sliced_wasserstein", None)           # calling it would raise
     score = script(stand_in, """
 import json, os, sys
+open("scored.txt", "a").write("x")
 print("chatter")
 real, fake = (len(os.listdir(folder)) for folder in sys.argv[1:])
 print(json.dumps({"seen": real, "fd": fake + 0.5, "device": "cuda", "truncated": True}))
 """)
     assert run(*TWO, "--score", score) == 0
-    assert Path("calls.txt").read_text() == before
     text = Path("ablation/ablation.md").read_text()
     assert "| 10.50 |" in text and "The same in every run: seen 12, " in text
     assert "device" not in text and "truncated" not in text, "they are no numbers"
+    assert run(*TWO, "--score", score) == 0
+    assert Path("calls.txt").read_text() == before and Path("scored.txt").read_text() == "xx"
+    assert Path("ablation/ablation.md").read_text() == text
+    shutil.rmtree("ablation/drawn")
+    assert run(*TWO) == 0, "without --score its column is gone, and nothing is needed for that"
 
 
 def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
@@ -232,13 +230,17 @@ def test_all_draws_give_a_row_each_and_are_kept_apart(stand_in):
     assert len(calls("sample")) == 4, "mix had been drawn and scored"
 
 
-def test_scores_of_mode_evaluate_are_columns_of_the_last_step(stand_in, monkeypatch, capsys):
+def test_scores_of_a_program_and_of_mode_evaluate_are_columns_and_what_is_not_found_is_left_out(stand_in, monkeypatch):
     asked = []
     monkeypatch.setattr(ablation.evaluate, "load", lambda config, place: asked.append(config.metrics))
-    pair = ("--variants", "baseline,+SLAE", "--points", "2", "--evaluate", "lpips")
+    score = script(stand_in, """
+import json, sys
+print(json.dumps({"fd": 3.5, "kid": float("nan"), **({"precision": 0.5} if "baseline" in sys.argv[2] else {})}))""")
+    pair = (*TWO, "--points", "2", "--score", score, "--evaluate", "lpips")
     assert run(*pair) == 0
-    assert [value(call["argv"], "--pretrained_model") for call in calls("evaluate")] == ["4", "4"]
+    assert [value(call["argv"], "--pretrained_model") for call in calls("evaluate")] == ["4", "4"], "the last step"
     text = Path("ablation/ablation.md").read_text()
+    assert "| fd " in text and "kid" not in text and Path("ablation/curves.png").exists()
     assert "lpips 0.500 -> 1.500 (+200 %), worse" in text and "lpips_std" not in text
     assert run(*pair) == 0
     assert len(calls("evaluate")) == 2, "nothing is evaluated twice"
@@ -311,6 +313,7 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
     assert "an ablation with other minutes: 5 in 2 points, now (none)" in capsys.readouterr().err
 
     monkeypatch.setenv("HANG", "baseline_seed0")
+    monkeypatch.setattr(ablation, "Children", processes.Children)
     assert run_for("0.06", "--out", "short") == 1 and Path("saved").exists(), "asked to save and end"
     assert "trained no step from minute 0 to 0.03; give more --minutes" in capsys.readouterr().err
 
@@ -335,7 +338,7 @@ def test_seeds_are_added_until_the_interval_excludes_zero(stand_in, capsys):
     assert "seeds 0, 1, 2" in Path("limit/ablation.md").read_text()
 
 
-def test_a_run_that_fails_ends_the_command_with_its_code_and_last_words(stand_in, capsys, monkeypatch):
+def test_a_run_that_fails_ends_the_command_with_its_code_and_last_words(stand_in_program, capsys, monkeypatch):
     monkeypatch.setenv("FAIL", "slae_seed0")
     assert run(*TWO, "--", "--batch_size", "9") == 1
     err = capsys.readouterr().err
@@ -347,17 +350,17 @@ def test_a_run_that_fails_ends_the_command_with_its_code_and_last_words(stand_in
     assert names.count("baseline_seed0") == 1 and names.count("slae_seed0") == 2
 
 
-def test_wrong_flags_are_found_before_anything_is_trained(stand_in, capsys):
-    (stand_in / "main.py").write_text("import sys\nprint('error: unknown flag --widht')\nsys.exit(2)")
+def test_wrong_flags_are_found_before_anything_is_trained(stand_in_program, capsys):
+    (stand_in_program / "main.py").write_text("import sys\nprint('error: unknown flag --widht')\nsys.exit(2)")
     assert run("--", "--widht", "4") == 2
     assert "unknown flag --widht" in capsys.readouterr().err
 
 
-def test_a_score_program_that_prints_no_object_is_named(stand_in, capsys):
-    assert run("--score", script(stand_in, "print('fd 12')")) == 1
+def test_a_score_program_that_prints_no_object_is_named(stand_in_program, capsys):
+    assert run("--score", script(stand_in_program, "print('fd 12')")) == 1
     assert "its last line must be a JSON object, but is 'fd 12'" in capsys.readouterr().err
-    assert run("--score", script(stand_in, "import sys\nsys.exit(7)")) == 7
-    assert run("--score", script(stand_in, "print('{\"swd\": 1}')")) == 2
+    assert run("--score", script(stand_in_program, "import sys\nsys.exit(7)")) == 7
+    assert run("--score", script(stand_in_program, "print('{\"swd\": 1}')")) == 2
     assert "'swd' is the name of another column" in capsys.readouterr().err
     assert len(calls("train")) == 1
 
@@ -374,7 +377,7 @@ def test_runs_that_differ_in_more_than_the_two_flags_are_told_of(stand_in, monke
 
 
 @pytest.mark.soak
-def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
+def test_several_trainings_at_once_share_the_cores(stand_in_program, monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 6)
     assert run(*TWO, "--jobs", 3) == 0
     assert {call["threads"] for call in calls("train")} == {"2"}
@@ -387,27 +390,27 @@ def test_several_trainings_at_once_share_the_cores(stand_in, monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends signals, locks folders")
 def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in, monkeypatch, capsys):
     monkeypatch.setenv("HANG", "slae_seed0")
-    text = (f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-            "import ablation; from metrics import swd; from pathlib import Path; from functools import partial\n"
-            "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
-            "swd.sliced_wasserstein = partial(swd.sliced_wasserstein, count=64, directions=4)\n"
-            "ablation.console.run(ablation.main)")
-    command = [sys.executable, "-c", text, "--image_path", "pictures", "--imsize", "32", "--steps", "4",
-               "--seeds", "1", "--samples", "10", "--jobs", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.close()                  # as `| head` does, which ends nothing
-    deadline = time.time() + 180
-    while not (Path("hanging").exists() and Path("ablation/ablation.md").exists()) and time.time() < deadline:
-        time.sleep(0.05)
-    assert run() == 6
+    Path("program.py").write_text(
+        f"import os, sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "reading, writing = os.pipe(); os.dup2(writing, 1); os.close(reading)\n"     # as `| head` does; it ends nothing
+        "import ablation; from metrics import swd; from pathlib import Path; from functools import partial\n"
+        "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
+        "swd.sliced_wasserstein = partial(swd.sliced_wasserstein, count=64, directions=4)\n"
+        "ablation.console.run(ablation.main)")
+    running = Launched("--image_path", "pictures", "--imsize", 32, "--steps", 4, "--seeds", 1, "--samples", 10,
+                       "--points", 1, "--jobs", 2, *TWO, script=Path("program.py").absolute())
+    running.wait_for("ablation/ablation.md")
+    running.wait_for("hanging")
+    assert run(*TWO) == 6
     assert "writes into ablation; wait for it, or use another --out" in capsys.readouterr().err
-    process.send_signal(signal.SIGTERM)
-    err = process.stderr.read()
-    assert process.wait(timeout=30) == 143 and b"the same command goes on" in err and b"Traceback" not in err
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.wait(30) == 143
+    err = running.err.read_text()
+    assert "the same command goes on" in err and "Traceback" not in err
     assert Path("saved").exists(), "the training was asked to save, not killed"
     monkeypatch.delenv("HANG")
     before = len(calls("train"))
-    assert run() == 0
+    assert run(*TWO) == 0
     assert "slae_seed0" in [value(call["argv"], "--version") for call in calls("train")[before:]]
     assert [value(call["argv"], "--version") for call in calls("train")].count("baseline_seed0") == 1
 
@@ -489,7 +492,7 @@ def assert_reported(text, *parts):
     assert "unfinished" not in text
 
 
-class InThisProcess:
+class RealInThisProcess:
     """Stands in for `processes.Children`: runs the command lines of main.py in this process."""
 
     signal = None
@@ -533,7 +536,7 @@ class OneByOne:
 def test_two_variants_of_a_small_model(tmp_path, pictures, monkeypatch):
     """What main.py prints, saves and calls its files is what the ablation looks for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablation, "Children", InThisProcess)
+    monkeypatch.setattr(ablation, "Children", RealInThisProcess)
     monkeypatch.setattr(ablation, "ThreadPoolExecutor", OneByOne)
     monkeypatch.setattr(trainer, "BN_STATS_IMAGES", 16)
     monkeypatch.setattr(swd, "sliced_wasserstein", functools.partial(swd.sliced_wasserstein, count=256, directions=8))

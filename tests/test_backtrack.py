@@ -203,6 +203,7 @@ def test_the_scores_are_means_and_the_spread_over_the_pictures():
     assert single.scores() == {"lpips": 0.25, "lpips_std": 0.0, "lpips_mse": 0.5}
 
 
+@pytest.mark.soak
 def test_with_vgg_a_search_comes_nearer(monkeypatch):
     monkeypatch.setattr(backtrack, "STARTS", 64)
     G, net = Linear(6, size=16), random_lpips()

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WHITE, data_config, fill, fill_lmdb, identities, take
+from conftest import WHITE, _warm, data_config, fill, fill_lmdb, identities, take
 from PIL import Image
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import data_loader
 from data_loader import Samples, build_dataset, load_to_device, real_batches
@@ -56,9 +57,8 @@ def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own(ten):
     assert identities(take(open_batches(ten, seed=8), 10))[:10] != epochs[0]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("cache", ["off", "on"])
-def test_order_and_flips_depend_on_neither_workers_cache_nor_resume(ten, tmp_path, num_workers, cache):
+@pytest.mark.parametrize(("cache", "num_workers"), [("off", 2), ("on", 0)])
+def test_order_and_flips_depend_on_neither_workers_cache_nor_resume(ten, tmp_path, cache, num_workers):
     expected = take(open_batches(ten, hflip=True), 9)
     changes = dict(hflip=True, num_workers=num_workers, cache=cache, cache_dir=tmp_path)
     assert torch.equal(take(open_batches(ten, **changes), 9), expected)
@@ -66,48 +66,44 @@ def test_order_and_flips_depend_on_neither_workers_cache_nor_resume(ten, tmp_pat
 
 
 def test_half_of_the_pictures_are_mirrored_and_only_with_hflip(ten):
-    plain, mirrored = (take(open_batches(ten, hflip=hflip), 100) for hflip in (False, True))
+    plain, mirrored = (take(open_batches(ten, hflip=hflip), 50) for hflip in (False, True))
     turned = [torch.equal(b, a.flip(-1)) for a, b in zip(plain, mirrored, strict=True)]
     assert all(t or torch.equal(a, b) for t, a, b in zip(turned, plain, mirrored, strict=True))
-    assert 160 < sum(turned) < 240
+    assert 75 < sum(turned) < 125
     by_picture = Counter(zip(identities(plain), turned, strict=True))
     assert len(by_picture) == 20  # each picture comes both ways: the coin is the sample's, not the picture's
-    plain, mirrored = (take(open_batches(ten, hflip=hflip, seed=8), 100) for hflip in (False, True))
-    assert turned != [torch.equal(b, a.flip(-1)) for a, b in zip(plain, mirrored, strict=True)], "and the seed's"
+    plain, mirrored = (take(open_batches(ten, hflip=hflip, seed=8), 10) for hflip in (False, True))
+    assert turned[:40] != [torch.equal(b, a.flip(-1)) for a, b in zip(plain, mirrored, strict=True)], "and the seed's"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_ranks_share_the_global_batch(ten, num_workers):
-    changes = dict(hflip=True, num_workers=num_workers)
+def test_ranks_share_the_global_batch(ten):
+    changes = dict(hflip=True, num_workers=2)
     whole = take(open_batches(ten, **changes), 6).view(6, 4, 3, 16, 16)
     parts = [take(open_batches(ten, rank=r, world_size=2, **changes), 6).view(6, 2, 3, 16, 16) for r in (0, 1)]
     assert torch.equal(torch.cat(parts, dim=1), whole)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_ranks_share_each_accumulated_part_of_the_global_batch(ten, num_workers):
-    changes = dict(hflip=True, num_workers=num_workers, batch_size=8, accumulate=2)
+def test_ranks_share_each_accumulated_part_of_the_global_batch(ten):
+    changes = dict(hflip=True, batch_size=8, accumulate=2)
     whole = take(open_batches(ten, **changes), 5).view(5, 2, 4, 3, 16, 16)              # (batches, parts, B, ...)
     parts = [take(open_batches(ten, rank=r, world_size=2, **changes), 5).view(5, 2, 2, 3, 16, 16) for r in (0, 1)]
     assert torch.equal(torch.cat(parts, dim=2), whole)
     assert torch.equal(whole.flatten(0, 2), take(open_batches(ten, **{**changes, "accumulate": 1}), 5))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_samples_seen_counts_what_the_caller_got(ten, num_workers):
-    batches = open_batches(ten, first_sample=8, num_workers=num_workers)
+def test_samples_seen_counts_what_the_caller_got_and_no_more_that_workers_have_read(ten):
+    batches = open_batches(ten, first_sample=8, num_workers=2)
     assert batches.samples_seen == 8
     take(batches, 3)
     assert batches.samples_seen == 20
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_global_random_states_stay_as_they_are(ten, num_workers):
+def test_global_random_states_stay_as_they_are(ten):
     def states():
         return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
 
     before = states()
-    take(open_batches(ten, hflip=True, num_workers=num_workers), 4)
+    take(open_batches(ten, hflip=True, num_workers=2), 4)
     assert states() == before
 
 
@@ -151,7 +147,8 @@ def read_or_die(index: int, parent: int) -> torch.Tensor:
     return torch.zeros(3, 16, 16, dtype=torch.uint8)
 
 
-def test_a_killed_worker_is_reported_and_the_other_ends():
+def test_a_killed_worker_is_reported_and_the_other_ends(monkeypatch):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))   # torch waits 5 s
     dataset = ImageDataset(partial(read_or_die, parent=os.getpid()), 10, "10 pictures", [])
     with pytest.raises(DataError, match="--num_workers 0") as caught:
         take(real_batches(data_config(num_workers=2), dataset, 0, "cpu"), 5)
@@ -162,9 +159,9 @@ def end_at_once():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), EOFError()])
-def test_a_worker_that_dies_while_it_sends_a_batch_is_reported(error):
+def test_a_worker_that_dies_while_it_sends_a_batch_is_reported():
     """Then reading from its connection fails, before PyTorch looks for dead workers."""
+    error = ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
     worker = multiprocessing.get_context("fork").Process(target=end_at_once)
     worker.start()
     assert "--num_workers" in str(workers.death(error, SimpleNamespace(_workers=[worker])))
@@ -277,9 +274,13 @@ def test_by_default_workers_load(ten, monkeypatch):
 
 @pytest.fixture
 def spawning():
-    """Processes start as on macOS and Windows, and (by forkserver) on Linux from Python 3.14 on."""
+    """Processes start as on Linux from Python 3.14 on: like those of macOS and Windows they get what is pickled alone.
+
+    But these have imported everything.
+    """
+    _warm()
     before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("spawn", force=True)
+    multiprocessing.set_start_method("forkserver", force=True)
     yield
     multiprocessing.set_start_method(before, force=True)
 

@@ -43,8 +43,8 @@ def write_files(folder: Path, *names: str) -> Path:
     [
         (lambda path: path / "nowhere", "there is no folder"),
         (lambda path: path, "is empty"),
-        (lambda path: write_files(path, "a.txt", "b/c.heic"),
-         "holds 2 files, but no picture (2 files ignored: 1 .heic, 1 .txt)"),
+        (lambda path: write_files(path, "a.txt", "b/c.psd"),
+         "holds 2 files, but no picture (2 files ignored: 1 .psd, 1 .txt)"),
         (lambda path: write_files(path, "file.jpg") / "file.jpg", "is a file"),
     ],
 )
@@ -85,17 +85,14 @@ def test_a_missing_data_set_names_the_two_ways_on(tmp_path, dataset, place, name
     assert "`--dataset folder`" in ways_on, "where a folder was named"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("data", "reason", "num_workers"),
     [
-        (encode(gradient((90, 90)), "JPEG")[:-200], "truncated"),
-        (encode(gradient((90, 90)), "PNG")[:-200], ""),
-        (b"<html>quota exceeded</html>", "not a JPEG, PNG, WebP or any other picture"),
-        (b"", "not a JPEG, PNG, WebP or any other picture"),
-        (b"\0\0\0\x18ftypheic", "not a JPEG, PNG, WebP or any other picture"),
+        (encode(gradient((90, 90)), "JPEG")[:-200], "truncated", 2),
+        (encode(gradient((90, 90)), "PNG")[:-200], "", 0),
+        (b"<html>quota exceeded</html>", "not a JPEG, PNG, WebP or any other picture", 0),
     ],
-    ids=["half-jpeg", "half-png", "html", "empty", "other-kind"],
+    ids=["half-jpeg", "half-png", "html"],
 )
 def test_an_unreadable_picture_is_named(tmp_path, data, reason, num_workers):
     bad = fill(tmp_path, 7) / "bad.jpg"
@@ -230,7 +227,7 @@ def test_two_lmdbs_of_one_category_are_refused(tmp_path):
 
 
 def test_several_lmdbs_are_checked_cached_and_loaded_as_one_set(tmp_path):
-    fill_lmdb(tmp_path / "cat_lmdb", 101), fill_lmdb(tmp_path / "dog_lmdb", 99)
+    fill_lmdb(tmp_path / "cat_lmdb", 11), fill_lmdb(tmp_path / "dog_lmdb", 9)
     import lmdb
 
     with lmdb.open(str(tmp_path / "dog_lmdb"), map_size=2**22) as opened, opened.begin(write=True) as transaction:
@@ -238,15 +235,15 @@ def test_several_lmdbs_are_checked_cached_and_loaded_as_one_set(tmp_path):
         transaction.put(b"00000004", encode(Image.fromarray(np.full((9, 9), 4000, np.uint16)), "PNG"))
     changes = dict(check_data="full", cache="on", log_path=str(tmp_path / "logs"), cache_path=str(tmp_path / "cache"))
     dataset, again = many(tmp_path, **changes), many(tmp_path, num_workers=2)
-    assert len(dataset) == 199 and dataset.labels.counts.tolist() == [101, 98]
-    assert_colour(dataset[104], (250, 250, 250), 6)                 # 4000 of 12 bits
-    assert len(set(dataset.identities.tolist())) == 199 and len(set(dataset.whole.whole.stamps.tolist())) == 200
+    assert len(dataset) == 19 and dataset.labels.counts.tolist() == [11, 8]
+    assert_colour(dataset[14], (250, 250, 250), 6)                  # 4000 of 12 bits
+    assert len(set(dataset.identities.tolist())) == 19 and len(set(dataset.whole.whole.stamps.tolist())) == 20
     assert dataset.is_decoded() and [path.parent.name for path in tmp_path.rglob("*.u8")] == ["lmdb"]
     assert dataset.sources == [str(tmp_path / f"{name}_lmdb/data.mdb") for name in ("cat", "dog")]
     config = data_config(tmp_path, dataset="lsun", conditional=True, num_workers=2)
     with pytest.raises(DataError, match="00000003 in .*dog_lmdb"):
-        take(real_batches(config, again, 0, "cpu"), 50)
-    assert torch.equal(pickle.loads(pickle.dumps(dataset))[150], again[151])
+        take(real_batches(config, again, 0, "cpu"), 5)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[15], again[16])
 
 
 def test_lsun_without_the_lmdb_package(tmp_path, monkeypatch):
@@ -465,8 +462,7 @@ def test_the_fingerprint_follows_the_trained_pictures_alone(tmp_path):
     assert len({now(config) for config in toy}) == 3, "of drawn faces, too"
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("cache", ["off", "auto"])
+@pytest.mark.parametrize(("cache", "num_workers"), [("off", 2), ("auto", 0)])
 def test_no_batch_shows_a_held_out_picture(tmp_path, cache, num_workers):
     config = data_config(fill(tmp_path, 12), holdout=0.25, num_workers=num_workers, cache=cache)
     dataset, whole = build_dataset(config), open_dataset(config)

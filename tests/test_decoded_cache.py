@@ -409,9 +409,8 @@ def test_one_that_went_while_it_travelled_is_done_without(folder):
     assert torch.equal(everything(pickle.loads(data)), plain(folder))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_files_are_read_once_only(folder, num_workers):
-    config = data_config(folder, num_workers=num_workers, cache="auto")
+def test_files_are_read_once_only(folder):
+    config = data_config(folder, num_workers=2, cache="auto")
     batches = real_batches(config, build_dataset(config), 0, "cpu")
     first = [next(batches).images for _ in range(3)]               # 12 samples: an epoch has ended, if not with a batch
     assert not multiprocessing.active_children(), "with nothing left to decode, workers are dismissed"
@@ -493,10 +492,9 @@ def test_the_memory_that_a_machine_can_spare(monkeypatch, table, pages, found):
     assert decoded_cache.available_memory() == found
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_what_is_kept_in_memory_is_decoded_once(folder, monkeypatch, num_workers):
+def test_what_is_kept_in_memory_is_decoded_once(folder, monkeypatch):
     monkeypatch.setattr(decoded_cache.os, "posix_fallocate", no_space)
-    config = data_config(folder, num_workers=num_workers, cache="auto")
+    config = data_config(folder, num_workers=2, cache="auto")
     batches = real_batches(config, build_dataset(config), 0, "cpu")
     first = [next(batches).images for _ in range(3)]
     assert not multiprocessing.active_children(), "what workers decoded is seen here"

@@ -265,6 +265,11 @@ def ended_process():
     return process.pid
 
 
+def rare(name, *values):
+    """A case for soak."""
+    return pytest.param(*values, id=name, marks=pytest.mark.soak)
+
+
 FEW = ["100-shot-obama", "100-shot-panda", "100-shot-grumpy_cat", "AnimalFace-cat", "AnimalFace-dog"]
 CATEGORIES = """
     bedroom bridge church_outdoor classroom conference_room dining_room kitchen living_room restaurant tower
@@ -367,7 +372,7 @@ def test_shipped_script_refuses_an_archive_of_another_hash(tmp_path):
 
 def test_celeba_lands_where_the_program_reads_it_and_a_second_run_does_nothing(bench):
     code, text = bench.run("CelebA")
-    assert code == 0 and "terms of use: non-commercial research only" in text
+    assert code == 0 and "terms of use: non-commercial research only" in text and "note:" not in text
     assert bench.left() == sorted(["CelebA", "CelebA/img_align_celeba", "CelebA/img_align_celeba/.complete",
                                    *(f"CelebA/{name}" for name in FACES)])
     assert all((bench.to / "CelebA" / name).read_bytes() == content for name, content in FACES.items())
@@ -376,9 +381,8 @@ def test_celeba_lands_where_the_program_reads_it_and_a_second_run_does_nothing(b
     assert code == 0 and "is complete in" in text and bench.server.requests == asked
 
 
-@pytest.mark.parametrize("words", [["LSUN"], ["LSUN", "church_outdoor"]])
-def test_lsun_lands_as_an_lmdb_folder(bench, words):
-    assert bench.run(*words)[0] == 0
+def test_lsun_lands_as_an_lmdb_folder(bench):
+    assert bench.run("LSUN", "church_outdoor")[0] == 0
     assert {"data.mdb", "lock.mdb"} < set(os.listdir(bench.to / "LSUN" / "church_outdoor_train_lmdb"))
 
 
@@ -394,9 +398,8 @@ def test_mirror_is_tried_first_and_the_table_goes_on_after_it(bench):
     assert paths == ["/404/img_align_celeba.zip", "/img_align_celeba.zip"]
 
 
-@pytest.mark.parametrize("bad", ["404", "page", "dead"])
-def test_next_url_is_used_when_one_fails(bench, bad):
-    bench.source("CelebA", urls=[f"/{bad}/img_align_celeba.zip", "/img_align_celeba.zip"])
+def test_next_url_is_used_when_one_fails(bench):
+    bench.source("CelebA", urls=["/dead/img_align_celeba.zip", "/img_align_celeba.zip"])
     assert bench.run("CelebA")[0] == 0
     assert bench.server.requests[-1][0] == "/img_align_celeba.zip"
 
@@ -428,10 +431,8 @@ def test_flowers_have_a_hash_and_no_known_size(bench):
     assert len(os.listdir(bench.to / "Flowers" / "jpg")) == 3 + 1 and bench.left()[0] == "Flowers"
 
 
-@pytest.mark.parametrize("how", ["", "/nolength"])
-def test_other_flowers_are_refused(bench, how):
+def test_other_flowers_are_refused(bench):
     bench.server.files["102flowers.tgz"] = other = make_tar({"jpg/image_00001.jpg": b"x"})
-    bench.source("Flowers", urls=[f"{how}/102flowers.tgz"])
     code, text = bench.run("Flowers")
     assert code == 3 and f"got {hashlib.md5(other).hexdigest()}" in text and bench.left() == []
 
@@ -443,7 +444,6 @@ def test_other_flowers_are_refused(bench, how):
     ("category", "file", "top", "folder"),
     [
         ("bedroom", "bedroom_train_lmdb.zip", "bedroom_train_lmdb/", "bedroom_train_lmdb"),
-        ("cat", "cat.zip", "cat/", "cat_lmdb"),
         ("tv-monitor", "tv-monitor.zip", "", "tv-monitor_lmdb"),
     ],
 )
@@ -455,15 +455,10 @@ def test_any_lsun_category_lands_where_the_program_reads_it(bench, category, fil
     assert [str(p.relative_to(bench.to)) for p in bench.to.glob("LSUN/*_lmdb/data.mdb")] == [f"LSUN/{folder}/data.mdb"]
 
 
-@pytest.mark.parametrize("category", ["church_outdoor", "cat"])
-def test_lsun_without_a_data_mdb_is_refused(bench, category):
-    wrong = make_zip({"church_outdoor_train_lmdb/0.webp": b"x"})
-    bench.source("LSUN church_outdoor", archive=wrong)
-    bench.server.files["cat.zip"] = wrong
-    code, text = bench.run("LSUN", category)
-    assert code == 3 and "no data.mdb" in text and not (bench.to / "LSUN").exists()
-    if category == "cat":
-        assert bench.left() == [] and "Run the same command again" in text
+def test_lsun_without_a_data_mdb_is_refused(bench):
+    bench.server.files["cat.zip"] = make_zip({"church_outdoor_train_lmdb/0.webp": b"x"})
+    code, text = bench.run("LSUN", "cat")
+    assert code == 3 and "no data.mdb" in text and bench.left() == [] and "Run the same command again" in text
 
 
 # Sources without a hash or a known layout ---------------------------------------------------------
@@ -485,7 +480,7 @@ def test_first_download_is_recorded_and_the_next_is_held_against_it(bench):
 
     shutil.rmtree(bench.to / "100-shot-obama")
     code, text = bench.run("100-shot-obama")
-    assert code == 0 and f"as in {bench.record}" in text
+    assert code == 0 and f"as in {bench.record}" in text and "note:" not in text
 
 
 def test_another_hash_than_the_recorded_one_is_refused_until_the_record_is_deleted(bench):
@@ -502,6 +497,7 @@ def test_another_hash_than_the_recorded_one_is_refused_until_the_record_is_delet
     assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
 
 
+@pytest.mark.soak
 def test_a_refused_file_makes_way_for_the_recorded_one(bench):
     bench.to.mkdir()
     bench.record.write_text(sha256(OBAMA))
@@ -513,6 +509,7 @@ def test_a_refused_file_makes_way_for_the_recorded_one(bench):
     assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
 
 
+@pytest.mark.soak
 def test_mirror_with_another_hash_than_the_recorded_one_is_passed_over(bench):
     bench.to.mkdir()
     bench.record.write_text(sha256(OBAMA).upper())
@@ -536,7 +533,7 @@ def test_from_file_without_a_hash_is_recorded_and_held_against_the_record(bench,
     assert bench.server.requests == bench.server.heads == []
 
 
-@pytest.mark.parametrize("words", ["", "sha256 of it", "z" * 64, "a" * 65])
+@pytest.mark.parametrize("words", ["z" * 64, "a" * 65])
 def test_record_that_is_none_is_named(bench, words):
     bench.to.mkdir()
     bench.record.write_text(words)
@@ -545,26 +542,15 @@ def test_record_that_is_none_is_named(bench, words):
     assert bench.record.read_text() == words and bench.server.requests == []
 
 
-def test_nothing_is_recorded_where_a_hash_is_published_nor_noted_about_http(bench):
-    assert all("note:" not in bench.run(name)[1] for name in ("CelebA", "Flowers"))
-    assert not list(bench.to.glob("*.sha256"))
-    (bench.record).write_text(sha256(OBAMA))
-    assert "note:" not in bench.run("100-shot-obama")[1]
-
-
 @pytest.mark.parametrize(
     ("archive", "expected"),
     [
         (make_zip({"any name/0.jpg": b"x", "any name/b/1.jpg": b"y"}), ["0.jpg", "b", "b/1.jpg"]),
         (make_zip({"a/0.jpg": b"x", "b/0.jpg": b"y"}), ["a", "a/0.jpg", "b", "b/0.jpg"]),
-        (make_zip({"a/0.jpg": b"x", "README": b"y"}), ["README", "a", "a/0.jpg"]),
-        (make_zip({"0.jpg": b"x"}), ["0.jpg"]),
         (make_zip({"a/0.jpg": b"x", "__MACOSX/a/._0.jpg": b"y", ".DS_Store": b"z"}), ["0.jpg"]),
-        (make_zip({"0.jpg": b"x", "1.jpg": b"x", "__MACOSX/._0.jpg": b"y"}), ["0.jpg", "1.jpg"]),
-        (make_tar({"a/0.jpg": b"x"}), ["0.jpg"]),
         (make_tar({"a/0.jpg": b"x", "b/0.jpg": b"y"}, mode="w"), ["a", "a/0.jpg", "b", "b/0.jpg"]),
     ],
-    ids=["one folder", "two", "folder and file", "file", "folder and junk", "files and junk", "tar.gz", "tar"],
+    ids=["one folder", "two", "folder and junk", "tar"],
 )
 def test_only_top_folder_or_all_becomes_the_target(bench, archive, expected):
     bench.server.files["few-shot-images.zip"] = archive
@@ -583,19 +569,17 @@ PLAIN = make_tar({"a/0.jpg": b"x", "a/1.jpg": b"y"}, mode="w")
 @pytest.mark.parametrize(
     "archive",
     [
-        flipped(OBAMA, 100),
-        OBAMA[:-30],
-        flipped(OBAMA, OBAMA.index(b"PK\1\2") + 2),
-        flipped(OBAMA, OBAMA.index(b"PK\1\2") + 8),
-        flipped(FLOWERS, len(FLOWERS) - 8),
-        flipped(FLOWERS, 300),
-        FLOWERS[:-4],
-        PLAIN[:1024],
-        flipped(PLAIN, 1024 + 150),
-        make_zip({}),
+        pytest.param(flipped(OBAMA, 100), id="zip"),
+        rare("zip cut", OBAMA[:-30]),
+        rare("zip directory", flipped(OBAMA, OBAMA.index(b"PK\1\2") + 2)),
+        rare("zip password", flipped(OBAMA, OBAMA.index(b"PK\1\2") + 8)),
+        pytest.param(flipped(FLOWERS, len(FLOWERS) - 8), id="gz checksum"),
+        rare("gz data", flipped(FLOWERS, 300)),
+        rare("gz cut", FLOWERS[:-4]),
+        pytest.param(PLAIN[:1024], id="tar cut"),
+        rare("tar header", flipped(PLAIN, 1024 + 150)),
+        pytest.param(make_zip({}), id="empty"),
     ],
-    ids=["zip", "zip cut", "zip directory", "zip password", "gz checksum", "gz data", "gz cut", "tar cut",
-         "tar header", "empty"],
 )
 def test_damaged_archive_stops_nobody(bench, archive):
     """/nolength: a connection that ends early looks like a whole file, so the archive itself must tell."""
@@ -616,18 +600,8 @@ def test_damaged_from_file_is_left_alone(bench, tmp_path):
     assert mine.read_bytes() == flipped(OBAMA, 100)
 
 
-@pytest.mark.parametrize(
-    "archive",
-    [
-        make_zip({"obama/0.jpg": b"x", "../escaped": b"x"}),
-        make_zip({"obama/0.jpg": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777),
-        make_tar({"obama/0.jpg": b"x", "/escaped": b"x"}),
-        make_tar({"obama/0.jpg": b""}, tarfile.SYMTYPE, linkname="1.jpg"),
-    ],
-    ids=["zip up", "zip link", "tar root", "tar link"],
-)
-def test_unknown_archive_that_reaches_out_of_its_folder_is_removed(bench, tmp_path, archive):
-    bench.server.files["100-shot-obama.zip"] = archive
+def test_unknown_archive_that_reaches_out_of_its_folder_is_removed(bench, tmp_path):
+    bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": b"x", "../escaped": b"x"})
     code, text = bench.run("100-shot-obama")
     assert code == 3 and "not unpacked" in text and "--mirror" in text and bench.left() == []
     assert not any(p.name == "escaped" for p in tmp_path.rglob("*"))
@@ -647,23 +621,7 @@ def test_web_page_saved_as_a_set_without_a_hash_is_refused(bench, tmp_path):
     assert code == 3 and "perhaps a web page" in text and bench.left() == []
 
 
-@pytest.mark.parametrize("name", ["100-shot-obama", "few-shot"])
-def test_bundle_is_named_where_a_set_of_it_cannot_be_had(bench, name):
-    bench.obama("404")
-    bench.source("few-shot", urls=["/404/few-shot-images.zip"])
-    code, text = bench.run(name)
-    assert code == 3 and "HTTP error 404" in text and "--mirror" in text
-    assert ("bash download.sh few-shot puts them into few-shot/100-shot-obama" in text) == (name != "few-shot")
-
-
 # The size, where the table does not know it -------------------------------------------------------
-
-
-def test_size_that_the_server_tells_serves_to_resume(bench):
-    bench.obama("cut")
-    assert bench.run("100-shot-obama")[0] == 0
-    starts = [int(asked[6:-1]) if asked else 0 for _, asked in bench.server.requests]
-    assert starts == sorted(set(starts)) and len(starts) > 5
 
 
 def test_partial_file_of_unknown_size_is_resumed_by_the_next_run(bench):
@@ -682,6 +640,7 @@ def test_partial_file_of_unknown_size_is_resumed_by_the_next_run(bench):
     assert (bench.to / "100-shot-obama" / "0.jpg").stat().st_size == 400_000
 
 
+@pytest.mark.soak
 def test_busy_server_is_asked_for_the_size_again(bench):
     bench.obama("busy")
     bench.to.mkdir()
@@ -689,6 +648,7 @@ def test_busy_server_is_asked_for_the_size_again(bench):
     assert bench.run("100-shot-obama")[0] == 0 and bench.server.requests[0][1] == "bytes=100-"
 
 
+@pytest.mark.soak
 def test_partial_file_that_is_larger_than_the_servers_is_not_resumed(bench):
     bench.to.mkdir()
     (bench.to / "100-shot-obama.zip.part").write_bytes(OBAMA + b"x")
@@ -705,7 +665,7 @@ def test_size_is_that_of_the_file_a_redirect_leads_to(bench):
     assert bench.server.requests[-1] == ("/100-shot-obama.zip", "bytes=100-")
 
 
-@pytest.mark.parametrize("how", ["nohead", "nolength", "nohead/nolength", "moved/nolength"])
+@pytest.mark.parametrize("how", ["nohead", "nolength"])
 def test_server_that_does_not_tell_the_size_is_asked_for_all(bench, how):
     bench.obama(how)
     bench.to.mkdir()
@@ -716,7 +676,7 @@ def test_server_that_does_not_tell_the_size_is_asked_for_all(bench, how):
     assert set(os.listdir(bench.to)) == {"100-shot-obama", bench.record.name}
 
 
-@pytest.mark.parametrize("how", ["nohead/cut", "nohead/404", "nohead/page", "nohead/dead", "page"])
+@pytest.mark.parametrize("how", ["nohead/cut", "page"])
 def test_failure_without_a_size_leaves_what_was_there(bench, how):
     bench.obama(how)
     bench.to.mkdir()
@@ -734,7 +694,7 @@ def test_empty_answer_without_a_size_is_no_archive(bench):
     assert code == 3 and "ends after 0 bytes" in text and bench.left() == []
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize("number", ["SIGTERM", rare("SIGKILL", "SIGKILL")])
 def test_interrupted_download_without_a_size_leaves_nothing_that_stops_the_next(bench, number):
     bench.obama("nohead/hang")
     bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": os.urandom(400_000)})
@@ -759,6 +719,7 @@ def test_interrupted_while_the_server_does_not_tell_the_size(bench):
     assert running.returncode == 130 and "run the same command again" in err and bench.left() == []
 
 
+@pytest.mark.soak
 def test_whole_archive_of_unknown_size_is_not_fetched_twice(bench):
     bench.obama("nohead")
     bench.server.files["100-shot-obama.zip"] = make_zip({"obama/0.jpg": bytes(200_000)})
@@ -773,43 +734,31 @@ def test_whole_archive_of_unknown_size_is_not_fetched_twice(bench):
 
 
 @pytest.mark.parametrize(
-    ("words", "file", "expected", "elsewhere"),
+    ("words", "to", "expected"),
     [
-        (["CelebA"], None, "python main.py --dataset celeb", " --image_path {to}"),
-        (["LSUN"], None, "python main.py --dataset lsun", " --image_path {to}"),
-        (["CIFAR10"], None, "python main.py --dataset cifar10", " --image_path {to}"),
-        (["LSUN", "bedroom"], "bedroom_train_lmdb.zip",
-         "python main.py --dataset lsun --image_path {to}/LSUN/bedroom_train_lmdb", ""),
-        (["Flowers"], None, "python main.py --dataset folder --image_path {to}/Flowers/jpg", ""),
-        (["100-shot-obama"], "100-shot-obama.zip",
-         "python main.py --model fastgan --dataset folder --image_path {to}/100-shot-obama", ""),
-        (["few-shot"], "few-shot-images.zip",
+        (["CelebA"], False, "python main.py --dataset celeb"),
+        (["CIFAR10"], True, "python main.py --dataset cifar10 --image_path {to}"),
+        (["few-shot"], True,
          "python main.py --model fastgan --dataset folder --image_path {to}/few-shot/SET\n"
-         "download.sh: where SET is one of: art/ skulls/", ""),
-        (["VGG16"], None,
-         "--model fastgan takes it for metadata and LPIPS, --mode evaluate for --metrics nearest,lpips",
+         "download.sh: where SET is one of: art/ skulls/"),
+        (["VGG16"], True,
+         "--model fastgan takes it for metadata and LPIPS, --mode evaluate for --metrics nearest,lpips"
          "; add --vgg_weights {to}/VGG16/vgg16-397923af.pth"),
-        (["Inception"], None, "--mode evaluate takes it for --metrics fid,kid,pr,is",
-         "; add --inception_weights {to}/Inception/weights-inception-2015-12-05-6726825d.pth"),
+        (["Inception"], False, "--mode evaluate takes it for --metrics fid,kid,pr,is"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else None,
+    ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-@pytest.mark.parametrize("to", [True, False])
-def test_closing_line_says_how_to_go_on(bench, words, file, expected, elsewhere, to):
-    content = {"data.mdb": b"x"} if words[0] == "LSUN" else {"art/0.jpg": b"x", "skulls/0.jpg": b"y"}
-    if file:
-        bench.server.files[file] = make_zip(content)
-    where = quoted(bench.to) if to else "data"
-    last = f"download.sh: next: {expected}{elsewhere if to else ''}\n".format(to=where)
+def test_closing_line_says_how_to_go_on(bench, words, to, expected):
+    bench.server.files["few-shot-images.zip"] = make_zip({"art/0.jpg": b"x", "skulls/0.jpg": b"y"})
+    last = f"download.sh: next: {expected}\n".format(to=quoted(bench.to))
     code, text = bench.run(*words, to=to)
     assert code == 0 and text.endswith(last)
     code, text = bench.run(*words, to=to)
     assert code == 0 and "is complete in" in text and text.endswith(last)
 
 
-@pytest.mark.parametrize("name", ["TO", "TARGET [x]", "a & b", "'quoted'"])
-def test_closing_line_takes_any_folder(bench, name):
-    bench.to = bench.home / name
+def test_closing_line_takes_any_folder(bench):
+    bench.to = bench.home / "TO TARGET [x] & 'quoted'"
     for words in (["CelebA"], ["Flowers"]):
         code, text = bench.run(*words)
         *_, flag, path = shlex.split(text.splitlines()[-1].partition("next: ")[2])
@@ -832,9 +781,8 @@ def test_weights_land_where_the_program_reads_them_and_a_second_run_does_nothing
     assert code == 0 and "is complete in" in text and bench.server.requests == asked
 
 
-@pytest.mark.parametrize("beginning", [b"PK\3\4", b"\x80\x02"])
-def test_weights_from_a_file_are_copied(bench, tmp_path, beginning):
-    content = beginning + VGG[2:]
+def test_weights_from_a_file_are_copied(bench, tmp_path):
+    content = b"PK\3\4" + VGG[2:]                       # as torch.save begins files since 1.6
     bench.source("VGG16", archive=content)
     mine = tmp_path / "my weights.pth"
     mine.write_bytes(content)
@@ -844,28 +792,10 @@ def test_weights_from_a_file_are_copied(bench, tmp_path, beginning):
     assert not mine.samefile(bench.to / WEIGHTS)
 
 
-def test_weights_are_resumed_and_come_from_a_mirror(bench):
-    bench.source("VGG16", urls=["/hang/vgg16-397923af.pth"])
-    part = bench.to / "vgg16-397923af.pth.part"
-    running = bench.start("VGG16")
-    wait_for(lambda: part.exists() and part.stat().st_size > 0)
-    assert bench.run("VGG16")[0] == 6
-    running.terminate()
-    running.communicate(timeout=5)
-    here = part.stat().st_size
-    assert running.returncode == 143 and bench.left() == [part.name] and 0 < here < len(VGG)
-    assert bench.run("VGG16", "--mirror", bench.server.url("/mirror/vgg16-397923af.pth"))[0] == 0
-    assert bench.server.requests[-1] == ("/mirror/vgg16-397923af.pth", f"bytes={here}-")
-    assert bench.left() == WHOLE and (bench.to / WEIGHTS).read_bytes() == VGG
-
-
-@pytest.mark.parametrize("how", ["page", "flipped"])
-def test_other_weights_are_refused(bench, how):
-    bench.source("VGG16", urls=["/page/vgg16-397923af.pth" if how == "page" else "/vgg16-397923af.pth"])
-    bench.server.files["vgg16-397923af.pth"] = VGG[:-1] + bytes([VGG[-1] ^ 1])
+def test_a_web_page_instead_of_weights_is_refused(bench):
+    bench.source("VGG16", urls=["/page/vgg16-397923af.pth"])
     code, text = bench.run("VGG16")
-    message = "text/html instead of a .pth" if how == "page" else "wrong sha256"
-    assert code == 3 and message in text and "--from-file" in text and bench.left() == []
+    assert code == 3 and "text/html instead of a .pth" in text and "--from-file" in text and bench.left() == []
 
 
 def test_a_web_page_saved_as_weights_is_refused(bench, tmp_path):
@@ -880,6 +810,7 @@ def test_space_for_both_copies_of_the_weights_is_checked(bench):
     assert bench.run("VGG16")[0] == 5 and bench.server.requests == []
 
 
+@pytest.mark.soak
 def test_disk_full_while_copying_weights_keeps_the_download(bench):
     part = bench.to / "vgg16-397923af.pth.part"
     bench.to.mkdir()
@@ -942,7 +873,7 @@ def test_web_page_is_refused(bench):
     assert bench.left() == []
 
 
-@pytest.mark.parametrize("name", shipped_table())
+@pytest.mark.parametrize("name", ["CelebA", "100-shot-obama"])
 def test_a_source_that_is_away_leaves_no_folder(bench, tmp_path, name):
     bench.to = tmp_path / "new" / "data"
     bench.source(name, urls=["/404/x"])
@@ -982,14 +913,13 @@ def test_from_file_checks_the_file_and_leaves_it_alone(bench, tmp_path, content,
     ("name", "archive"),
     [
         ("CelebA", make_zip({**FACES, "../escaped": b"x"})),
-        ("CelebA", make_zip({**FACES, "/escaped": b"x"})),
         ("CelebA", make_zip({"img_align_celeba/link": b"/etc/passwd"}, mode=stat.S_IFLNK | 0o777)),
-        ("CIFAR10", make_tar({"cifar-10-batches-py/../../escaped": b"x"})),
         ("CIFAR10", make_tar({"/escaped": b"x"})),
         ("CIFAR10", make_tar({"cifar-10-batches-py/l": b""}, tarfile.SYMTYPE, linkname="data_batch_1")),
-        ("CIFAR10", make_tar({"cifar-10-batches-py/l": b""}, tarfile.LNKTYPE, linkname="data_batch_1")),
+        rare("tar hard link", "CIFAR10",
+             make_tar({"cifar-10-batches-py/l": b""}, tarfile.LNKTYPE, linkname="data_batch_1")),
     ],
-    ids=["zip up", "zip root", "zip link", "tar up", "tar root", "tar link", "tar hard link"],
+    ids=["zip up", "zip link", "tar root", "tar link", None],
 )
 def test_archive_that_reaches_out_of_its_folder_is_refused(bench, tmp_path, name, archive):
     bench.source(name, archive=archive)
@@ -1032,16 +962,14 @@ def test_space_is_checked_with_the_size_that_the_server_tells(bench):
 
 
 @pytest.mark.parametrize(
-    ("name", "archive"),
+    ("name", "archive", "from_file"),
     [
-        ("CelebA", claiming("img_align_celeba/0.jpg", HUGE)),
-        ("CIFAR10", make_tar({"cifar-10-batches-py/data_batch_1": b"x"}, claims=HUGE)),
-        ("few-shot", claiming("0.jpg", HUGE)),
-        ("few-shot", make_tar({"0.jpg": b"x"}, claims=HUGE)),
+        ("CelebA", claiming("img_align_celeba/0.jpg", HUGE), False),
+        ("CIFAR10", make_tar({"cifar-10-batches-py/data_batch_1": b"x"}, claims=HUGE), True),
+        ("few-shot", make_tar({"0.jpg": b"x"}, claims=HUGE), False),
     ],
-    ids=["zip", "tar", "unknown zip", "unknown tar"],
+    ids=["zip", "tar of a file", "unknown tar"],
 )
-@pytest.mark.parametrize("from_file", [False, True])
 def test_space_for_what_the_archive_holds_is_checked_before_unpacking(bench, tmp_path, name, archive, from_file):
     file = shipped_table()[name][3]
     if name == "few-shot":
@@ -1084,7 +1012,7 @@ def test_folder_that_cannot_be_made(bench):
 # Two at once, and signals -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "expected"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("number", "expected"), [("SIGINT", 130), rare("SIGHUP", "SIGHUP", 129)])
 def test_signal_keeps_the_partial_file_and_nothing_else(bench, number, expected):
     bench.source("CelebA", archive=LARGE, urls=["/hang/img_align_celeba.zip"])
     running = bench.start("CelebA")
@@ -1116,7 +1044,7 @@ def test_lock_and_half_unpacked_folder_of_a_killed_run_do_not_stop_the_next(benc
                             "CelebA/img_align_celeba/000001.jpg"]
 
 
-@pytest.mark.parametrize("owner", ["elsewhere {pid}\n", ""])
+@pytest.mark.parametrize("owner", ["elsewhere {pid}\n", rare("none", "")])
 def test_lock_that_cannot_be_judged_is_respected_and_named(bench, owner):
     lock = bench.to / ".CelebA.lock"
     lock.mkdir(parents=True)
@@ -1158,7 +1086,8 @@ def real_pictures(tmp_path, source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["CelebA", "LSUN", "LSUN cat", "Flowers", "100-shot-obama"])
+@pytest.mark.parametrize("source", ["CelebA", "LSUN", *(pytest.param(name, marks=pytest.mark.soak)
+                                                       for name in ("LSUN cat", "Flowers", "100-shot-obama"))])
 def test_the_command_that_is_said_to_come_next_reads_what_came(bench, tmp_path, run, source):
     name = "LSUN church_outdoor" if source == "LSUN" else source
     archive = real_pictures(tmp_path, source)

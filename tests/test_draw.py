@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, TINY_OF_ANY
 from stand_ins import CPU
 
 from device.precision import Precision
@@ -27,14 +28,16 @@ def test_batch_statistics_are_of_parts_that_count_alike(count, batch):
     torch.testing.assert_close(G.running_mean, z.mean(0), atol=0.01, rtol=0)
 
 
-FASTGAN = ("--model", "fastgan", "--imsize", 64, "--recon", "l1", "--vgg_weights", "random")
+FASTGAN = (*TINY_OF_ANY, "--model", "fastgan", "--imsize", 64, "--recon", "l1", "--vgg_weights",
+           "random")
 
 
 @pytest.mark.parametrize(("flags", "samplers"), [
-    ((), [None]), pytest.param(FASTGAN, ["mix", "gauss"], marks=pytest.mark.soak)],
+    (TINY, [None]), pytest.param(FASTGAN, ["mix", "gauss"], marks=pytest.mark.soak)],
                          ids=["sagan", "fastgan with metadata, as in training and others"])
 def test_what_is_drawn_is_what_the_command_writes(run, pictures, flags, samplers):
-    code, _, err = run("--version", "a", "--total_step", 1, *flags, "--dataset", "folder", "--image_path", pictures)
+    code, _, err = run(*flags, "--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
+                       tiny=False)
     assert code == 0, err
     for seed, sampler in enumerate(samplers, start=3):
         again = {"version": "a", "seed": seed, "device": "cpu"} | ({"metadata_sample": sampler} if sampler else {})

@@ -8,16 +8,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_SHEETS, lines, two_processes
+from conftest import SMALL_SHEETS, TINY, TINY_OF_ANY, lines, two_processes
 from PIL import Image
 from stand_ins import SmallLpips, small_swd
 
+import main
 from metrics import backtrack, features, swd, variation
 from pretrained import lpips
 from storage import checkpoint
 
 FOLDERS = ("--fake_dir", "fake", "--real_dir", "real")
+FASTGAN = (*TINY_OF_ANY, "--model", "fastgan", "--imsize", 64, "--vgg_weights", "random", "--recon",
+           "l1")
 INCEPTIONS = ("fid", "kid", "kid_std", "precision", "recall", "inception_score", "inception_score_std")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A folder with 12 pictures and two runs on them: "a" of three steps, and "h" of one that holds three out."""
+    home = tmp_path_factory.mktemp("before")
+    rng = np.random.default_rng(0)
+    (home / "pictures").mkdir()
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)).save(home / f"pictures/{number}.png")
+    flags = (*TINY, "--g_attn", "none", "--dataset", "folder", "--image_path", "pictures", "--sample_step", "3")
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(home)
+        assert main.main([*flags, "--version", "a", "--total_step", "3", "--model_save_step", "1"]) == 0
+        assert main.main([*flags, "--version", "h", "--total_step", "1", "--holdout", "0.25"]) == 0
+    return home
+
+
+@pytest.fixture
+def trained(run, before, tmp_path):
+    """Copy that folder to where `run` works."""
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
 
 
 @pytest.fixture
@@ -52,74 +77,59 @@ def scored(log_path="logs"):
 # ---- a run ----
 
 
-def test_a_run_is_evaluated_without_repeating_its_flags(run, pictures, small_inception):
-    run("--version", "a", "--total_step", 2, "--dataset", "folder", "--image_path", pictures)
+def test_a_run_is_evaluated_without_repeating_its_flags_and_tensorboard_gets_the_numbers(run, trained, small_inception):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     code, out, _ = run("--version", "a", "--mode", "evaluate", "--num_eval", 8, "--metrics", "fid,kid,pr,is,swd",
-                       tiny=False)
+                       "--use_tensorboard", "true", tiny=False)
     assert code == 0
     inception_line, swd_line = lines("a")[-2:]
-    assert (inception_line["step"], swd_line["step"]) == (2, 2)
+    assert (inception_line["step"], swd_line["step"]) == (3, 3)
     assert set(INCEPTIONS) < inception_line.keys() and swd_line["swd"] > 0
     for line in (inception_line, swd_line):
         assert "8 samples at 32 px" in line["protocol"] and "all 12 pictures of folder pictures" in line["protocol"]
         assert line["source"] == "G_ema, seed 0" and line["protocol"] in out
     for where in (out, Path("logs/scores.md").read_text()):
-        assert re.search(r"\| a +\| +2 \| .*\| G_ema, seed 0 +\|", where)
+        assert re.search(r"\| a +\| +3 \| .*\| G_ema, seed 0 +\|", where)
     assert '"fid"' in Path("samples/a/index.html").read_text() and "samples/a/index.html" in out
+    events = EventAccumulator("logs/a").Reload()
+    assert [event.value for event in events.Scalars("swd")] == pytest.approx([swd_line["swd"]])
 
 
-def test_the_same_seed_gives_the_same_numbers_and_the_folder_of_samples_does_too(run, pictures, small_inception):
-    run("--version", "a", "--total_step", 2, "--dataset", "folder", "--image_path", pictures)
+def test_the_same_seed_gives_the_same_numbers_and_the_folder_of_samples_does_too(run, trained, small_inception):
     evaluated = ("--version", "a", "--mode", "evaluate", "--num_eval", 70)
     for flags in ((), (), ("--seed", 1)):
         run(*evaluated, *flags, tiny=False)
     first, again, other = ({name: line[name] for name in INCEPTIONS} for line in lines("a")[-3:])
     assert first == again and first["fid"] != other["fid"]
     run("--version", "a", "--train", "false", "--num_samples", 70, tiny=False)
-    run("--mode", "evaluate", "--fake_dir", "samples/a/0000002_generated_seed0", "--real_dir", pictures, tiny=False)
+    run("--mode", "evaluate", "--fake_dir", "samples/a/0000003_generated_seed0", "--real_dir", "pictures", tiny=False)
     of_files = scored()[-1]
     assert {name: of_files[name] for name in INCEPTIONS} == first, "PNG-exact"
     assert of_files["protocol"] == scored()[0]["protocol"], "so they stand in one table"
 
 
-def test_an_earlier_checkpoint_is_evaluated_and_the_best_is_kept(run, pictures, small_inception, monkeypatch):
-    fids = iter([5.0, 7.0, 3.0])
+def test_the_best_of_the_evaluated_steps_is_kept_by_one_protocol_and_the_runs_own_pictures(
+        run, trained, folders, small_inception, monkeypatch):
+    fids = iter([1.0, 5.0, 7.0, 3.0, 2.0])
     monkeypatch.setattr(features, "distances", lambda *_: {"fid": next(fids)})
-    run("--version", "a", "--total_step", 3, "--model_save_step", 1, "--dataset", "folder", "--image_path", pictures)
-    seen = []
-    for step in (2, 3, 1):
-        run("--version", "a", "--mode", "evaluate", "--pretrained_model", step, "--metrics", "fid", "--num_eval", 8,
-            tiny=False)
-        seen.append((checkpoint.load("models/a/best.pth")["step"], checkpoint.best_score("models/a")["fid"]))
-    assert seen == [(2, 5.0), (2, 5.0), (1, 3.0)]
-    assert [line["step"] for line in lines("a") if "fid" in line] == [2, 3, 1]
 
+    def evaluate(step, *flags, count=8):
+        code, _, err = run("--version", "a", "--mode", "evaluate", "--pretrained_model", step, "--metrics", "fid",
+                           "--num_eval", count, *flags, tiny=False)
+        assert code == 0, err
 
-def test_a_fid_by_another_protocol_does_not_replace_the_best(run, pictures, small_inception, monkeypatch):
-    fids = iter([5.0, 3.0])
-    monkeypatch.setattr(features, "distances", lambda *_: {"fid": next(fids)})
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
-    for count in (8, 9):
-        run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--num_eval", count, tiny=False)
-    assert checkpoint.best_score("models/a")["fid"] == 5, "9 samples do not compare with 8"
+    def best():
+        return checkpoint.load("models/a/best.pth")["step"], checkpoint.best_score("models/a")["fid"]
 
-
-def test_another_reference_does_not_decide_which_checkpoint_is_best(run, pictures, folders, small_inception):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
-    code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--num_eval", 8, "--real_dir", "real",
-                     tiny=False)
-    assert code == 0 and not Path("models/a/best.pth").exists()
-    assert "all 14 pictures of folder real" in lines("a")[-1]["protocol"]
-
-
-def test_tensorboard_gets_the_numbers(run, pictures, small_inception):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run("--version", "a", "--total_step", 1, "--use_tensorboard", "true", "--dataset", "folder", "--image_path",
-        pictures)
-    run("--version", "a", "--mode", "evaluate", "--metrics", "swd", "--num_eval", 8, tiny=False)
-    events = EventAccumulator("logs/a").Reload()
-    assert [event.value for event in events.Scalars("swd")] == pytest.approx([lines("a")[-1]["swd"]])
+    evaluate(2, "--real_dir", "real")
+    assert not Path("models/a/best.pth").exists() and "all 14 pictures of folder real" in lines("a")[-1]["protocol"]
+    for step, expected in ((2, (2, 5.0)), (3, (2, 5.0)), (1, (1, 3.0))):
+        evaluate(step)
+        assert best() == expected
+    evaluate(2, count=9)
+    assert best() == (1, 3.0), "9 samples do not compare with 8"
+    assert [line["step"] for line in lines("a") if "fid" in line] == [2, 2, 3, 1, 2]
 
 
 def test_copies_are_found_and_shown(run, folders, small_lpips):
@@ -131,67 +141,57 @@ def test_copies_are_found_and_shown(run, folders, small_lpips):
     assert Image.open("logs/fake_nearest.png").size[0] > 8 * SMALL_SHEETS
 
 
-def test_samples_with_metadata_of_one_picture_and_of_none_are_scored_apart(run, pictures, small_lpips, monkeypatch):
-    run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
-        "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
-    loads, load = [], checkpoint.load_step
+def test_metadata_are_drawn_in_both_ways_have_a_share_and_are_searched_for_if_asked(run, pictures, small_lpips,
+                                                                                    monkeypatch):
+    moved, found, loads, load = [], backtrack.backtrack, [], checkpoint.load_step
+    run(*FASTGAN, "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, tiny=False)
     monkeypatch.setattr(checkpoint, "load_step", lambda *words: loads.append(1) or load(*words))
-    code, _, err = run("--version", "f", "--mode", "evaluate", "--metrics", "nearest", "--num_eval", 8, tiny=False)
-    assert code == 0, err
-    assert len(loads) == 1, "a run that goes on has newer ones meanwhile"
-    bank, gauss = lines("f")[-2:]
+    monkeypatch.setattr(backtrack, "backtrack", lambda G, latents, pictures, net, steps, free, *rest: moved.append(
+        free) or found(G, latents, pictures, net, steps, free, *rest))
+    monkeypatch.setattr(variation, "SAMPLES", 64)
+    for flags in (("--metrics", "nearest,lpips,share"), ("--metrics", "lpips", "--backtrack_metadata", "true")):
+        code, _, err = run("--version", "f", "--mode", "evaluate", "--num_eval", 8, "--backtrack_steps", 1, *flags,
+                           tiny=False)
+        assert code == 0, err
+    assert len(loads) == 2, "one each: a run that goes on has newer ones meanwhile"
+    bank, gauss = (line for line in lines("f") if "nearest" in line)
     assert (bank["source"], gauss["source"]) == tuple(f"G_ema, seed 0, metadata {how}" for how in ("bank", "gauss"))
-    assert bank["protocol"] == gauss["protocol"] and bank["nearest"] != gauss["nearest"]
+    assert "of its class" not in bank["protocol"] == gauss["protocol"] and bank["nearest"] != gauss["nearest"]
     written = {path.name for path in Path("samples/f").iterdir()}
     assert {"0000001_nearest_bank.png", "0000001_nearest_gauss.png"} <= written
+    share, = (line for line in lines("f") if "share/z_low" in line)        # those of records have no interval
+    for measure in ("share", "share_lpips"):
+        assert {name for name in share if name.startswith(f"{measure}/")} == {
+            f"{measure}/{name}{end}" for name in ("z", "metadata", "noise") for end in ("", "_low", "_high")}
+        assert share[f"{measure}/z_low"] < share[f"{measure}/z"] < share[f"{measure}/z_high"]
+    assert moved == [8, 8 + 512]
+    searched = [line["protocol"] for line in lines("f") if "lpips" in line]
+    assert [re.search(r"on (z[a-z ]*),", protocol)[1] for protocol in searched] == ["z", "z and metadata"]
 
 
-def test_held_out_pictures_are_back_tracked_one_by_one(run, pictures, small_lpips):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
-    code, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 3, tiny=False)
-    assert code == 0 and "note: this run was trained on all" not in out
-    each = json.loads(Path("logs/a/0000001_lpips.json").read_text())
-    line = lines("a")[-1]
-    assert len(each) == 3 and all(Path(one["picture"]).parent == pictures for one in each)
-    assert line["lpips"] == pytest.approx(np.mean([one["lpips"] for one in each]))
+def test_held_out_pictures_are_back_tracked_one_by_one_and_more_steps_come_closer(run, trained, small_lpips):
+    for steps in (1, 20):
+        code, out, _ = run("--version", "h", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", steps,
+                           tiny=False)
+        assert code == 0 and "note: this run was trained on all" not in out
+    each = json.loads(Path("logs/h/0000001_lpips.json").read_text())
+    few, line = lines("h")[-2:]
+    assert len(each) == 3 and all(Path(one["picture"]).parent.name == "pictures" for one in each)
+    assert line["lpips"] == pytest.approx(np.mean([one["lpips"] for one in each])) and line["lpips"] < few["lpips"]
     assert line["lpips_std"] == pytest.approx(np.std([one["lpips"] for one in each]))
-    assert "3 pictures of folder pictures (never trained on)" in line["protocol"] and "3 steps" in line["protocol"]
-    assert Path("samples/a/0000001_backtrack.png").exists()
-    shown = Path("samples/a/index.html").read_text()
+    assert "3 pictures of folder pictures (never trained on)" in line["protocol"] and "20 steps" in line["protocol"]
+    assert Path("samples/h/0000001_backtrack.png").exists()
+    shown = Path("samples/h/index.html").read_text()
     assert "0000001_backtrack.png" in shown and '"lpips"' in shown
 
 
-def test_a_set_that_has_changed_holds_out_pictures_that_were_trained_on_and_says_so(run, pictures, small_lpips):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", 0.25)
-    shutil.copy(pictures / "0.png", pictures / "00.png")
-    _, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1, tiny=False)
-    assert "some of those held out now were trained on" in out and "PARTLY TRAINED ON" in lines("a")[-1]["protocol"]
-
-
-def test_a_run_that_held_nothing_out_is_told_so(run, pictures, small_lpips):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
-    _, out, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1, tiny=False)
-    assert "trained on all pictures, including these 1" in out and "TRAINED ON" in lines("a")[-1]["protocol"]
-
-
-def test_more_steps_come_closer(run, pictures, small_lpips):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.5")
-    for steps in (1, 20):
-        run("--version", "a", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", steps, tiny=False)
-    few, many = lines("a")[-2:]
-    assert many["lpips"] < few["lpips"]
-
-
-def test_metadata_are_searched_for_if_asked(run, pictures, small_lpips, monkeypatch):
-    moved, found = [], backtrack.backtrack
-    monkeypatch.setattr(backtrack, "backtrack", lambda G, latents, pictures, net, steps, free, *rest: moved.append(
-        free) or found(G, latents, pictures, net, steps, free, *rest))
-    run("--model", "fastgan", "--version", "f", "--total_step", 1, "--dataset", "folder", "--image_path", pictures,
-        "--imsize", 64, "--vgg_weights", "random", "--recon", "l1")
-    for flags in ((), ("--backtrack_metadata", "true")):
-        run("--version", "f", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 2, *flags, tiny=False)
-    assert moved == [8, 8 + 512]
-    assert [re.search(r"on (z[a-z ]*),", line["protocol"])[1] for line in lines("f")[-2:]] == ["z", "z and metadata"]
+def test_that_pictures_were_trained_on_is_said_also_of_a_set_that_has_changed(run, trained, small_lpips):
+    shutil.copy("pictures/0.png", "pictures/00.png")
+    for version, told, protocol in (("a", "trained on all pictures, including these 1", "(TRAINED ON)"),
+                                    ("h", "some of those held out now were trained on", "PARTLY TRAINED ON")):
+        _, out, _ = run("--version", version, "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1,
+                        tiny=False)
+        assert told in out and protocol in lines(version)[-1]["protocol"]
 
 
 # ---- folders ----
@@ -205,8 +205,7 @@ def test_two_folders_need_no_run_and_write_nothing_but_logs_and_the_cache(run, f
     assert scored()[0]["name"] == "fake" and "12 samples at 32 px" in out
 
 
-def test_a_folder_is_scored_against_a_runs_data_set(run, folders, pictures, small_inception):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
+def test_a_folder_is_scored_against_a_runs_data_set(run, folders, trained, small_inception):
     code, _, _ = run("--version", "a", "--mode", "evaluate", "--fake_dir", "fake", "--metrics", "fid", tiny=False)
     assert code == 0 and "all 12 pictures of folder pictures" in scored()[-1]["protocol"]
 
@@ -265,17 +264,9 @@ def test_missing_weights_name_both_ways_on(run, folders, monkeypatch):
     assert not Path("logs").exists()
 
 
-def test_a_run_without_its_pictures_is_told_what_is_missing(run, pictures, small_inception):
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures)
-    shutil.rmtree(pictures)
-    code, _, err = run("--version", "a", "--mode", "evaluate", tiny=False)
-    assert code == 3 and "--image_path" in err
-
-
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(tmp_path, run, pictures, small_inception, small_lpips, monkeypatch):
+def test_two_processes_give_the_numbers_of_one(tmp_path, run, trained, small_inception, small_lpips, monkeypatch):
     """The ranks share the work, and rank 0 writes the results once."""
-    run("--version", "a", "--total_step", 1, "--dataset", "folder", "--image_path", pictures, "--holdout", "0.25")
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys
@@ -291,13 +282,13 @@ variation.SAMPLES = 128
 swd.sliced_wasserstein = stand_ins.small_swd
 sys.exit(main.main(sys.argv[1:]))
 """)
-    flags = ("--version", "a", "--mode", "evaluate", "--num_eval", 150, "--metrics",
-             "fid,kid,pr,is,swd,nearest,lpips,share", "--backtrack_steps", 2, "--device", "cpu", "--precision", "fp32")
+    flags = ("--version", "h", "--mode", "evaluate", "--num_eval", 70, "--metrics",
+             "fid,kid,pr,is,swd,nearest,lpips,share", "--backtrack_steps", 1, "--device", "cpu", "--precision", "fp32")
     monkeypatch.setattr(variation, "SAMPLES", 128)
     two = two_processes(script, *flags)
     assert two.returncode == 0, two.stderr
     assert run(*flags, tiny=False)[0] == 0
-    measured = [line for line in lines("a") if "protocol" in line]
+    measured = [line for line in lines("h") if "protocol" in line]
     assert len(measured) == 10, "five lines each"
     for shared, alone in zip(measured[:5], measured[5:], strict=True):
         assert shared["protocol"] == alone["protocol"]

@@ -20,7 +20,8 @@ FOLDER = Path("samples/a/0000002_export")
 
 
 @pytest.mark.parametrize(("flags", "tiny"), [
-    pytest.param((), True, marks=pytest.mark.soak), (("--arch", "resnet", "--conditional", "true"), True),
+    (("--conditional", "true"), True), pytest.param((), True, marks=pytest.mark.soak),
+    pytest.param(("--arch", "resnet", "--conditional", "true"), True, marks=pytest.mark.soak),
     pytest.param(FASTGAN, False, marks=pytest.mark.soak)])
 def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, tiny, monkeypatch):
     import onnxruntime

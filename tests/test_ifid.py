@@ -32,8 +32,8 @@ def once(tmp_path_factory):
             gradient(seed=10 * number + index).save(home / "classed" / name / f"{index}.png")
     with pytest.MonkeyPatch.context() as there:
         there.chdir(home)
-        assert main.main([*TINY, "--arch", "resnet", "--dataset", "folder", "--image_path", "classed", "--version", "a",
-                          "--total_step", "3", "--g_lr", "0.1"]) == 0
+        assert main.main([*TINY, "--g_attn", "none", "--arch", "resnet", "--dataset", "folder", "--image_path",
+                          "classed", "--version", "a", "--total_step", "3", "--g_lr", "0.1"]) == 0
     return home
 
 
@@ -72,8 +72,14 @@ def by_definition(run, count, scale=1):
             for name in ("cat", "dog")}
 
 
-def test_it_is_the_distance_of_the_samples_of_each_class_to_its_pictures(run, trained):
+def test_it_is_the_distance_of_the_samples_of_each_class_to_its_pictures_the_table_has_the_mean_alone(run, trained):
     line, out = trained("--use_tensorboard", "true")
+    head = next(row for row in Path("logs/scores.md").read_text().splitlines() if row.startswith("|"))
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["", "step", "ifid", "ifid_floor", "source", "date"]
+    entry = json.loads(Path("logs/scores.jsonl").read_text())
+    assert entry["ifid"] == line["ifid"] and entry["ifid_worst"] == line["ifid_worst"] and "by_class" not in entry
+    page = Path("samples/a/index.html").read_text()
+    assert '"by_class":[["ifid"' in page and '"classes":3' in page
     expected = by_definition(run, 7)
     assert line["by_class"]["ifid"] == pytest.approx(expected, rel=1e-3)
     assert line["ifid"] == pytest.approx(sum(expected.values()) / 2, rel=1e-3) and line["ifid_floor"] > 0
@@ -88,34 +94,15 @@ def test_it_is_the_distance_of_the_samples_of_each_class_to_its_pictures(run, tr
     assert "fewer than 16 pictures of a class" in line["protocol"]
 
 
-def test_the_table_of_all_scores_has_the_mean_alone_and_the_page_all(trained):
-    line, _ = trained()
-    head = next(row for row in Path("logs/scores.md").read_text().splitlines() if row.startswith("|"))
-    assert [cell.strip() for cell in head.strip("|").split("|")] == ["", "step", "ifid", "ifid_floor", "source", "date"]
-    entry = json.loads(Path("logs/scores.jsonl").read_text())
-    assert entry["ifid"] == line["ifid"] and entry["ifid_worst"] == line["ifid_worst"] and "by_class" not in entry
-    page = Path("samples/a/index.html").read_text()
-    assert '"by_class":[["ifid"' in page and '"classes":3' in page
-
-
-def test_large_classes_and_many_pictures_are_compared_in_parts(trained, monkeypatch):
-    whole, _ = trained()
-    monkeypatch.setattr(features, "MAX_ROWS", 7)        # less than the cats, who are alone in a group then
-    parts, _ = trained()
-    assert parts["by_class"]["ifid"] == pytest.approx(whole["by_class"]["ifid"], rel=1e-6)
-    assert parts["protocol"] == whole["protocol"]
-
-
 def test_classes_of_another_folder_are_found_by_their_names(trained, tmp_path):
-    own, _ = trained()
     shutil.copytree("classed", "other")
     for name in ("ant", "eel"):                         # the cats are the second class there
         shutil.copytree("classed/dog", f"other/{name}", dirs_exist_ok=True)
     other, out = trained("--real_dir", "other")
-    of_own, of_other = (line["by_class"]["ifid"] for line in (own, other))
+    of_other = other["by_class"]["ifid"]
     assert of_other.keys() == COUNTS.keys() and "leaves out" not in out and "5 samples of each" in other["protocol"]
     again, _ = trained("--num_eval", 10)
-    assert of_other["cat"] == pytest.approx(again["by_class"]["ifid"]["cat"], rel=1e-6) != of_own["cat"]
+    assert of_other["cat"] == pytest.approx(again["by_class"]["ifid"]["cat"], rel=1e-6) != of_other["dog"]
 
 
 def test_it_is_named_after_the_network_and_standardized_as_its_fd(run, trained, monkeypatch):
@@ -131,7 +118,7 @@ def test_it_is_named_after_the_network_and_standardized_as_its_fd(run, trained, 
 
 def test_without_classes_it_is_refused(run, trained, pictures, small_inception):
     flags = ("--dataset", "folder", "--image_path", pictures, "--arch", "resnet")
-    run(*flags, "--version", "plain", "--total_step", 1)
+    run(*flags, "--version", "plain", "--total_step", 1, "--g_attn", "none")
     code, out, err = run(*EVALUATE, "--version", "plain", tiny=False)
     assert code == 2 and err.count("\n") == 1 and "--metrics ifid: this run has no classes; leave ifid out" in err
     assert not small_inception, "before any weights are asked for"

@@ -1,5 +1,6 @@
 """metrics.jsonl: lines are appended, those after the step that a run resumes from are set aside; TensorBoard events."""
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import utils
 from storage.journal import MetricsLog, Window
 
 PATH = Path("logs/metrics.jsonl")
@@ -44,6 +46,22 @@ def test_a_run_that_goes_back_sets_later_lines_aside_and_loses_none():
     assert steps() == [1, 2, 3] and steps(Path("logs/superseded.jsonl")) == [3, 4, 4]
     write(5, resume_from=3)
     assert steps() == [1, 2, 3, 5] and steps(Path("logs/superseded.jsonl")) == [3, 4, 4]
+
+
+def test_lines_that_a_full_disk_keeps_in_their_place_are_set_aside_once(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(1, 2, 3, 4)
+    write(4, resume_from=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "write_atomically", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space left"):
+                write(resume_from=2)
+    assert steps() == [1, 2, 3, 4] and steps(Path("logs/superseded.jsonl")) == [4]
+    write(resume_from=2)
+    assert steps() == [1, 2] and steps(Path("logs/superseded.jsonl")) == [4, 3, 4]
 
 
 def test_starting_anew_sets_all_aside():

@@ -4,15 +4,14 @@
 import io
 import re
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Launched
 from PIL import Image
 from test_page import SOURCE, STEP, Run, chromium, embedded, shade  # noqa: F401 - chromium is a fixture
+from test_serve import Served
 
 import loop
 from gallery import page
@@ -29,11 +28,15 @@ def test_the_page_says_from_the_first_step_on_that_the_run_goes_on_and_in_the_en
     seen = []
     show = loop.Run.show
     monkeypatch.setattr(loop.Run, "show", lambda self: (seen.append(live()), show(self)))
-    assert run("--version", "a", "--total_step", 4, "--sample_step", 2)[0] == 0
+    assert run("--version", "a", "--total_step", 2, "--sample_step", 1)[0] == 0
     assert [entry["state"] for entry in seen] == ["running", "running"] and live()["state"] == "done"
     assert seen[0]["every"] is None and seen[1]["every"] >= 1 and abs(live()["at"] - time.time()) < 60
+    before = live()
     listed, = embedded(Path("samples/index.html"), "data")["runs"]
-    assert listed["live"] == live()
+    assert listed["live"] == before
+    assert run("--version", "a", "--train", "false", "--num_samples", 1)[0] == 0
+    assert live() == before, "who only samples changes nothing of it"
+    assert embedded(Path("samples/a/index.html"), "data")["extras"]     # though the page was written
 
 
 def test_a_run_that_fails_says_so(run, monkeypatch):
@@ -44,26 +47,6 @@ def test_a_run_that_fails_says_so(run, monkeypatch):
     with pytest.raises(RuntimeError, match="broken"):
         run("--version", "a", "--total_step", 4)
     assert live()["state"] == "failed"
-
-
-def test_a_run_that_is_interrupted_says_so(tmp_path, monkeypatch, run):
-    monkeypatch.chdir(tmp_path)
-    flags = ("--version", "a", "--dataset", "toy", "--imsize", 32, "--batch_size", 4, "--g_conv_dim", 4, "--d_conv_dim",
-             4, "--z_dim", 8, "--num_workers", 0, "--device", "cpu", "--preset", "published", "--log_step", 1)
-    running = Launched(*flags, "--total_step", 100_000)
-    running.wait_for("logs/a/metrics.jsonl")
-    assert live()["state"] == "running"
-    running.process.terminate()
-    assert running.wait() == 128 + signal.SIGTERM
-    assert live()["state"] == "interrupted"
-
-
-def test_who_only_samples_changes_nothing_of_it(run):
-    run("--version", "a", "--total_step", 2)
-    before = live()
-    assert run("--version", "a", "--train", "false", "--num_samples", 1)[0] == 0
-    assert live() == before and before["state"] == "done"
-    assert embedded(Path("samples/a/index.html"), "data")["extras"]     # though the page was written
 
 
 def test_an_odd_entry_is_none(tmp_path):
@@ -107,6 +90,14 @@ def add(one, index):
 def look_now(browser):
     """As whoever comes back to this tab."""
     browser.js("document.dispatchEvent(new Event('visibilitychange'))")
+
+
+def assert_never_looks(browser):
+    """Not even when its next look is due: whether it is, the page asks itself every second."""
+    browser.js(LOOKS)
+    browser.js("next = 0")
+    time.sleep(1.2)
+    assert browser.js("looks") == 0
 
 
 @pytest.mark.browser
@@ -194,41 +185,36 @@ def test_a_picture_that_is_shown_on_is_neither_loaded_again_nor_replaced(chromiu
 def test_who_ends_is_not_looked_at_any_more(chromium, growing):
     add(growing, 2)
     growing.write("done", 1)
+    look_now(chromium)
     chromium.wait(f"{STEP} === 'step 300' && {TOLD} === 'done'")
     assert not chromium.js("document.querySelector('.live label').checkVisibility()")
-    chromium.js(LOOKS)
-    time.sleep(2.5)
-    assert chromium.js("looks") == 0
+    assert_never_looks(chromium)
     growing.write("running", 1)                         # the same command again; the tab is visited again
     look_now(chromium)
     chromium.wait(f"{TOLD} === 'running' && looks > 0")
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("every", "silent", "late"), [(1, 1900, True), (1, 1700, False), (3600, 1900, False),
-                                                       (3600, 19_000, True), (None, 7200, False)])
-def test_who_was_killed_is_not_looked_at_for_ever(chromium, tmp_path, every, silent, late, monkeypatch):
-    one = Run(tmp_path)
+def test_who_was_killed_is_not_looked_at_for_ever(chromium, tmp_path, monkeypatch):
+    one, now = Run(tmp_path), time.time()
     add(one, 0)
-    now = time.time()
-    monkeypatch.setattr(page.time, "time", lambda: now - silent)
-    chromium.open(one.write("running", every))
-    chromium.js("localStorage.clear()")
-    chromium.js(LOOKS)
-    assert chromium.js(TOLD).startswith("no news since") == late
-    time.sleep(1.2 if late else 0)
-    assert chromium.js("looks") == 0 or not late
+    for every, silent, late in ((3600, 1900, False), (3600, 19_000, True), (None, 7200, False), (1, 1700, False),
+                                (1, 1900, True)):
+        monkeypatch.setattr(page.time, "time", lambda ago=silent: now - ago)
+        chromium.open(one.write("running", every))
+        chromium.js("localStorage.clear()")
+        assert chromium.js(TOLD).startswith("no news since") == late, (every, silent)
+    assert_never_looks(chromium)
 
 
 @pytest.mark.browser
 def test_the_switch_turns_it_off_for_this_page_and_the_next(chromium, growing):
     chromium.click(".live label")
     assert not chromium.js(f"{SWITCH}.checked")
-    chromium.js(LOOKS)
     add(growing, 2)
     growing.write("running", 1)
-    time.sleep(2.5)
-    assert chromium.js("looks") == 0 and chromium.js(STEP) == "step 200"
+    assert_never_looks(chromium)
+    assert chromium.js(STEP) == "step 200"
     chromium.open(growing.path)
     assert not chromium.js(f"{SWITCH}.checked") and chromium.js(STEP) == "step 300"
     add(growing, 3)
@@ -240,6 +226,7 @@ def test_the_switch_turns_it_off_for_this_page_and_the_next(chromium, growing):
 @pytest.mark.browser
 def test_who_was_interrupted_and_goes_on_is_followed_again(chromium, growing):
     growing.write("interrupted", 1)
+    look_now(chromium)
     chromium.wait(f"{TOLD} === 'interrupted'")
     assert chromium.js("document.querySelector('.live label').checkVisibility()")
     add(growing, 2)
@@ -351,3 +338,18 @@ def test_a_page_in_another_programs_frame_shows_itself(chromium, growing):
         assert chromium.js(STEP) == "step 200"
     finally:
         chromium.driver.switch_to.default_content()
+
+
+@pytest.mark.browser
+def test_a_served_page_follows_its_run(chromium, growing):
+    one = Served("--sample_path", str(growing.root / "samples"))
+    try:
+        chromium.driver.get(f"http://127.0.0.1:{one.port}/v/")
+        assert chromium.js(STEP) == "step 200"
+        add(growing, 2)
+        growing.write("running", 1)
+        chromium.wait(f"{STEP} === 'step 300'")
+        chromium.all_loaded()
+    finally:
+        code, err = one.end()
+    assert (code, err) == (130, "interrupted\n")

@@ -1,6 +1,8 @@
 """Metadata: how it is computed from pictures, when it is cached, and the statistics of the bank."""
 
+import itertools
 import urllib.error
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,14 @@ from generate.latents import Latents
 from generate.metadata import SAMPLERS, Bank, find_bank, same_pictures
 from pretrained import vgg
 
+random_vgg = cache(vgg._random_state)       # drawing its weights takes longer than what most tests do with them
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(vgg, "_random_state", random_vgg)
     return tmp_path
 
 
@@ -123,16 +128,16 @@ def test_rows_are_the_decorrelated_averages_of_the_layer(folder, layer):
 
 
 def test_more_pictures_than_a_batch_keep_their_order(folder):
-    for number in range(5, 40):
+    for number in range(5, 20):
         paint(folder / f"{number}.png", number)
     rows = find(folder).rows.float()
     config = make_config(folder)
     dataset = build_dataset(config)
-    images = vgg.imagenet_normalize(to_images(torch.stack([dataset[index] for index in range(40)])))
+    images = vgg.imagenet_normalize(to_images(torch.stack([dataset[index] for index in range(20)])))
     averages = vgg.load_vgg("random", "")[: vgg.LAYERS["relu5_3"]](images).mean((2, 3))
     expected, _ = decorrelated(averages)
     nearest = torch.cdist(rows.double(), expected).argmin(1)
-    assert nearest.tolist() == list(range(40))
+    assert nearest.tolist() == list(range(20))
 
 
 def test_large_pictures_are_reduced_before_vgg(folder, monkeypatch):
@@ -225,30 +230,14 @@ def repaint(folder):
     paint(folder / "3.png", 77)
 
 
-def add(folder):
-    paint(folder / "9.png", 9)
-
-
-def remove(folder):
-    (folder / "4.png").unlink()
-
-
-def train_vgg(folder):
-    torch.save({name: tensor * 2 for name, tensor in vgg.load_vgg("random", "").state_dict().items()}, "w.pth")
-
-
-@pytest.mark.parametrize(("change", "changes"), [
-    (repaint, {}), (add, {}), (remove, {}), (None, {"metadata_layer": "relu4_3"}), (None, {"imsize": 32}),
-    (train_vgg, {"vgg_weights": "w.pth"}),
-], ids=["changed", "added", "removed", "layer", "imsize", "weights"])
-def test_whatever_changes_it_is_recomputed(folder, extractions, change, changes):
-    before = find(folder)
-    if change:
-        change(folder)
-    del extractions[:]
-    after = find(folder, **changes)
-    assert len(extractions) == 1 and not same(before, after)
-    assert len(list(Path("cache/metadata").iterdir())) == 2
+def test_whatever_changes_it_is_recomputed_and_nothing_else_changes_it(folder, extractions):
+    banks = [find(folder), find(folder, metadata_layer="relu4_3"), find(folder, imsize=32)]
+    find(folder, batch_size=4, num_workers=2)
+    assert len(extractions) == 3
+    repaint(folder)
+    banks.append(find(folder))
+    assert len(extractions) == 4 == len(list(Path("cache/metadata").iterdir()))
+    assert not any(same(one, other) for one, other in itertools.combinations(banks, 2))
 
 
 def test_another_file_of_weights_under_the_same_name_is_another(folder, extractions):
@@ -261,12 +250,6 @@ def test_another_file_of_weights_under_the_same_name_is_another(folder, extracti
         assert len(extractions) == 1
 
 
-def test_what_does_not_matter_does_not_change_it(folder, extractions):
-    find(folder)
-    find(folder, batch_size=4, num_workers=2)
-    assert len(extractions) == 1
-
-
 def flip(path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 64                    # in the tensor data: torch.load does not notice
@@ -274,8 +257,7 @@ def flip(path):
 
 
 @pytest.mark.parametrize("damage", [
-    flip, lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path: path.write_bytes(b"<html>"),
-], ids=["flipped", "short", "html"])
+    flip, lambda path: path.write_bytes(path.read_bytes()[:1000])], ids=["flipped", "short"])
 def test_a_damaged_cache_is_recomputed(folder, extractions, capsys, damage):
     fresh = find(folder)
     damage(cache_file())
@@ -286,9 +268,6 @@ def test_a_damaged_cache_is_recomputed(folder, extractions, capsys, damage):
 
 
 @pytest.mark.parametrize("foreign", [
-    lambda cache: [1, 2],
-    lambda cache: {**cache, "origin": {**cache["origin"], "procedure": 0}},
-    lambda cache: {**cache, "origin": {**cache["origin"], "pictures": "0" * 64}},
     lambda cache: {**cache, "averages": cache["averages"][:4]},
     lambda cache: {**cache, "averages": cache["averages"].float()},
     lambda cache: {"origin": cache["origin"]},

@@ -140,15 +140,15 @@ def test_equal_training_pictures_give_numbers():
 
 
 def test_with_vgg_distances_are_those_of_lpips():
-    net, real, fake = random_lpips(), smooth(4, size=32), smooth(3, size=32, seed=1)
-    fake[1] = real[3]
+    net, real, fake = random_lpips(), smooth(3), smooth(2, seed=1)
+    fake[1] = real[2]
     with torch.no_grad():
         distances = torch.stack([net(*(to_images(pair) for pair in (real, picture.expand_as(real))))
-                                 for picture in fake])                  # (3, 4)
+                                 for picture in fake])                  # (2, 3)
         assert torch.allclose(pair_distances(net, fake, real).float(), distances, rtol=1e-3, atol=1e-6)
         apart = torch.stack([net(to_images(real), to_images(picture.expand_as(real))) for picture in real])
     found = find_neighbours(net, real, fake, CPU)
-    assert found.index[1] == 3 and found.distance[1] < 1e-4 * distances.median()
+    assert found.index[1] == 2 and found.distance[1] < 1e-4 * distances.median()
     assert torch.equal(found.index, distances.argmin(1))
     assert torch.allclose(found.distance, distances.min(1).values, rtol=1e-2, atol=1e-5)
     assert torch.allclose(found.real, to_others(apart).min(1).values, rtol=1e-2)
@@ -170,46 +170,36 @@ def test_neighbours_are_of_the_same_class():
     assert torch.allclose(found.real.double(), apart.min(1).values[:66], rtol=2e-3)
 
 
-@pytest.fixture
-def protocol_of(run, tmp_path, monkeypatch):
-    """protocol_of(flags, *more) -> what `--metrics nearest` says of a run of 3 + 3 pictures with these flags."""
-    monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
-    monkeypatch.setattr(lpips, "require", lambda weights, hint: None)
-    for name in ("cat", "dog"):
-        fill(tmp_path / "classed" / name, 3)
-
-    def evaluate(flags, *more):
-        run("--version", "a", "--dataset", "folder", "--image_path", "classed", "--total_step", 1, *flags)
-        code, out, err = run("--version", "a", "--mode", "evaluate", "--metrics", "nearest", "--num_eval", 8,
-                             "--vgg_weights", "random", *more, tiny=False)
-        assert code == 0, err
-        return lines("a")[-1]["protocol"], out
-
-    return evaluate
-
-
 TEXT = ("LPIPS on VGG-16 with RANDOM weights (for tests) at 32 px from each of 8 samples to {} all 6 pictures of "
         "folder {}, over that of 6 training pictures to {}; nearest: ratio of the medians, far under 1 is copying; "
         "nearest_copies: share of samples nearer than 99 % of the training pictures are, or than a hundredth of what "
         "is usual")
 
 
-def test_a_run_with_classes_is_compared_within_them_and_says_so(protocol_of, monkeypatch):
+def test_a_run_with_classes_is_compared_within_them_and_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: SmallLpips())
+    monkeypatch.setattr(lpips, "require", lambda weights, hint: None)
+    for name in ("cat", "dog"):
+        fill(tmp_path / "classed" / name, 3)
+    run("--version", "a", "--dataset", "folder", "--image_path", "classed", "--total_step", 1, "--arch", "resnet",
+        "--g_attn", "none")
+
+    def protocol(*flags):
+        code, out, err = run("--version", "a", "--mode", "evaluate", "--metrics", "nearest", "--num_eval", 8,
+                             "--vgg_weights", "random", *flags, tiny=False)
+        assert code == 0, err
+        return lines("a")[-1]["protocol"], out
+
     asked = []
     monkeypatch.setattr(nearest, "find_neighbours", lambda *given: asked.append(given[-1]) or find_neighbours(*given))
-    found, _ = protocol_of(("--arch", "resnet"))
+    found, _ = protocol()
     assert found == TEXT.format("the nearest of its class among", "classed", "the nearest other of their class")
     real, fake = asked.pop()
     assert real.tolist() == [0, 0, 0, 1, 1, 1] and len(fake) == 8 and set(fake.tolist()) == {0, 1}
     fill(Path("plain"), 6)
-    found, out = protocol_of(("--arch", "resnet"), "--real_dir", "plain")
+    found, out = protocol("--real_dir", "plain")
     assert found == TEXT.format("the nearest of", "plain", "the nearest other") and asked == [None]
     assert "note: --metrics nearest compares samples with real pictures of all classes" in out
-
-
-def test_without_classes_the_protocol_is_what_it_was(protocol_of):
-    found, out = protocol_of(())
-    assert found == TEXT.format("the nearest of", "classed", "the nearest other") and "note:" not in out
 
 
 # ---- several processes ----

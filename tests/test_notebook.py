@@ -1,4 +1,8 @@
-"""docs/colab.ipynb, the notebook for Colab and Kaggle, executed from its first to its last cell at a tiny size."""
+"""docs/colab.ipynb, the notebook for Colab and Kaggle, at a tiny size.
+
+Its first cells run in this process, where starts of a kernel and of programs would take most of the time; the tests of
+soak execute it from its first to its last cell as it is.
+"""
 
 import re
 import runpy
@@ -7,12 +11,12 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import MAIN, lines, small_disk_at
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 from storage import checkpoint
 
@@ -31,17 +35,29 @@ def outputs_of(cell):
     return shown
 
 
-def executed(source, folder, cells=None, **settings):
-    """What each code cell shows after the notebook, or its first `cells` cells, ran with these settings."""
+def notebook_with(source, settings):
+    """A notebook with these settings in its first code cell."""
     notebook = nbformat.read(source, as_version=4)
-    notebook.cells = notebook.cells[:cells]
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in settings.items():
         first.source, count = re.subn(rf"^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, first.source,
                                       flags=re.MULTILINE)
         assert count == 1, name
+    return notebook
+
+
+def executed(source, folder, cells=None, **settings):
+    """What each code cell shows after the notebook, or its first `cells` cells, ran with these settings."""
+    notebook = notebook_with(source, settings)
+    notebook.cells = notebook.cells[:cells]
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return [outputs_of(cell) for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def code_of(**settings):
+    """The text of each code cell, with these settings."""
+    notebook = notebook_with(ROOT / "docs/colab.ipynb", settings)
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def test_the_notebook_is_the_written_one():
@@ -49,13 +65,39 @@ def test_the_notebook_is_the_written_one():
     assert (ROOT / "docs/colab.ipynb").read_text(encoding="utf-8") == written, "python docs/write_notebook.py"
 
 
-def test_without_the_program_it_says_what_to_give(tmp_path):
+def test_without_the_program_it_says_what_to_give(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    shutil.copy(ROOT / "docs/colab.ipynb", tmp_path)
-    cells = [cell.cell_type for cell in nbformat.read(tmp_path / "colab.ipynb", as_version=4).cells]
-    set_up = [number for number, kind in enumerate(cells) if kind == "code"][1]
-    with pytest.raises(CellExecutionError, match="give REPOSITORY in the first cell"):
-        executed(tmp_path / "colab.ipynb", tmp_path / "empty", cells=set_up + 1)
+    monkeypatch.chdir(tmp_path / "empty")
+    first, setup, *_ = code_of()
+    names = {}
+    exec(first, names)
+    with pytest.raises(SystemExit, match="give REPOSITORY in the first cell"):
+        exec(setup, names)
+
+
+def test_it_trains_on_a_zip(run, pictures, tmp_path, monkeypatch, capsys):
+    """Settings, setup, training."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "main.py").touch()
+    monkeypatch.chdir(tmp_path / "docs")
+    called, given = [], []
+
+    def call(command, stdout=None, **_):
+        called.append(command[1])
+        code, out, err = run(*command[2:], tiny=False) if command[1] == "main.py" else (0, "", "")
+        if stdout:                                      # a file
+            stdout.write(out + err)
+        return SimpleNamespace(stdout=out + err, returncode=code, poll=lambda: code)
+
+    names = {"subprocess": SimpleNamespace(run=call, Popen=call, PIPE=None, STDOUT=None)}
+    archive = shutil.make_archive(tmp_path / "mine", "zip", pictures)
+    for cell in code_of(PICTURES=archive, FLAGS=TINY, KEEP=str(tmp_path / "kept"), STEPS=4)[:3]:
+        exec(cell.replace("import subprocess\n", ""), names)
+        given.append(capsys.readouterr().out)
+    _, setup, training = given
+    assert called == ["-m", "main.py", "main.py"], "pip, a dry run, the training"
+    assert "12 pictures in" in setup and "done: 4 steps" in training
+    assert checkpoint.steps_in(tmp_path / "kept/models/mine") == [2, 4]
 
 
 @pytest.fixture
@@ -67,13 +109,6 @@ def program(pictures, tmp_path):
     return folder, {"PICTURES": archive, "FLAGS": TINY, "KEEP": str(tmp_path / "kept")}
 
 
-def test_it_trains_on_a_zip(program, tmp_path):
-    folder, settings = program
-    _, setup, training = executed(folder / "docs/colab.ipynb", folder / "docs", cells=6, STEPS=4, **settings)
-    assert "12 pictures in" in setup["text/plain"] and "done: 4 steps" in training["text/plain"]
-    assert checkpoint.steps_in(tmp_path / "kept/models/mine") == [2, 4]
-
-
 @pytest.mark.soak
 def test_it_trains_shows_samples_and_exports(program, tmp_path, monkeypatch):
     folder, settings = program
@@ -83,6 +118,7 @@ def test_it_trains_shows_samples_and_exports(program, tmp_path, monkeypatch):
     assert "done: 4 steps" in training["text/plain"] and "done: 4 steps" in end["text/plain"]
     assert page["text/html"].startswith("<iframe srcdoc=") and "data:image/png;base64" in page["text/html"]
     assert "image/png" in samples and "image/webp" in video
+    assert checkpoint.steps_in(tmp_path / "kept/models/mine") == [2, 4]
     names = {path.name for path in tmp_path.glob("kept/samples/mine/*_export/*")}
     assert names >= {"G.onnx", "G.safetensors", "G.ts.pt"}
     assert "index.html" in zipfile.ZipFile(taken["text/plain"].split()[0]).namelist()

@@ -517,8 +517,19 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
 
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
+_browsers = []
+
+
+@pytest.fixture
+def chromium(tmp_path_factory, request):
+    """One browser for all tests of this process, whichever module they are in: it takes seconds to start."""
+    if not _browsers:
+        _browsers.append(started_browser(tmp_path_factory.mktemp("profile")))
+        request.config.add_cleanup(_browsers[0].driver.quit)
+    return _browsers[0]
+
+
+def started_browser(profile):
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
@@ -528,12 +539,10 @@ def chromium(tmp_path_factory):
     options.binary_location = browser
     for switch in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
                    "disable-background-networking", "disable-component-update", "disable-sync",
-                   f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+                   f"user-data-dir={profile}"):
         options.add_argument(f"--{switch}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield Browser(chrome)
-    chrome.quit()
+    return Browser(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
 
 
 @pytest.fixture(scope="module")
@@ -677,8 +686,8 @@ def test_play_runs_to_the_end_and_space_stops_it(chromium, shown):
     chromium.wait(f"{STEP} === 'step 200'")
     chromium.keys(" ")
     assert chromium.js(pressed) == "false"
-    chromium.keys(Keys.END, Keys.ARROW_LEFT, Keys.ARROW_LEFT)
-    assert chromium.js(STEP) == "step 400"
+    chromium.keys(Keys.END, Keys.ARROW_LEFT)
+    assert chromium.js(STEP) == "step 500"
     chromium.click("#play")
     chromium.wait(f"{STEP} === 'step 600' && {pressed} === 'false'")
 
@@ -878,23 +887,8 @@ def test_of_a_thousand_classes_both_ends_are_listed_and_the_pointer_names_the_ot
 
 
 @pytest.mark.browser
-def test_without_scores_by_class_nothing_is_said_of_classes(chromium, measured):
-    chromium.open(measured.path)
-    assert not chromium.js("document.querySelector('#sizes').checkVisibility()")
-    assert "classes" not in chromium.js("document.querySelector('#run').innerText")
-
-
-@pytest.mark.browser
-def test_a_cost_of_one_step_is_a_number_without_axes(chromium, measured):
-    chromium.open(measured.path)
-    told = chromium.js("[...document.querySelectorAll('#single div')].map("
-                       "d => [...d.children].map(c => c.textContent))")
-    number = chromium.js("[...document.querySelectorAll('#protocols li')].map(p => p.textContent)").index("timed") + 1
-    assert told == [["g_parameters", "12,340", f"G_ema, seed 0, at step 600, protocol {number}"]]
-
-
-@pytest.mark.browser
-def test_how_figures_were_measured_is_numbered_below_them(chromium, measured):
+def test_how_figures_were_measured_is_numbered_below_them_and_a_cost_of_one_step_is_a_number_without_axes(
+        chromium, measured):
     chromium.open(measured.path)
     told = f"[...{CHART}.querySelectorAll('.protocol')].map(p => p.textContent)"
     protocols = chromium.js("[...document.querySelectorAll('#protocols li')].map(p => p.textContent)")
@@ -911,6 +905,10 @@ def test_how_figures_were_measured_is_numbered_below_them(chromium, measured):
     assert marks == lines and len(set(lines)) == 2
     order = chromium.js(f"[...{CHART}.querySelectorAll('ul, .protocol')].map(e => e.tagName)", "fid")
     assert order == ["UL", "P", "UL", "P"]                              # each below its mark
+    single = chromium.js("[...document.querySelectorAll('#single div')].map("
+                         "d => [...d.children].map(c => c.textContent))")
+    timed = protocols.index("timed") + 1
+    assert single == [["g_parameters", "12,340", f"G_ema, seed 0, at step 600, protocol {timed}"]]
     assert chromium.js("document.querySelectorAll('img[onerror], img[src=x]').length") == 0
     assert chromium.errors() == []
 
@@ -970,6 +968,8 @@ def test_measurements_alone_make_a_page(chromium, tmp_path):
     assert chromium.js(f"{CHART}.checkVisibility()", "fid")
     assert not chromium.js("document.querySelector('#numbers').checkVisibility()")
     assert not chromium.js("document.querySelector('#deviations').checkVisibility()")
+    assert not chromium.js("document.querySelector('#sizes').checkVisibility()")        # as there are no classes
+    assert "classes" not in chromium.js("document.querySelector('#run').innerText")
     assert chromium.errors() == []
 
 
@@ -1013,21 +1013,19 @@ def test_the_overview_keeps_the_order_of_quality(chromium, run):
 
 @pytest.mark.browser
 def test_light_and_dark(chromium, shown):
-    def lightness(scheme, path):
-        chromium.open(path, scheme=scheme)
-        paper, ink = (np.mean([int(part) for part in re.findall(r"\d+", chromium.js(
-            f"getComputedStyle(document.body).{what}"))[:3]]) for what in ("backgroundColor", "color"))
-        return paper, ink
+    def lightness(scheme):
+        chromium.open(shown.path, scheme=scheme)
+        return [np.mean([int(part) for part in re.findall(r"\d+", chromium.js(
+            f"getComputedStyle(document.body).{what}"))[:3]]) for what in ("backgroundColor", "color")]
 
-    for path in (shown.path, shown.root / "samples" / "index.html"):
-        paper, ink = lightness("light", path)
-        assert paper > 230 and ink < 60
-        paper, ink = lightness("dark", path)
-        assert paper < 40 and ink > 200
+    paper, ink = lightness("light")
+    assert paper > 230 and ink < 60
+    paper, ink = lightness("dark")
+    assert paper < 40 and ink > 200
 
 
 @pytest.mark.browser
-def test_a_phone_needs_no_sideways_scrolling(chromium, shown, tmp_path):
+def test_a_phone_needs_no_sideways_scrolling(chromium, tmp_path):
     wide = Run(tmp_path, "w" * 100)
     wide.record(10_000_000, ("fake", f"attn_{'m' * 80}", f"attn_{'n' * 80}"))
     wide.log({"step": 10_000_000, "k" * 80: 1, **{f"gamma/{'g' * 60}{n}": -1.234e-12 for n in range(9)}})
@@ -1035,7 +1033,7 @@ def test_a_phone_needs_no_sideways_scrolling(chromium, shown, tmp_path):
                for fid in (1, 2)), measure(9_999_999, "q" * 500, fid=12345.6, fid_std=1.234e-5, precision=1, recall=1))
     wide.write()
     page.write_overview(tmp_path / "samples")
-    for path in (shown.path, shown.path.parent.parent / "index.html", wide.path, tmp_path / "samples" / "index.html"):
+    for path in (wide.path, tmp_path / "samples" / "index.html"):
         chromium.open(path, width=400)
         chromium.js("document.querySelectorAll('details').forEach(d => { d.open = true; })")
         assert chromium.js("document.documentElement.clientWidth") == 400

@@ -2,25 +2,16 @@
 
 import pytest
 import torch
-from conftest import SMALL, SMALL_FASTGAN, begun, state
+from conftest import SMALL, SMALL_FASTGAN, begun, state, tensors
 
 from layers import recompute
 
 RUNS = {
     "penalty": (*SMALL, "--adv_loss", "wgan-gp", "--d_iters", "2"),
-    "resnet": (*SMALL, "--arch", "resnet", "--precision", "bf16"),
-    "fastgan": (*SMALL_FASTGAN, "--slae", "true", "--label_noise", "0.2", "--augment", "color,translation"),
-    "parts": (*SMALL_FASTGAN, "--accumulate", "2", "--precision", "bf16"),
+    "resnet": (*SMALL, "--arch", "resnet", "--d_iters", "1", "--precision", "bf16"),
+    "fastgan": (*SMALL_FASTGAN, "--slae", "true", "--label_noise", "0.2", "--augment", "color,translation",
+                "--accumulate", "2"),
 }
-
-
-def tensors(value, name=""):
-    """Yield (name, tensor) of all tensors in a state."""
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, (dict, list)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensors(part, f"{name}.{key}")
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -32,7 +23,8 @@ def test_training_is_the_same_bit_for_bit(kind, monkeypatch):
     for checkpointing in ("false", "true"):
         training = begun((*RUNS[kind], "--checkpointing", checkpointing))
         losses.append([training.trainer.train_step(training.batches) for _ in range(2)])
-        states.append(dict(tensors(training.trainer.state())))
+        states.append({name: part for name, part in tensors(training.trainer.state()).items()
+                       if isinstance(part, torch.Tensor)})
         assert bool(again) == (checkpointing == "true")
     assert losses[0] == losses[1] and states[0].keys() == states[1].keys()
     assert not {name for name, tensor in states[0].items() if not torch.equal(tensor, states[1][name])}

@@ -18,7 +18,6 @@ def count(net):
 
 @pytest.mark.parametrize(("imsize", "classes", "attention", "published"), [
     (32, 10, 16, (4_386_308, 1_075_586)), (64, 10, 32, (12_292_996, 19_558_082)),
-    (64, 20, 32, (12_350_596, 19_568_322)), (64, 100, 32, (12_811_396, 19_650_242)),
     (64, 200, 32, (13_387_396, 19_752_642)), (128, 1000, 64, (42_017_412, 39_448_258)),
     (128, 1000, 32, (42_078_852, 39_463_618)),
 ])
@@ -28,8 +27,8 @@ def test_parameters_are_as_many_as_in_public_logs(imsize, classes, attention, pu
         assert tuple(map(count, build(resolve(parse(flags)), classes))) == published
 
 
-@pytest.mark.parametrize("imsize", [32, 64, 128, 256])
-@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize(("imsize", "classes"), [(32, 0), (64, 3), (128, 0),
+                                                 pytest.param(256, 3, marks=pytest.mark.soak)])
 def test_every_size_has_its_shapes(imsize, classes):
     config = resolve(parse(("--arch", "resnet", "--imsize", str(imsize), "--g_conv_dim", "2", "--d_conv_dim", "2")))
     G, D = build(config, classes)

@@ -8,20 +8,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TINY, TINY_OF_ANY
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import main
 from errors import CheckpointError, UsageError
 from generate.modes import load
 
-CLASSES = ("--arch", "resnet", "--g_lr", "0.1")     # so that the tables of the classes differ at once
-METADATA = ("--model", "fastgan", "--imsize", "64", "--z_dim", "8", "--recon", "l1", "--vgg_weights", "random",
-            "--dataset", "folder", "--image_path", "pictures")
+METADATA = (*TINY_OF_ANY, "--model", "fastgan", "--imsize", "64", "--recon", "l1", "--vgg_weights",
+            "random", "--dataset", "folder", "--image_path", "pictures")
 
 
-@pytest.mark.parametrize("flags", [(), CLASSES, METADATA], ids=["plain", "classes", "metadata"])
-def test_a_seed_draws_the_same_picture_alone_and_among_others(run, pictures, flags):
-    run("--version", "a", "--total_step", 2, *flags)
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A folder with the run "a": two steps with classes, each saved."""
+    home = tmp_path_factory.mktemp("before")
+    with pytest.MonkeyPatch.context() as there:
+        there.chdir(home)
+        # g_lr: so that the tables of the classes differ at once
+        assert main.main([*TINY, "--g_attn", "none", "--arch", "resnet", "--g_lr", "0.1", "--version", "a",
+                          "--total_step", "2", "--model_save_step", "1"]) == 0
+    return home
+
+
+@pytest.fixture
+def trained(run, before, tmp_path):
+    """Copy that folder to where `run` works."""
+    shutil.copytree(before, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("flags", [(), pytest.param(METADATA, marks=pytest.mark.soak)], ids=["classes", "metadata"])
+def test_a_seed_draws_the_same_picture_alone_and_among_others(run, trained, pictures, flags):
+    if flags:
+        run(*flags, "--version", "a", "--total_step", 2, "--restart", "true", tiny=False)
     folder = Path("samples/a/0000002_seeds")
     code, out, err = run("--version", "a", "--mode", "sample", "--seeds", "7,0,2-4,9000000000000000000", tiny=False)
     assert code == 0 and "6 pictures" in out, err
@@ -33,8 +53,7 @@ def test_a_seed_draws_the_same_picture_alone_and_among_others(run, pictures, fla
     assert [path.read_bytes() for path in folder.iterdir()] == [among["seed9000000000000000000.png"]]
 
 
-def test_own_code_draws_the_pictures_of_the_command(run):
-    run("--version", "a", "--total_step", 2, "--model_save_step", 1, *CLASSES)
+def test_own_code_draws_the_pictures_of_the_command(run, trained):
     run("--version", "a", "--mode", "sample", "--seeds", "3,8", tiny=False)
     run("--version", "a", "--mode", "sample", "--seeds", "3,8", "--classes", "bob", "--truncation", 0.5, tiny=False)
     mine = load("a", device="cpu")
@@ -60,8 +79,7 @@ def test_own_code_draws_the_pictures_of_the_command(run):
         load("a", step=7)
 
 
-def test_a_picture_is_drawn_again_from_what_its_file_says(run):
-    run("--version", "a", "--total_step", 2, *CLASSES)
+def test_a_picture_is_drawn_again_from_what_its_file_says(run, trained):
     run("--version", "a", "--train", "false", "--num_samples", 67, tiny=False)
     run("--version", "a", "--train", "false", "--seeds", 5, "--classes", "bob", "--truncation", 0.5, tiny=False)
     for source, again in (("generated_seed0/000065.png", "seed0_picture000065_*.png"),
@@ -79,23 +97,20 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(run):
     assert len({file.read_bytes() for file in (path, *changed)}) == 3
 
 
-def test_a_picture_of_another_run_of_that_name_is_not_drawn_again(run):
-    run("--version", "a", "--total_step", 2)
+def test_a_picture_of_another_run_of_that_name_is_not_drawn_again(run, trained):
     run("--version", "a", "--train", "false", "--seeds", 9, tiny=False)
     Path("samples/a/0000002_seeds/seed000009.png").rename("mine.png")
     assert run("--like", "mine.png", tiny=False)[0] == 0
-    run("--version", "a", "--total_step", 2, "--restart", "true", "--seed", 7)
+    run("--version", "a", "--total_step", 2, "--restart", "true", "--seed", 7, "--g_attn", "none")
     code, _, err = run("--like", "mine.png", tiny=False)
     assert code == 2 and "--like mine.png: was drawn by another run that was named 'a', too" in err
     assert run("--like", "mine.png", "--version", "a.old1", tiny=False)[0] == 0
-    Path("models/a/0000002.pth").unlink()
-    run("--version", "a", "--total_step", 1, "--seed", 7)
+    Path("models/a/0000002.pth").rename("models/a/0000001.pth")
     code, _, err = run("--like", "mine.png", tiny=False)
     assert code == 5 and err.startswith("error: --like mine.png: ")
 
 
-def test_a_full_disk_leaves_no_half_written_picture(run, monkeypatch):
-    run("--version", "a", "--total_step", 2)
+def test_a_full_disk_leaves_no_half_written_picture(run, trained, monkeypatch):
     save = Image.Image.save
 
     def full(self, path, *rest, **options):
@@ -104,14 +119,14 @@ def test_a_full_disk_leaves_no_half_written_picture(run, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    code, _, err = run("--version", "a", "--train", "false", tiny=False)
+    code, _, err = run("--version", "a", "--train", "false", "--num_samples", 5, tiny=False)
     assert code == 5 and "000003.png: No space left on device" in err
     assert sorted(path.name for path in Path("samples/a/0000002_generated_seed0").iterdir()) == [
         "000000.png", "000001.png", "000002.png"]
 
 
-def test_a_step_that_only_best_pth_has_left_is_found(run):
-    run("--version", "a", "--total_step", 2)
+def test_a_step_that_only_best_pth_has_left_is_found(run, trained):
+    Path("models/a/0000001.pth").unlink()
     run("--version", "a", "--train", "false", "--seeds", 1, tiny=False)
     kept, = Path("models/a").glob("*2.pth")
     kept.rename("models/a/best.pth")

@@ -8,7 +8,7 @@ import pytest
 from conftest import data_config, encode, fill, forks, gradient
 
 from data_loader import open_dataset
-from dataset import check, decode
+from dataset import check, decode, scan
 from dataset.scan import find_pictures, printable
 from dataset.table import DATASETS
 from errors import DataError
@@ -42,18 +42,26 @@ def listed(name="bad_images") -> list[dict]:
 def test_what_is_not_read_is_counted_by_its_ending_at_every_start(home, capsys):
     folder = fill(home / "pictures", 5)
     for number in range(4):
-        (folder / f"{number}.HEIC").touch()
+        (folder / f"{number}.PSD").touch()
     (folder / "deep").mkdir()
     for name in ("a.mp4", "b.mp4", "LICENSE", ".DS_Store"):
         (folder / "deep" / name).touch()
     for check_data in ("header", "header", "off"):
         open_dataset(data_config(folder, check_data=check_data))
-        assert "7 files ignored: 4 .heic, 2 .mp4, 1 without an ending\n" in capsys.readouterr().out
+        assert "7 files ignored: 4 .psd, 2 .mp4, 1 without an ending\n" in capsys.readouterr().out
     for number in range(12):
         (folder / f"x.{number:02}").touch()
     opened()
-    assert "19 files ignored: 4 .heic, 2 .mp4, 1 without an ending, 1 .00, 1 .01, 1 .02, 1 .03, 1 .04, 1 .05, 1 .06, " \
+    assert "19 files ignored: 4 .psd, 2 .mp4, 1 without an ending, 1 .00, 1 .01, 1 .02, 1 .03, 1 .04, 1 .05, 1 .06, " \
            "5 of other endings\n" in capsys.readouterr().out
+
+
+def test_pictures_of_phones_name_the_package_that_reads_them(home, capsys, monkeypatch):
+    monkeypatch.setattr(scan, "FORMATS", {"JPEG": (".jpg",)})
+    monkeypatch.setattr(scan, "SUFFIXES", {".png"})
+    (fill(home / "pictures", 5) / "1.HEIC").touch()
+    opened()
+    assert "1 file ignored: 1 .heic; `pip install pillow-heif` lets them be read\n" in capsys.readouterr().out
 
 
 def test_odd_files_are_left_out_said_and_listed(home, capsys):

@@ -1,4 +1,3 @@
-# ruff: noqa: F811 - the fixture `chromium` is imported
 """--mode serve: the galleries over HTTP on the loopback address, and nothing else of the disk."""
 
 import http.client
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MAIN
-from test_page import Run, chromium  # noqa: F401 - a fixture
+from test_page import Run
 
 from gallery import page
 
@@ -197,23 +196,3 @@ def test_a_port_in_use_and_a_folder_that_is_missing_are_one_line(run):
     assert code == 2 and "--port 65536" in err
     code, _, err = run("--port", 9000)
     assert code == 2 and "--port 9000: has no effect with --mode train" in err
-
-
-@pytest.mark.browser
-def test_a_served_page_follows_its_run(chromium, tmp_path):
-    from test_live import STEP, add
-
-    growing = Run(tmp_path)
-    add(growing, 0)
-    growing.write("running", 1)
-    one = Served("--sample_path", str(tmp_path / "samples"))
-    try:
-        chromium.driver.get(f"http://127.0.0.1:{one.port}/v/")
-        assert chromium.js(STEP) == "step 100"
-        add(growing, 1)
-        growing.write("running", 1)
-        chromium.wait(f"{STEP} === 'step 200'")
-        chromium.all_loaded()
-    finally:
-        code, err = one.end()
-    assert (code, err) == (130, "interrupted\n")

@@ -116,9 +116,13 @@ def furthest(one, other):
     return max(apart.values())
 
 
+def only_in_soak(*kinds):
+    return (pytest.param(kind, marks=pytest.mark.soak) for kind in kinds)
+
+
 @pytest.mark.parametrize(("parts", "steps"), [("1", 2), pytest.param("2", 4, marks=pytest.mark.soak)],
                          ids=["whole", "accumulated"])
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [*only_in_soak("hinge"), "wgan-gp", "fastgan", "classes"])     # hinge: see below
 def test_steps_of_two_ranks_are_those_of_one_process(kind, parts, steps, by_two):
     flags = (*RUNS[kind], "--accumulate", parts, "--check_replicas", "1")
     with in_float64():
@@ -130,7 +134,7 @@ def test_steps_of_two_ranks_are_those_of_one_process(kind, parts, steps, by_two)
     assert (one["losses"][0] - one["losses"][-1]).abs().min() > 1e-3, "the losses change"
 
 
-@pytest.mark.parametrize("kind", ["hinge", "wgan-gp", "fastgan"])
+@pytest.mark.parametrize("kind", ["hinge", *only_in_soak("wgan-gp", "fastgan")])
 def test_in_float32_the_first_losses_are_those_of_one_process(kind, by_two):
     """D hardly learns here: G's first loss follows D's first update, which Adam makes of the signs of gradients."""
     flags = (*RUNS[kind], "--d_lr", "1e-12")
@@ -138,6 +142,7 @@ def test_in_float32_the_first_losses_are_those_of_one_process(kind, by_two):
     assert (one - two).abs().max() < 1e-5
 
 
+@pytest.mark.soak
 def test_batch_norm_of_each_rank_alone_is_another_run(by_two):
     """Why `--sync_bn auto` is true: everything else is the same here."""
     flags = (*RUNS["hinge"], "--check_replicas", "1")
@@ -150,10 +155,10 @@ def test_batch_norm_of_each_rank_alone_is_another_run(by_two):
 def test_a_run_goes_on_with_another_number_of_ranks(by_two):
     flags = (*RUNS["hinge"], "--accumulate", "2")
     with in_float64():
-        straight = trained(flags, 6)["state"]
-        by_one = trained(flags, 2)["state"]
-        then_by_two = by_two(flags, 2, by_one)["state"]
-        resumed = trained(flags, 2, then_by_two)["state"]
+        straight = trained(flags, 3)["state"]
+        by_one = trained(flags, 1)["state"]
+        then_by_two = by_two(flags, 1, by_one)["state"]
+        resumed = trained(flags, 1, then_by_two)["state"]
     assert furthest(straight, resumed) < 1e-8
 
 
@@ -163,8 +168,6 @@ def test_another_number_of_processes_is_said(run):
     assert by_two.stdout.count("resuming 'a' from step 1\nnote: 2 processes, were 1\n") == 1
     _, out, _ = run("--version", "a", "--total_step", 3)
     assert "note: 1 process, were 2\n" in out
-    _, out, _ = run("--version", "a", "--total_step", 4)
-    assert "were" not in out
     older = state("a", 2)
     del older["processes"]
     checkpoint.save(older, "models/a")
@@ -252,12 +255,11 @@ def test_its_values_gradients_and_statistics_are_those_of_the_whole_batch(tmp_pa
 
 
 def test_one_process_keeps_the_plain_one():
-    for flag in ("true", "auto"):
-        config = resolve(parse((*RUNS["fastgan"], "--sync_bn", flag, "--metadata", "false")))
-        place = distributed.start(config)
-        trainer = Trainer(config, place, Precision("fp32", place.device), 8)
-        kinds = {type(layer) for net in (trainer.G, trainer.D, trainer.G_ema) for layer in net.modules()}
-        assert nn.BatchNorm2d in kinds and SyncBatchNorm2d not in kinds
+    config = resolve(parse((*RUNS["fastgan"], "--sync_bn", "true", "--metadata", "false")))
+    place = distributed.start(config)
+    trainer = Trainer(config, place, Precision("fp32", place.device), 8)
+    kinds = {type(layer) for net in (trainer.G, trainer.D, trainer.G_ema) for layer in net.modules()}
+    assert nn.BatchNorm2d in kinds and SyncBatchNorm2d not in kinds
 
 
 # ---- fp16 ----
@@ -357,16 +359,25 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_ranks_that_drift_end_the_run_with_4_and_save_nothing(tmp_path, monkeypatch):
+@pytest.fixture
+def drifting(tmp_path, monkeypatch):
+    """drifting(*flags) -> what two ranks print that drift apart."""
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "drift.py"
     script.write_text(DRIFT)
-    done = two_processes(script, *TINY, "--version", "a", "--total_step", 3, "--model_save_step", 1)
+    return lambda *flags: two_processes(script, *TINY, "--version", "a", *flags)
+
+
+def test_ranks_that_drift_end_the_run_with_4_and_save_nothing(drifting):
+    done = drifting("--total_step", 3, "--model_save_step", 1)
     assert done.returncode == 4 and checkpoint.steps_in("models/a") == []
     (line,) = {line for line in done.stderr.splitlines() if line.startswith("error:")}
     assert line == "error: step 1: G.to_rgb.weight of rank 1 is no longer that of rank 0."
-    done = two_processes(script, *TINY, "--version", "b", "--total_step", 1, "--check_replicas", 0)
-    assert done.returncode == 0, "0 never looks"
+
+
+@pytest.mark.soak
+def test_with_a_check_every_0_steps_nobody_looks_whether_ranks_drift(drifting):
+    assert drifting("--total_step", 1, "--check_replicas", 0).returncode == 0
 
 
 if __name__ == "__main__":

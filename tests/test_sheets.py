@@ -108,7 +108,7 @@ def test_entropy_of_one_key_of_zeros_and_of_nan_is_zero():
 # ---- attention ----
 
 
-@pytest.mark.parametrize("size, cell", [(32, 192), (48, 192), (64, 192), (100, 200), (128, 256), (512, 256)])
+@pytest.mark.parametrize("size, cell", [(32, 192), (100, 200), (512, 256)])
 def test_every_query_has_a_frame_of_its_colour_around_each_image(tmp_path, size, cell):
     page = write_attention(
         tmp_path / "a.png", noise(2, 3, size, size), uniform(2, 4, 8, 8), DEFAULT_QUERIES[:4]
@@ -165,7 +165,7 @@ def test_the_first_column_is_the_untouched_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "h, w, y, x", [(4, 4, 0, 3), (8, 8, 6, 1), (16, 16, 3, 12), (64, 64, 40, 50), (4, 8, 1, 6)]
+    "h, w, y, x", [(4, 4, 0, 3), (64, 64, 40, 50), (4, 8, 1, 6)]
 )
 def test_the_overlay_is_brightest_where_the_map_peaks(tmp_path, h, w, y, x):
     page = write_attention(tmp_path / "a.png", noise(1, 3, 64, 64), one_hot(1, 1, h, w, y, x), [(0.98, 0.02)])
@@ -261,7 +261,7 @@ def test_the_header_changes_with_what_it_says(tmp_path):
     assert len(set(heads)) == len(heads) and shown() == heads[0]
 
 
-@pytest.mark.parametrize("Q, size", [(1, 32), (1, 130), (8, 32), (9, 32)])
+@pytest.mark.parametrize("Q, size", [(1, 130), (8, 32), (9, 32)])
 def test_one_to_eight_queries_and_all_text_fit_on_the_page(tmp_path, Q, size):
     queries = [(0.5, (i + 1) / 12) for i in range(Q)]
     page = write_attention(
@@ -273,7 +273,7 @@ def test_one_to_eight_queries_and_all_text_fit_on_the_page(tmp_path, Q, size):
     assert columns == Q
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_a_diverged_run_still_gives_its_overlay(tmp_path, bad):
     images, maps = noise(2, 3, 64, 64), uniform(2, 2, 8, 8)
     images[0], maps[0] = bad, bad
@@ -330,9 +330,7 @@ def colourful(pixels):
     return (pixels.max(2) - pixels.min(2)).max() > 10
 
 
-@pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("h", [4, 8, 256])
-@pytest.mark.parametrize("corner", range(4))
+@pytest.mark.parametrize(("size", "h", "corner"), [(64, 4, 0), (64, 4, 1), (64, 8, 2), (64, 256, 3), (256, 8, 1)])
 def test_a_mask_glows_where_it_is_largest_however_little_it_varies(tmp_path, size, h, corner):
     depth = max(1, h // 16)
     y, x = (slice(h - depth, h) if far else slice(depth) for far in divmod(corner, 2))
@@ -372,8 +370,7 @@ def test_the_picture_shows_through_its_mask(tmp_path):
     assert (light[:, 100:] - light[:, 92:93]).min() > 30
 
 
-@pytest.mark.parametrize("spread", [0.0, 5e-5])
-@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("level", "spread"), [(0.0, 0.0), (1.0, 0.0), (0.5, 5e-5)])
 def test_a_constant_mask_adds_no_heat(tmp_path, level, spread):
     mask = torch.full((1, 1, 8, 8), level)
     mask[0, 0, 3, 3] -= spread
@@ -421,7 +418,7 @@ def test_a_layer_that_hardly_varies_is_warned_of_above_its_column(tmp_path):
     assert not (write_masks(tmp_path / "m.png", noise(2, 3, 64, 64), masks) == grid.WARN).all(2).any()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_diverged_run_still_gives_its_masks(tmp_path, written, bad):
     images = flat([255, 255], 64).clone()
     images[0] = bad
@@ -463,8 +460,10 @@ def test_the_head_of_the_masks_names_the_run_and_the_step(tmp_path):
     assert len({head("a", 1), head("b", 1), head("a", 2)}) == 3
 
 
-@pytest.mark.parametrize("layers", [1, 3, 6])
-@pytest.mark.parametrize("size, name", [(64, "slae8"), (130, "slae8"), (256, "a_layer_with_a_rather_long_name")])
+@pytest.mark.parametrize("layers, size, name", [
+    (1, 64, "slae8"), (3, 130, "slae8"), (6, 64, "a_layer_with_a_rather_long_name"),
+    (1, 256, "a_layer_with_a_rather_long_name"),
+])
 def test_masks_of_one_to_six_layers_and_all_text_fit_on_the_page(tmp_path, written, layers, size, name):
     masks = {f"{name}{i}": hill(2, 4, 4, 0, 0, 0.5, 0.503) for i in range(layers)}
     page = write_masks(tmp_path / "m.png", noise(2, 3, size, size), masks, title="a title " * 8)
@@ -547,7 +546,7 @@ def test_small_rows_become_blocks_of_the_size_of_the_largest(tmp_path):
             assert (shown == grid.to_uint8(images)[i].repeat(zoom, 0).repeat(zoom, 1)).all()
 
 
-@pytest.mark.parametrize("size, cell", [(8, 192), (32, 192), (64, 192), (128, 128), (256, 230), (512, 230)])
+@pytest.mark.parametrize("size, cell", [(8, 192), (128, 128), (256, 230)])
 def test_eight_columns_fit_on_a_screen(tmp_path, size, cell):
     page = write_rows(tmp_path / "r.png", {"real": flat([40 + i for i in range(8)], size)})
     assert page.shape[1] <= 1920
@@ -720,8 +719,8 @@ def test_missing_folders_are_made_and_nothing_else_is_left(tmp_path, draw):
     assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
 
 
-@pytest.mark.parametrize("draw", DRAWERS)
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(("draw", "error"), [
+    *((draw, OSError(28, "No space left on device")) for draw in DRAWERS), (draw_rows, KeyboardInterrupt())])
 def test_a_write_that_fails_half_way_leaves_the_old_picture(tmp_path, monkeypatch, draw, error):
     path = tmp_path / "picture.png"
     draw(path)

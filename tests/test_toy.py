@@ -72,7 +72,7 @@ def test_senseless_arguments_raise(index, imsize, error):
         draw_face(index, imsize)
 
 
-@pytest.mark.parametrize("small", [32, 64, 128])
+@pytest.mark.parametrize("small", [32, 128])
 def test_one_index_is_one_person_at_every_size(small):
     fold = BIG // small
     blocks = (small, fold, small, fold, 3)
@@ -85,7 +85,7 @@ def test_one_index_is_one_person_at_every_size(small):
 
 
 def test_both_eyes_have_one_iris_colour_and_look_the_same_way():
-    for index in range(40):
+    for index in range(20):
         face = face_traits(index)
         rows = draw_face(index, BIG)[band(face, 440, 580)]
         middle = round(axis_of(face))
@@ -104,7 +104,7 @@ def test_both_eyes_have_one_iris_colour_and_look_the_same_way():
 
 def test_lenses_are_equal_and_only_where_traits_say_so():
     seen = set()
-    for index in range(60):
+    for index in range(40):
         face = face_traits(index)
         seen.add(face.glasses)
         rims = pixels_of(draw_face(index, BIG)[band(face, 520, 620)], face.frame)
@@ -177,7 +177,7 @@ def test_a_face_stands_out_from_its_surroundings():
 def test_features_sit_in_the_same_place_in_every_picture():
     """A small network learns aligned faces in minutes: eyes stay within a few percent of one spot."""
     places = []
-    for index in range(40):
+    for index in range(20):
         picture = draw_face(index, BIG)
         places.append([axis.mean() / BIG for axis in np.nonzero(pixels_of(picture, face_traits(index).iris))])
     heights, middles = np.array(places).T

@@ -18,7 +18,7 @@ from generate.latents import Inputs
 from layers import attention
 
 
-def losses(flags, steps=10):
+def losses(flags, steps=6):
     """(steps, 2): d_loss and g_loss of each step from the seed on."""
     training = begun(flags)
     return torch.stack([step_losses(training) for _ in range(steps)])
@@ -62,11 +62,10 @@ def plainly(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
-                                   (*SMALL, "--attn_pool", "true", "--g_lr", "0.001", "--d_lr", "0.004"),
+@pytest.mark.parametrize("flags", [(*SMALL, "--attn_pool", "true", "--g_lr", "0.001", "--d_lr", "0.004"),
                                    (*SMALL, "--adv_loss", "wgan-gp", "--sn", "both", "--d_iters", "2"), SMALL_FASTGAN],
-                         ids=["hinge", "pooled", "penalty", "fastgan"])
-def test_ten_steps_have_the_losses_of_the_plain_implementation(flags, plainly, monkeypatch):
+                         ids=["pooled", "penalty", "fastgan"])
+def test_six_steps_have_the_losses_of_the_plain_implementation(flags, plainly, monkeypatch):
     """In float64. In float32 Adam's first steps, which are signs of gradients, amplify rounding errors: another number
     of threads changes the losses of the plain implementation itself by 1e-3 and more.
     """
@@ -79,7 +78,7 @@ def test_ten_steps_have_the_losses_of_the_plain_implementation(flags, plainly, m
     finally:
         torch.set_default_dtype(torch.float32)
     assert (fast - plain).abs().max() < 1e-9
-    assert (plain[0] - plain[-1]).abs().min() > 1e-3, "the losses change"
+    assert (plain[0] - plain).abs().amax(0).min() > 1e-3, "the losses change"
 
 
 @pytest.mark.parametrize("flags", [(*SMALL, "--g_attn", "8,16", "--d_attn", "4,8"),
@@ -92,7 +91,7 @@ def test_in_float32_each_step_has_the_losses_of_the_plain_implementation(flags, 
     monkeypatch.setattr(attention, "FUSED_FROM_POSITIONS", 0)
     fast, plain = begun(flags), plainly(begun, flags)
     apart = []
-    for _ in range(10):
+    for _ in range(5):
         state = plain.trainer.state()
         fast.trainer.restore(state)
         mine = step_losses(fast)
@@ -156,8 +155,6 @@ print(min(faults), max(faults), int("torch._dynamo" in sys.modules))
 def test_accumulation_must_divide_the_batch(run, monkeypatch):
     code, _, err = run("--accumulate", 3)
     assert code == 2 and "--batch_size 4 must be a multiple of --accumulate 3" in err
-    code, _, _ = run("--accumulate", 2, "--total_step", 2, "--version", "a")
-    assert code == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run("--accumulate", 2, "--batch_size", 6)
     assert code == 2 and "--batch_size 6 must be a multiple of the 2 processes times --accumulate 2" in err

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import (
+    EVERY_ATTENTION,
     MAIN,
     TINY,
     Launched,
@@ -32,7 +33,7 @@ from storage import checkpoint
 
 STEPS = 12
 SHORT = (*TINY, "--version", "a", "--total_step", STEPS, "--log_step", 1, "--model_save_step", 2, "--sample_step", 100)
-RECORDS = (*SHORT, "--sample_step", 3)
+RECORDS = (*SHORT, *EVERY_ATTENTION, "--sample_step", 3)
 
 
 def tries(fault, count, quick=0):

@@ -29,7 +29,7 @@ def command_lines(draw):
     return argv
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(argv=command_lines())
 @example(argv=["--imsize", "0"])
 @example(argv=["--version", "\udcff"])
