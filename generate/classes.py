@@ -12,7 +12,7 @@ from errors import DataError, UsageError
 from utils import spread_indices
 
 LISTED = 12                 # classes that are named in a line, at most
-FOLDER_BYTES = 200          # of a folder's name; file systems allow 255
+FOLDER_BYTES = 150          # of a folder's name, to which file names add some; file systems allow 255
 LONGEST_SUFFIX = 40         # letters
 
 

@@ -212,8 +212,8 @@ def test_classes_are_asked_for_by_name_or_number():
 def test_folders_of_classes_are_safe():
     classes = Classes(("a/b", "..", "Cat", "cat", "", "fine", "2_Cat", "half \ud83d", "猫" * 120), (1,) * 9)
     assert classes.folder_names(range(9)) == [
-        "a_b", "1", "2_Cat_", "3_cat", "4", "fine", "2_Cat", "half _", "猫" * 66]
-    assert classes.folder_names([8, 2]) == ["猫" * 66, "2_Cat_"], "whichever are asked for"
+        "a_b", "1", "2_Cat_", "3_cat", "4", "fine", "2_Cat", "half _", "猫" * 50]
+    assert classes.folder_names([8, 2]) == ["猫" * 50, "2_Cat_"], "whichever are asked for"
 
 
 # ---- from a checkpoint ----

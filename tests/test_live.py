@@ -102,7 +102,7 @@ def assert_never_looks(browser):
 
 @pytest.mark.browser
 def test_a_new_record_appears_by_itself_without_loading_the_page_again(chromium, growing):
-    chromium.js("window.sameDocument = true")
+    chromium.js("document.querySelector('.stage .picture').focus(), window.sameDocument = true")
     assert chromium.js(STEP) == "step 200" and chromium.js(TOLD) == "running"
     add(growing, 2)
     growing.write("running", 1)
@@ -113,6 +113,7 @@ def test_a_new_record_appears_by_itself_without_loading_the_page_again(chromium,
         "losses at step 300: d_loss 3,")
     assert chromium.js("sameDocument") and chromium.js("document.querySelectorAll('iframe').length") < 2
     assert chromium.js("document.querySelectorAll('.stage .picture').length") == 2
+    assert chromium.js("document.activeElement.ariaLabel") == "Full size: Generated, step 300"
     assert chromium.errors() == []
 
 
@@ -310,7 +311,34 @@ def test_the_list_of_runs_follows_them_too(chromium, growing):
     chromium.wait(f"{cards}.every(card => card.includes('· done'))")
     assert not chromium.js("document.querySelector('.live label').checkVisibility()")
     chromium.all_loaded()
+    assert chromium.js("kept.size") == 2, "of older records nothing is kept"
     assert chromium.errors() == []
+
+
+@pytest.mark.browser
+def test_the_list_of_runs_shows_the_pictures_of_a_run_that_was_begun_again(chromium, growing, monkeypatch):
+    page.write_overview(growing.root / "samples")
+    chromium.open(growing.root / "samples" / "index.html")
+    address = "document.querySelector('.runs img').getAttribute('src')"
+    before = chromium.js(address)
+    growing.folders.samples.rename(growing.root / "old")
+    (growing.folders.logs / "metrics.jsonl").unlink()
+    growing.folders.create()
+    monkeypatch.setattr(page.time, "time", lambda: time.time_ns() / 1e9 + 5)
+    for index in range(2):
+        add(growing, index)
+    growing.write("running", 1)
+    page.write_overview(growing.root / "samples")
+    chromium.wait(f"{address} !== arguments[0]", before)
+    assert chromium.js(address).partition("?")[0] == before.partition("?")[0]
+
+
+@pytest.mark.browser
+def test_after_the_computer_slept_a_run_is_looked_for_again(chromium, growing):
+    chromium.js("Date.now = (now => () => now() + 1e7)(Date.now)")      # for almost three hours
+    add(growing, 2)
+    growing.write("running", 1)
+    chromium.wait(f"{STEP} === 'step 300'")
 
 
 @pytest.mark.browser
@@ -320,7 +348,8 @@ def test_a_page_whose_file_is_gone_stays_as_it_is(chromium, growing):
     shutil.move(growing.folders.samples, gone)
     chromium.js(LOOKS)
     chromium.wait("looks > 1")
-    assert chromium.js(STEP) == "step 200" and chromium.js("document.querySelectorAll('iframe').length") == 1
+    chromium.wait(f"{TOLD}.startsWith('running at ')")                  # nothing is known of it any more
+    assert chromium.js(STEP) == "step 200" and chromium.js("document.querySelectorAll('iframe').length") < 2
     shutil.move(gone, growing.folders.samples)
     add(growing, 2)
     growing.write("running", 1)

@@ -626,6 +626,9 @@ def test_a_page_in_one_file_needs_no_other(chromium, shown, tmp_path):
     chromium.all_loaded()
     assert chromium.js(STEP) == "step 600" and chromium.colour(0) == shade(5) == chromium.colour(1)
     assert not chromium.js("document.querySelector('nav').checkVisibility()") and chromium.errors() == []
+    assert chromium.js("document.title") == HOSTILE_VERSION, "not the folder that it was saved in"
+    chromium.js("document.dispatchEvent(new Event('visibilitychange'))")
+    assert chromium.js("document.querySelectorAll('iframe').length") == 0, "nor is there a newer one beside it"
     framed = f'<iframe srcdoc="{html.escape(alone.read_text(encoding="utf-8"))}" width="1000" height="900"></iframe>'
     (tmp_path / "notebook.html").write_text(framed, encoding="utf-8")
     chromium.open(tmp_path / "notebook.html")
@@ -1088,9 +1091,36 @@ def test_works_where_it_is_copied_to_and_says_what_is_missing(chromium, shown, t
     chromium.wait("document.querySelector('.stage .picture img').naturalWidth > 0")
     chromium.wait("document.querySelectorAll('.absent:not([hidden])').length === 1")    # the maps were not copied
     assert "Attention g8, step 600" in chromium.js("document.querySelector('.absent:not([hidden])').textContent")
-    empty = Run(tmp_path, "empty")
-    chromium.open(empty.write())
+    chromium.js("document.onkeydown({key: 'End', target: document.body, preventDefault() {}})")
+    assert chromium.js("document.querySelectorAll('.absent:not([hidden])').length") == 1, "it goes on saying so"
+
+
+@pytest.mark.browser
+def test_before_the_first_record_there_are_values_and_axes_whose_numbers_differ(chromium, tmp_path):
+    run = Run(tmp_path, "new")
+    chromium.open(run.write())
     assert chromium.js(STEP) == "no pictures yet" and chromium.errors() == []
+    run.log(*({"step": step, "d_loss": .9991 + step / 4e5, "g_scale": 1e7 * step} for step in range(10, 90, 10)))
+    chromium.open(run.write())
+    assert chromium.js(STEP) == "no pictures yet"
+    assert "g_scale\n800,000,000" in chromium.js("document.querySelector('.values').innerText")
+    assert chromium.js("document.querySelector('#of').textContent") == "step 80"
+    for numbers in chromium.js("[...document.querySelectorAll('.curve svg')].map(svg => "
+                               "[...svg.querySelectorAll('text[text-anchor=end]')].map(text => text.textContent))"):
+        assert len(numbers) == len(set(numbers)) > 1 and max(map(len, numbers)) <= 6
+
+
+@pytest.mark.browser
+def test_a_run_that_was_moved_aside_shows_its_own_maps(chromium, tmp_path):
+    run = Run(tmp_path, "v", attention=tmp_path / "maps" / "v")
+    run.record(100, colour=shade(1))
+    run.write()
+    for folder in (run.folders.samples, run.folders.attention):
+        folder.rename(folder.with_name("v.old1"))
+    run.record(100, ("attn_g8", "attn_g16"), colour=shade(2))            # the new one
+    chromium.open(tmp_path / "samples" / "v.old1" / "index.html")
+    chromium.all_loaded()
+    assert chromium.colour(1) == shade(1) and chromium.js("document.title") == "v.old1"
 
 
 @pytest.mark.browser
