@@ -6,6 +6,7 @@ from any source of the pictures.
 """
 
 import atexit
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import count
@@ -21,7 +22,7 @@ from dataset.decode import UnusablePicture
 from dataset.decoded_cache import available_memory, cached
 from dataset.images import ImageDataset, split
 from dataset.table import DATASETS
-from device.distributed import say
+from device.distributed import gather, is_alone, say
 from errors import DataError, first_line
 from flags.pictures import PictureShape
 
@@ -33,7 +34,7 @@ def find_dataset(config) -> ImageDataset:
 
     Raise DataError if it is missing, or too small to train on. All ranks must call this.
     """
-    dataset = DATASETS[config.dataset](config)
+    dataset = _find(config)
     if len(without_held_out(dataset, config)) < config.batch_size:
         # it will be refused: for its unusable pictures, if it has too many, else with the number of the usable ones
         dataset = usable(dataset, lambda: dataset, config)
@@ -47,8 +48,22 @@ def open_dataset(config, found: ImageDataset | None = None) -> ImageDataset:
 
     Raise DataError if it is missing or unreadable, CheckpointError if `--cache on` cannot write to disk.
     """
-    dataset = DATASETS[config.dataset](config) if found is None else found
+    dataset = _find(config) if found is None else found
     return usable(dataset, lambda: cached(dataset, config), config)
+
+
+def _find(config) -> ImageDataset:
+    """Return the data set that `--dataset` names. Raise DataError if the ranks see different pictures: each takes its
+    share of a batch from its own list, and waits for the others where the number decides what is to be done.
+    """
+    dataset = DATASETS[config.dataset](config)
+    if not is_alone():
+        seen = gather((len(dataset), zlib.crc32(dataset.identities.tobytes())))
+        if len(set(seen)) > 1:
+            raise DataError(f"--dataset {config.dataset}: the processes see different pictures ("
+                            f"{', '.join(f'{count:,}' for count, _ in seen[:8])})\nwait until the folder is complete; "
+                            "on several machines, install the same packages")
+    return dataset
 
 
 def build_dataset(config, found: ImageDataset | None = None) -> ImageDataset:

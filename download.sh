@@ -93,7 +93,8 @@ while IFS='|' read -r names parts rest; do
 done <<<"$table"
 [ -n "$row" ] || { say "unknown data set: $name${part:+ $part}" >&2; usage >&2; exit 2; }
 IFS='|' read -r folder file bytes unpacked hash terms urls next elsewhere <<<"$row"
-command -v python3 >/dev/null || fail 1 "python3 is needed: install it or activate its environment"
+python3 -IS -c 'import hashlib, shutil, sys, tarfile, zipfile; sys.exit(sys.version_info < (3, 6))' 2>/dev/null ||
+    fail 1 "a python3 of 3.6 or newer that starts is needed: install it or activate its environment"
 [ -n "$from" ] || command -v curl >/dev/null || fail 1 "curl is needed: install it, or use --from-file"
 
 id=$name${part:+-$part}
@@ -196,11 +197,11 @@ why='' got=''
 verify() {  # is $1 the archive of the table? If not, sets why.
     why="it is not a $kind, perhaps a web page saved under that name"
     is_archive "$1" || return 1
-    run python3 -IS - "$1" "$algorithm" >"$lock/answer" <<'EOF' || { why="it cannot be read"; return 1; }
+    run python3 -IS - "$1" "$algorithm" >"$lock/answer" <<'EOF' || fail 5 "$1: its hash cannot be computed; the file is kept"
 import hashlib, sys
 digest = hashlib.new(sys.argv[2], usedforsecurity=False)  # FIPS mode allows md5 only with this flag
 with open(sys.argv[1], "rb") as f:
-    while block := f.read(1 << 20):
+    for block in iter(lambda: f.read(1 << 20), b""):
         digest.update(block)
 print(digest.hexdigest())
 EOF

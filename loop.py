@@ -237,7 +237,8 @@ class Run:
     def save(self):
         """Write a checkpoint, on rank 0, and prune the old ones."""
         if distributed.is_first():
-            self.write_checkpoint()
+            with watch.not_ended():                     # the other ranks count on it from now on
+                self.write_checkpoint()
         self.saved_step = self.trainer.step
 
     def write_checkpoint(self):

@@ -19,7 +19,7 @@ import sys
 import parameter
 from device import console
 from device.signals import Interrupt, Interrupted
-from errors import CheckpointError, Failure, out_of_memory_on
+from errors import CheckpointError, Failure, UsageError, out_of_memory_on
 
 
 def main(argv):
@@ -101,11 +101,13 @@ def dispatch(config, place, interrupt):
     """Do what `config` asks for on this `place`. Return the exit code."""
     import data_loader
     import start
+    from device import distributed
     from device.distributed import is_first, say
     from device.precision import Precision, choose_algorithms
     from generate import modes
     from metrics import evaluate
 
+    _require_one_config(config)
     choose_algorithms(config.deterministic)
     if config.dry_run:
         describe(config, data_loader.build_dataset(config) if config.mode == "train" else None, place)
@@ -116,10 +118,26 @@ def dispatch(config, place, interrupt):
         return evaluate.evaluate(config, place, precision)
     if config.mode != "train":
         return modes.MODES[config.mode](config, place, precision) if is_first() else 0
+    if place.device.type == "cpu" and (why := distributed.why_no_gpu(config)):
+        say(f"note: training on the CPU: {why}")
     if place.device.type == "cpu" and config.preset != "cpu":
         whose = "published settings" if config.preset == "published" else "settings of --preset gpu"
         say(f"note: the {whose} are slow on a CPU; --preset cpu is tuned for it")
     return start.train(config, place, precision, interrupt)
+
+
+def _require_one_config(config):
+    """Raise UsageError if the ranks' settings differ, as by flags or by weights that one machine lacks. Paths may."""
+    from device import distributed
+
+    settings = distributed.gather({name: getattr(config, name) for name, flag in parameter.FLAGS.items()
+                                   if flag.type is not str})
+    for name in settings[0]:
+        values = [one[name] for one in settings]
+        if any(value != values[0] for value in values):
+            raise UsageError(f"--{name}: the processes have different values "
+                             f"({', '.join(map(parameter.written, values[:8]))}); type it, or give all machines the "
+                             "same flags and files")
 
 
 def describe(config, dataset, place):

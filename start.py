@@ -43,9 +43,7 @@ def train(config, place, precision, interrupt):
     require_folders(folders.each(), _owner(config))
     saved = checkpoint.steps_in(folders.models)
     restart = _is_restart(config, folders)
-    state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
-                                                      partial(families.find_mismatch, config))
-    source = _load_source(config) if state is None and config.init_from else None
+    state, source = _load_beginning(config, folders, restart)
     undone, unlogged = distributed.on_first(partial(find_undone, config, folders, state))
     reason = state and not any(undone) and distributed.on_first(partial(_find_end, config, folders, state["step"]))
     if reason:
@@ -76,6 +74,17 @@ def train(config, place, precision, interrupt):
     finally:
         if lock:
             lock.close()
+
+
+def _load_beginning(config, folders, restart):
+    """Return the checkpoint to resume from, and that of `--init_from` for a run that has none; either may be None."""
+    state = None if restart else checkpoint.load_step(folders.models, config.pretrained_model, say,
+                                                      partial(families.find_mismatch, config))
+    source = _load_source(config) if state is None and config.init_from else None
+    distributed.require_same(tuple(found and found["step"] for found in (state, source)), CheckpointError(
+        "the processes found different checkpoints: one cannot read the newest, or its run is still going on.\n"
+        "Give the step: --pretrained_model STEP, or --init_from models/NAME/STEP.pth."))
+    return state, source
 
 
 def _loop(run):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from device.distributed import on_this_machine, progress, say
+from device.distributed import on_this_machine, progress, say, world_size
 from errors import DataError, first_line
 from flags.pictures import PictureShape
 
@@ -41,7 +41,7 @@ def readers(config) -> int:
     fits at all.
     """
     processes = on_this_machine()
-    batch = config.batch_size // processes * PictureShape.of_config(config).values      # bytes
+    batch = config.batch_size // world_size() * PictureShape.of_config(config).values      # bytes
     free = shared_memory() // processes
     fitting = free // (BATCHES * batch)
     if config.num_workers == "auto":

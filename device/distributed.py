@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from device import mps
+from errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -30,24 +32,47 @@ class Place:
 
 def start(config):
     """Join the process group if torchrun started this process. Return its Place."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if world_size() == 1:
         return place_alone(config)
     on_cuda = _on_cuda(config)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_cuda else torch.device("cpu")
     if on_cuda:
+        _require_kernels(device)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_cuda else "gloo")
-    return Place(device, dist.get_rank(), world_size)
+    return Place(device, dist.get_rank(), world_size())
 
 
 def place_alone(config):
     """Return the Place of one process on `--device`, whoever started it."""
     best = "cuda" if _on_cuda(config) else "mps" if mps.is_available() else "cpu"
     device = torch.device(best if config.device == "auto" else config.device)
+    if device.type == "cuda":
+        _require_kernels(device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)                   # CUDA graphs are captured on the current device
     return Place(device)
+
+
+def _require_kernels(device):
+    """Raise UsageError if this PyTorch was built for newer GPUs: it finds an older one, and fails at its first use."""
+    numbers = [arch.removeprefix("sm_") for arch in torch.cuda.get_arch_list()]         # sm_75, sm_80, ...
+    least = min((int(number) for number in numbers if number.isdecimal()), default=0)
+    major, minor = torch.cuda.get_device_capability(device)
+    if 10 * major + minor < least:
+        raise UsageError(f"--device {device}: this PyTorch ({torch.__version__}) cannot use GPUs of capability "
+                         f"{major}.{minor}, such as {torch.cuda.get_device_name(device)}\ninstall one for CUDA 12.6 "
+                         "(see pytorch.org/get-started), or use --device cpu")
+
+
+def why_no_gpu(config):
+    """Return in words why `--device auto` takes the CPU on a machine with an NVIDIA GPU; else an empty text."""
+    if config.device != "auto" or torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return ""
+    built = f"this PyTorch ({torch.__version__})"
+    if torch.version.cuda is None:
+        return f"{built} was built without CUDA; see pytorch.org/get-started"
+    return f"{built}, for CUDA {torch.version.cuda}, finds no GPU; perhaps the driver is too old for it"
 
 
 def _on_cuda(config):
@@ -160,6 +185,12 @@ def gather_in_order(by_number):
     return [values[number] for number in sorted(values)]
 
 
+def require_same(value, error):
+    """Raise the exception `error` on all ranks if their values differ. All ranks must call this."""
+    if len(set(gather(value))) > 1:
+        raise error
+
+
 def is_alone():
     """Return whether there is no process group."""
     return not dist.is_initialized()
@@ -191,6 +222,11 @@ def after_first(first, others):
 def on_first(compute):
     """Run compute() on rank 0 and return its result on every rank."""
     return gather(after_first(compute, lambda: None))[0]
+
+
+def world_size():
+    """Return the number of the run's processes (torchrun sets it); 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_this_machine():

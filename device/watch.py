@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -219,7 +220,8 @@ class Watch:
         if self.store is None or time.monotonic() - self.answered > AWAY:
             return True
         try:
-            return self.store.add(f"claim/{hashlib.sha256(what.encode()).hexdigest()}", 1) == 1
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)     # of torchrun, whose store stays
+            return self.store.add(f"claim/{attempt}/{hashlib.sha256(what.encode()).hexdigest()}", 1) == 1
         except RuntimeError:
             return True
 
@@ -228,6 +230,18 @@ def take_over():
     """Leave it to the main thread to end this process, which may take a while."""
     if _running is not None:
         _running.acting.acquire(blocking=False)
+
+
+@contextmanager
+def not_ended():
+    """In this block the loss of another rank does not end this process: a checkpoint would be cut off."""
+    acting = _running and _running.acting
+    held = acting is not None and acting.acquire(blocking=False)
+    try:
+        yield
+    finally:
+        if held:
+            acting.release()
 
 
 def claim(what):

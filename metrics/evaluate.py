@@ -20,7 +20,7 @@ import data_loader
 from dataset.images import ThreadedReader, open_pictures
 from device import distributed
 from device.distributed import Place, say
-from errors import DataError, UsageError, first_line
+from errors import CheckpointError, DataError, UsageError, first_line
 from flags.common import METRICS
 from flags.pictures import PictureShape, as_imsize, sides
 from gallery import page
@@ -91,6 +91,9 @@ def _evaluate(evaluation, meter, others, samples, source, report, keep_best=lamb
 def _evaluate_run(config, place, precision):
     state = load_state(config)                          # once: a run that goes on writes newer ones meanwhile
     trained = generator_of(state, config, place, precision)
+    distributed.require_same((trained.step, trained.weights), CheckpointError(
+        f"--version {config.version}: the processes found different checkpoints, as the run goes on.\n"
+        "Give one of them: --pretrained_model STEP."))
     trained.G.requires_grad_(False)
     _refuse_without_classes(config, trained)
     needs_pictures = any(METRICS[name].of_folders or METRICS[name].of_classes for name in config.metrics)

@@ -199,7 +199,7 @@ class Bench:
             self.script.write_text(text)
         command = ["bash", self.script, *map(str, arguments), *(["--to", self.to] if to else [])]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.home,
-                                env=environment(self.home), **{"preexec_fn": heed_signals, **options})
+                                **{"env": environment(self.home), "preexec_fn": heed_signals, **options})
 
     def run(self, *arguments, **options):
         """Exit code and everything printed."""
@@ -396,6 +396,18 @@ def test_mirror_is_tried_first_and_the_table_goes_on_after_it(bench):
     assert code == 0 and "HTTP error 404" in text
     paths = [path for path, _ in bench.server.requests]
     assert paths == ["/404/img_align_celeba.zip", "/img_align_celeba.zip"]
+
+
+def test_a_python_that_does_not_start_is_named_before_anything_is_fetched_or_lost(bench, tmp_path):
+    stub = tmp_path / "bin" / "python3"
+    stub.parent.mkdir()
+    stub.write_text("#!/bin/sh\necho 'pyenv: version not set' >&2; exit 127\n")
+    stub.chmod(0o755)
+    bench.to.mkdir()
+    bench.whole.write_bytes(CELEBA)
+    code, text = bench.run("CelebA", env=environment(tmp_path, stub.parent))
+    assert code == 1 and "a python3 of 3.6 or newer that starts is needed" in text
+    assert bench.whole.read_bytes() == CELEBA and bench.server.requests == []
 
 
 def test_next_url_is_used_when_one_fails(bench):

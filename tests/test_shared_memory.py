@@ -101,3 +101,12 @@ def test_where_no_process_can_be_started_the_training_process_loads(pictures, mo
     assert torch.equal(take(real_batches(config, build_dataset(config), 0, "cpu"), 3), expected)
     assert capsys.readouterr().out.count("note: loader processes cannot be started (No space left on device)") == 1
     assert list(workers.spread(list, range(9), 2, "looking")) == list(range(9))
+
+
+def test_a_rank_of_several_machines_has_its_share_of_the_whole_batch(monkeypatch, capsys):
+    """Two of four processes are on this machine: each batch of 64 is 16 pictures a process."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(workers, "shared_memory", lambda: 2 * workers.BATCHES * 16 * 3 * 64 * 64)
+    config = data_config(imsize=64, batch_size=64, num_workers=1, channels="rgb", fit="crop")
+    assert workers.readers(config) == 1 and not capsys.readouterr().out

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import utils
-from device import distributed
+from device import distributed, watch
 from generate.draw import DrawnSamples
 from storage import checkpoint, score_table
 from storage.journal import count_between
@@ -58,7 +58,8 @@ class Measurements:
         if better:
             saved = {**state(), "best": better}
             if distributed.is_first():
-                checkpoint.save_best(saved, self.folders.models)
+                with watch.not_ended():
+                    checkpoint.save_best(saved, self.folders.models)
         return scores
 
     def _rate(self, scores):

@@ -11,7 +11,10 @@ import pytest
 from conftest import MAIN, TINY, lines, two_processes
 from kills import Group, Two, is_running
 
-from device import distributed
+import data_loader
+from device import distributed, watch
+from errors import UsageError
+from parameter import resolve
 from storage import checkpoint
 
 ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
@@ -148,3 +151,80 @@ def test_without_torchrun_the_ranks_save_and_end(under_torchrun, run):
     code, out, _ = run("--version", "a", "--total_step", step + 1)
     assert code == 0 and f"resuming 'a' from step {step}" in out
     assert lines("a")[-1]["step"] == step + 1
+
+
+# ---------------------------------------------------------------------------------- ranks that see different things
+
+
+def test_ranks_with_other_settings_pictures_or_checkpoints_are_refused(run, pictures, monkeypatch):
+    """Else they wait for each other for ever, or train on what is no run at all."""
+    def other(found):
+        """What the other rank has."""
+        if isinstance(found, dict):
+            return found | {"beta1": 0.5}
+        return (7, None) if found == (None, None) else found
+
+    flags = ("--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "gather", lambda found: [found, other(found)])
+        code, _, err = run(*flags)
+        assert code == 2 and "--beta1: the processes have different values (0.0, 0.5)" in err
+        patch.setattr(distributed, "gather", lambda found: [found, found if isinstance(found, dict) else other(found)])
+        code, _, err = run(*flags)
+        assert code == 5 and "the processes found different checkpoints" in err
+    monkeypatch.setattr(data_loader, "is_alone", lambda: False)
+    monkeypatch.setattr(data_loader, "gather", lambda found: [found, (found[0] + 1, found[1])])
+    code, _, err = run(*flags)
+    assert code == 3 and "the processes see different pictures (12, 13)" in err and not Path("models").exists()
+
+
+def test_while_a_checkpoint_is_written_no_other_ranks_loss_ends_this_one(run, monkeypatch):
+    def write(*words, plain=checkpoint._write):
+        seen.append(watch._running.acting.locked())
+        plain(*words)
+
+    seen = []
+    monkeypatch.setattr(watch, "_running", watch.Watch())
+    monkeypatch.setattr(checkpoint, "_write", write)
+    assert run("--version", "a", "--total_step", 2, "--model_save_step", 1)[0] == 0
+    assert seen == [True, True] and not watch._running.acting.locked()
+
+
+def test_what_was_said_before_torchruns_restart_is_said_again(monkeypatch):
+    class Store(dict):
+        def add(self, key, number):
+            self[key] = self.get(key, 0) + number
+            return self[key]
+
+    one = watch.Watch()
+    one.store = Store()
+    one.met.set()
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        assert [one.claim("a lost rank"), one.claim("a lost rank")] == [True, False]
+
+
+# ----------------------------------------------------------------------------------------------- GPUs that do not fit
+
+
+def test_a_gpu_that_this_pytorch_cannot_use_is_named(monkeypatch):
+    config = resolve({"device": "auto"})
+    monkeypatch.setattr(distributed.torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(distributed.torch.cuda, "get_device_name", lambda device: "GTX 1080")
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(distributed.torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90a", "compute_120"])
+    with pytest.raises(UsageError, match="cannot use GPUs of capability 6.1, such as GTX 1080\n.*--device cpu"):
+        distributed.place_alone(config)
+    monkeypatch.setattr(distributed.torch.cuda, "get_arch_list", lambda: ["sm_50", "sm_90"])
+    assert distributed.place_alone(config).device.type == "cuda" and not distributed.why_no_gpu(config)
+
+
+@pytest.mark.parametrize(("built_for", "words"), [(None, "was built without CUDA"), ("13.0", "finds no GPU; perhaps")])
+def test_a_training_on_the_cpu_beside_an_nvidia_gpu_says_why(run, monkeypatch, built_for, words):
+    monkeypatch.setattr(distributed.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(distributed.torch.version, "cuda", built_for)
+    monkeypatch.setattr(distributed.shutil, "which", lambda name: f"/usr/bin/{name}")
+    _, out, _ = run("--device", "auto", "--dry_run", "true")
+    assert words not in out, "it prints the device itself"
+    _, out, _ = run("--device", "auto", "--total_step", 1, "--sample_step", 5)
+    assert "note: training on the CPU: this PyTorch (" in out and words in out
