@@ -19,7 +19,7 @@ from device.distributed import say
 from device.loss_scale import LONGEST_STREAK
 from errors import CheckpointError, NonFiniteError, UsageError, first_line, out_of_memory_on
 from families import FAMILIES
-from flags.common import written
+from flags.values import written
 from gallery import page
 from generate.draw import BN_STATS_IMAGES
 from parameter import RUN_SETTINGS, as_json, to_resume

@@ -19,8 +19,10 @@ from types import SimpleNamespace
 
 from errors import CheckpointError, UsageError
 from flags import common
-from flags.common import METRICS, MODELS, boolean, boolean_or_auto, one_of, written
+from flags.common import MODELS
 from flags.pictures import check_size, sides
+from flags.scores import METRICS
+from flags.values import boolean, boolean_or_auto, one_of, written
 
 # {--model: its module in flags/}, the default model first
 FAMILIES = {model: import_module(f"flags.{model}") for model in MODELS}

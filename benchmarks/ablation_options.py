@@ -14,7 +14,7 @@ from pathlib import Path
 import parameter
 import report
 from errors import UsageError
-from flags.common import boolean, metrics, one_of
+from flags.values import boolean, metrics, one_of
 from metrics import swd
 
 

@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT))           # before this folder
 
 import errors  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
-from flags.common import always, written  # noqa: E402
+from flags.common import always  # noqa: E402
+from flags.values import written  # noqa: E402
 
 PAGE = ROOT / "docs" / "flags.md"
 INTRO = """\

@@ -1,205 +1,43 @@
 """The flags that all families share; `Flag`: converter, default, range, help.
 
-flags/pictures.py says what pictures are, flags/scaling.py what --preset gpu scales; every other file in this folder
-holds the flags, presets, image sizes and checks of one family. `parameter.py` parses the command line by these tables.
-Nothing here imports torch, so that --help and most mistakes answer at once.
+flags/values.py converts what is typed, flags/scores.py lists the metrics, flags/pictures.py says what pictures are,
+flags/scaling.py what --preset gpu scales; every other file in this folder holds the flags, presets, image sizes and
+checks of one family. `parameter.py` parses the command line by these tables. Nothing here imports torch, so that --help
+and most mistakes answer at once.
 """
 
-import argparse
-import difflib
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flags.pictures import CHANNELS, FITS, as_imsize
+from flags.scores import FEATURE_NETS, FEW, METRICS
+from flags.values import (
+    boolean,
+    boolean_or_auto,
+    metrics,
+    names,
+    one_of,
+    points,
+    policies,
+    run_or_file,
+    seeds,
+    sizes,
+    step_or_best,
+    whole_or_auto,
+    written,
+)
 
 # The names of the families: one file of this folder each.
 MODELS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")
-                      if path.stem not in ("common", "pictures", "scaling")))
+                      if path.stem not in ("common", "pictures", "scaling", "scores", "values")))
 
 # --adv_loss, each with its defaults of --d_iters and --sn.
 LOSSES = {
     "hinge":   {"d_iters": 1, "sn": "both"},
     "wgan-gp": {"d_iters": 5, "sn": "none"},
 }
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric: its `file` in metrics/; its description `words` for --help; `of_sets`: it compares two sets of
-    pictures, so --metric_step can compute it in training; `of_folders`: it can be computed for --fake_dir;
-    `of_classes`: only for a run with classes, against its real pictures. A set needs at least `least` pictures.
-    """
-
-    file: str
-    words: str = ""
-    of_sets: bool = False
-    of_folders: bool = False
-    of_classes: bool = False
-    least: int = 1
-
-
-METRICS = {     # --metrics, in the order in which --mode evaluate computes them
-    "fid":     Metric("features", of_sets=True, of_folders=True, least=2),
-    "kid":     Metric("features", of_sets=True, of_folders=True, least=2),
-    # of a picture and its five nearest neighbours
-    "pr":      Metric("features", "precision, recall, coverage", of_sets=True, of_folders=True, least=6),
-    "is":      Metric("features", "Inception Score: only with --feature_net inception", of_sets=True, of_folders=True,
-                      least=2),
-    "swd":     Metric("swd", "sliced Wasserstein distance: needs no weights", of_sets=True, of_folders=True),
-    "ifid":    Metric("ifid", "fid within each class, of a run with classes", of_classes=True, least=2),
-    "nearest": Metric("nearest", "are samples copies?", of_folders=True, least=2),
-    "lpips":   Metric("backtrack", "back-tracking of held-out pictures"),
-    "share":   Metric("variation", "of the images' variance, from each input of G"),
-    "cost":    Metric("cost", "time, memory"),
-}
-
-FEATURE_NETS = ("inception", "vgg16", "dinov2", "clip")     # --feature_net
-MOST_SEEDS = 1_000_000      # of --seeds
-FEW = 1000          # real pictures: with fewer, best.pth goes by kid, as a fid mostly measures how many there are
-
-
-def score_name(score, feature_net):
-    """Return the name of a score of this network's features: fid and kid of Inception's, fd_vgg16 and kid_vgg16, ..."""
-    if feature_net == "inception" or score.startswith("inception_score"):
-        return score
-    return f"{'fd' if score == 'fid' else score}_{feature_net}"
-
-
-def scores_by_rank(feature_net, real):
-    """Return the names of the scores that decide which checkpoint is best, the first that was measured counts.
-
-    `real` is the number of real pictures.
-    """
-    fid, kid = (score_name(score, feature_net) for score in ("fid", "kid"))
-    return (kid, fid) if real < FEW else (fid, kid)
-
-
-# ---------------------------------------------------------------------------------------------------- converters
-
-
-def boolean(text):
-    """Convert true/false/1/0/yes/no, in any case, to bool; raise ArgumentTypeError for anything else."""
-    word = str(text).lower()
-    if word in ("true", "1", "yes"):
-        return True
-    if word in ("false", "0", "no"):
-        return False
-    raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-
-
-def boolean_or_auto(text):
-    """'auto' -> "auto"; else as `boolean`."""
-    if str(text).lower() == "auto":
-        return "auto"
-    try:
-        return boolean(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error} nor auto") from None
-
-
-def number_or(word, kind):
-    """Return a converter that accepts `word` and whole numbers; `kind` names the numbers in its error message."""
-
-    def convert(text):
-        if text == word:
-            return text
-        try:
-            return int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is neither a {kind} nor {word}") from None
-
-    return convert
-
-
-def sizes(text):
-    """'16,32' -> (16, 32), sorted, each once; 'none' -> ()."""
-    if str(text).lower() == "none":
-        return ()
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is neither a list of sizes such as 16,32 nor none") from None
-
-
-def points(text):
-    """'0.45,0.36;0.2,0.5' -> ((0.45, 0.36), (0.2, 0.5)): one to eight (y, x) as fractions of the image."""
-    try:
-        pairs = tuple(tuple(float(part) for part in point.split(",")) for point in text.split(";"))
-    except ValueError:
-        pairs = ()
-    if not 1 <= len(pairs) <= 8 or not all(len(point) == 2 and all(0 <= x <= 1 for x in point) for point in pairs):
-        raise argparse.ArgumentTypeError(f"'{text}' is not one to eight points y,x;y,x in fractions of the image, "
-                                         "such as '0.45,0.36;0.2,0.5'")
-    return pairs
-
-
-def policies(text):
-    """'color,translation' -> ("color", "translation"); 'none' -> ()."""
-    if str(text).lower() == "none":
-        return ()
-    return tuple(_AUGMENTATION(part) for part in text.split(","))
-
-
-def run_or_file(text):
-    """'models/a/' -> "models/a": the name of a run or the path of a file, written in one way."""
-    return os.path.normpath(text) if text else text
-
-
-def seeds(text):
-    """'3,9-11' -> (3, 9, 10, 11), each once."""
-    found = []
-    for part in str(text).split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < 2**63:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a list of seeds such as 3,5,9-20")
-        if len(found) + last - first >= MOST_SEEDS:
-            raise argparse.ArgumentTypeError(f"'{text}' are more than {MOST_SEEDS:,} seeds")
-        found += range(first, last + 1)
-    return tuple(dict.fromkeys(found))
-
-
-def names(text):
-    """'3,tabby' -> ("3", "tabby")."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def metrics(text):
-    """'fid,kid' -> ("fid", "kid"), each once."""
-    return tuple(dict.fromkeys(_METRIC(part) for part in text.split(",")))
-
-
-def one_of(*names):
-    """Return a converter that accepts these names only; its error message suggests the nearest one."""
-
-    def convert(text):
-        if text in names:
-            return text
-        # of short names a swap of two letters is 0.67
-        nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.7 if len(text) > 4 else 0.6)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(names)}{hint}")
-
-    return convert
-
-
-whole_or_auto, step_or_best = number_or("auto", "whole number"), number_or("best", "step")
-_AUGMENTATION = one_of("color", "translation", "cutout")
-_METRIC = one_of(*METRICS)
-
-
-def written(value):
-    """Return a setting's value as text in command-line syntax."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        nested = value and isinstance(value[0], (tuple, list))
-        return (";" if nested else ",").join(map(written, value)) or "none"
-    return str(value)
 
 
 # --------------------------------------------------------------------------------------------------------- flags

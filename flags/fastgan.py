@@ -1,8 +1,9 @@
 """SLAE-FastGAN's flags, presets, sizes and checks (`--model fastgan`)."""
 
 from errors import UsageError
-from flags.common import DERIVED, Flag, always, boolean, one_of
+from flags.common import DERIVED, Flag, always
 from flags.scaling import for_batch
+from flags.values import boolean, one_of
 
 IS_DEFAULT = False      # of --model
 

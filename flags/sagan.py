@@ -1,9 +1,10 @@
 """SAGAN's flags, presets, sizes and checks (`--model sagan`)."""
 
 from errors import UsageError
-from flags.common import DERIVED, Flag, always, boolean, one_of, points, sizes, written
+from flags.common import DERIVED, Flag, always
 from flags.pictures import FIRST, short_side
 from flags.scaling import for_batch
+from flags.values import boolean, one_of, points, sizes, written
 
 IS_DEFAULT = True       # of --model
 

@@ -3,7 +3,7 @@
 Scores go to metrics.jsonl and the page of the run, and to scores.md, the table of all scores. Each is written as soon
 as it is computed, so that interrupting the program loses only the unfinished one.
 
-`METRICS` in flags/common.py names the file of this folder that computes a metric. `Meter` computes the metrics that
+`METRICS` in flags/scores.py names the file of this folder that computes a metric. `Meter` computes the metrics that
 compare two sets of pictures; each other file has `evaluate(evaluation)`, a generator of lists of Scores, and
 `require(config)`, which raises if something that it needs is missing. All that can be missing is asked for before the
 first score is computed.
@@ -21,8 +21,8 @@ from dataset.images import ThreadedReader, open_pictures
 from device import distributed
 from device.distributed import Place, say
 from errors import CheckpointError, DataError, UsageError, first_line
-from flags.common import METRICS
 from flags.pictures import PictureShape, as_imsize, sides
+from flags.scores import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
 from generate.trained import TrainedGenerator, generator_of, load_state

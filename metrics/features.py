@@ -20,7 +20,7 @@ from device import distributed
 from device.distributed import say
 from device.mps import for_float64
 from errors import DataError
-from flags.common import score_name
+from flags.scores import score_name
 from metrics.meter import refuse_few
 from pretrained.feature_nets import FEATURE_NETS
 from storage.cache import Cache

@@ -17,7 +17,7 @@ from device import distributed
 from device.distributed import say
 from device.mps import for_float64
 from errors import DataError
-from flags.common import score_name
+from flags.scores import score_name
 from generate.classes import LISTED
 from generate.draw import DrawnSamples
 from generate.latents import Inputs

@@ -1,6 +1,6 @@
 """The metrics of `--metrics` that compare two sets of pictures, one of which is a fixed reference.
 
-The table `METRICS` in flags/common.py lists the metrics and the file of this folder that computes each. Such a file has
+The table `METRICS` in flags/scores.py lists the metrics and the file of this folder that computes each. Such a file has
 a class `SetMeter(config, place)`, whose constructor loads what the metric needs, or raises DataError or UsageError.
 `prepare(reference)` raises DataError if the metric cannot be computed against these pictures, and precomputes what it
 needs of them; `measure(pictures, source, stopped)` returns a Score.
@@ -17,8 +17,8 @@ from dataset.decode import MAX_PIXELS
 from dataset.images import ImageDataset, open_pictures
 from dataset.table import fingerprint
 from errors import DataError
-from flags.common import METRICS, scores_by_rank
 from flags.pictures import PictureShape, as_imsize
+from flags.scores import METRICS, scores_by_rank
 from parameter import Config, dataset_name
 
 

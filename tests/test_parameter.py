@@ -13,7 +13,8 @@ import torch
 
 import parameter
 from errors import UsageError
-from flags.common import FEATURE_NETS, LOSSES, METRICS
+from flags.common import LOSSES
+from flags.scores import FEATURE_NETS, METRICS
 from parameter import FAMILIES, FLAGS, GROUPS, parse, resolve, to_resume
 
 DOCS = Path(__file__).parent.parent / "docs"

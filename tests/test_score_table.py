@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flags.common import scores_by_rank
+from flags.scores import scores_by_rank
 from storage.score_table import Score, better_score, comparable, in_words, record
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 
 import loop
 import trainer
-from flags import common
+from flags import scores
 from metrics import features, swd
 from metrics.meter import Meter
 from storage import checkpoint
@@ -572,7 +572,7 @@ def test_with_few_real_pictures_best_pth_goes_by_kid_and_an_older_entry_by_fid_g
             2)
         seen.append((checkpoint.load("models/a/best.pth")["step"], checkpoint.best_score("models/a")["metric"]))
     assert seen == [(4, "kid"), (4, "kid"), (8, "kid")] and checkpoint.best_score("models/a")["kid"] == 1
-    monkeypatch.setattr(common, "FEW", 12)              # as many as there are: fid decides
+    monkeypatch.setattr(scores, "FEW", 12)              # as many as there are: fid decides
     coming += [{"fid": 8.0, "kid": 5.0}]
     run(*measuring(pictures), "--version", "a", "--total_step", 10, "--metrics", "fid,kid", "--model_save_step", 2)
     assert checkpoint.best_score("models/a")["metric"] == "fid"

@@ -21,8 +21,8 @@ from device.loss_scale import LossScale
 from device.precision import Precision
 from device.replicas import GradientAverage
 from errors import UsageError
-from flags.common import written
 from flags.pictures import PictureShape, halved, short_side
+from flags.values import written
 from layers.recompute import recompute_activations
 from parameter import Config
 from pretrained import vgg
