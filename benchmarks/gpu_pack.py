@@ -23,6 +23,7 @@ from utils import spread_indices, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "vgg16_fp16.pth"  # in the pack, beside the archives
+MOST = 26 * 2**20       # bytes of an archive: beside it travel the checkout and the weights, in 64 MiB together
 HALF_SIZE = (89, 109)   # of CelebA's aligned pictures, which have 178 x 218
 
 
@@ -95,12 +96,14 @@ def _as_they_are(path):
             names = _pictures_in(archive)
             if not names or not all("/" in name for name in names):
                 raise DataError(f"--classes {path}: there must be pictures in it, in a folder for each class")
-            yield from ((name, archive.read(name)) for name in names)
+            sizes = [archive.getinfo(name).compress_size for name in names]
+            count = min(len(names), int(len(names) * MOST / sum(sizes)))        # of each class as large a share
+            yield from ((names[index], archive.read(names[index])) for index in spread_indices(count, len(names)))
     except (*DAMAGE, zipfile.BadZipFile) as error:
         raise DataError(f"--classes {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _squares(paths, side=256, limit=32 * 2**20):
+def _squares(paths, side=256, limit=MOST):
     """[(name, JPEG)] of these pictures as training takes them, of the best quality that `limit` bytes allow."""
     with ThreadPoolExecutor() as pool:
         squares = list(pool.map(lambda path: _image(decode(Path(path).read_bytes(), str(path), side)), paths))

@@ -40,7 +40,7 @@ import loading  # noqa: E402
 import parameter  # noqa: E402
 from dataset import workers  # noqa: E402
 from device import console, distributed  # noqa: E402 - found through the line above
-from device.precision import Precision  # noqa: E402
+from device.precision import Precision, choose_algorithms  # noqa: E402
 from errors import Failure  # noqa: E402
 from layers.convolutions import Resampling  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio, hardware, peak_memory  # noqa: E402
@@ -78,6 +78,12 @@ def config_of(flags, more=()):
     batch = {} if "batch_size" in typed or model != "sagan" or torch.cuda.is_available() else {"batch_size": 16}
     usual = parameter.parse(("--compile", "false", *USUAL[model]))
     return parameter.resolve({**usual, **typed, **batch, **parameter.parse(more)})
+
+
+def start(config):
+    """Return the Place of this process, with the algorithms that main.py chooses."""
+    choose_algorithms(config.deterministic)
+    return distributed.start(config)
 
 
 class OtherResampling(TimedConfig):
@@ -128,7 +134,7 @@ def _serve(kind, values, place, pipe):
 def compare(flags, seconds=None, variants=None):
     """Lines of the table of this program's `variants` (None: the usual ones) and the reference."""
     config = config_of(flags)
-    place = distributed.start(config)
+    place = start(config)
     kinds = {"reference": (PlainConfig, config_of(flags, ("--precision", "fp32")))}
     if place.device.type == "cuda":     # torch's own setting is between the two: tf32 in convolutions alone
         kinds["reference in tf32"] = PlainConfig, config_of(flags, ("--precision", "tf32"))
@@ -154,7 +160,7 @@ def compare(flags, seconds=None, variants=None):
 def load(flags, seconds=None):
     """Lines of the table of steps whose pictures are there, and of steps whose pictures are loaded."""
     config = config_of(flags)
-    place = distributed.start(config)
+    place = start(config)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         loading.draw(folder, PICTURES)
@@ -200,22 +206,25 @@ def counting():
 def speed_of_products(precision):
     """Floating-point operations per second of the device in a large matrix product: the best of several."""
     device = precision.device
-    a, b = torch.randn(2, MATRIX, MATRIX, device=device, dtype=torch.bfloat16 if precision.name == "bf16" else None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.name)
+    a, b = torch.randn(2, MATRIX, MATRIX, device=device, dtype=dtype)
+    times = 20 if device.type == "cuda" else 1          # on a fast GPU one takes as long as its launch
     best = 0.0
     for _ in range(5):
         began = time.perf_counter()
         with precision.switched():
-            a @ b
+            for _ in range(times):
+                a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = max(best, 2 * MATRIX**3 / (time.perf_counter() - began))
+        best = max(best, times * 2 * MATRIX**3 / (time.perf_counter() - began))
     return best
 
 
 def grow(flags, batches=None):
     """Lines of the table over image and batch sizes, or over these batches alone."""
     usual = config_of(flags)
-    place = distributed.start(usual)
+    place = start(usual)
     imsizes, usual_batches = GROWTH[usual.model]
     cells = [(imsize, usual.batch_size) for imsize in imsizes]
     cells += [(usual.imsize, batch) for batch in usual_batches if batch != usual.batch_size]

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parameter  # noqa: E402
 from data_loader import build_dataset  # noqa: E402 - found through the line above
 from device import console, distributed  # noqa: E402
+from device.precision import choose_algorithms  # noqa: E402
 from errors import UsageError  # noqa: E402
 from generate.classes import find_classes  # noqa: E402
 from metrics.cost import TimedConfig, alternate, each_ratio  # noqa: E402
@@ -25,6 +26,7 @@ from processes import exit_code_of  # noqa: E402
 def _side(argv):
     config = parameter.resolve(parameter.parse(["--dataset", "toy", *argv]))
     classes = find_classes(config, build_dataset(config)) if config.conditional else None
+    choose_algorithms(config.deterministic)             # as main.py does
     return TimedConfig(config, distributed.start(config), classes=classes)
 
 

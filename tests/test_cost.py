@@ -125,8 +125,8 @@ def test_the_estimated_memory_is_that_of_the_tensors_of_a_real_step(flags, class
     ids=["sagan", "fastgan"])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 def test_the_estimated_memory_is_what_a_gpu_takes(flags, name):
-    config = resolve(parse(("--dataset", "toy", "--preset", "published", "--cuda_graph", "false", "--precision", name,
-                            *flags)))
+    config = resolve(parse(("--dataset", "toy", "--preset", "published", "--cuda_graph", "false", "--compile", "false",
+                            "--precision", name, *flags)))
     place = Place(torch.device("cuda"))
     assert memory.estimate(config, place).total == pytest.approx(cost.peak_memory(config, None, place), rel=0.25)
 

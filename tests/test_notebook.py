@@ -13,10 +13,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import nbformat
 import pytest
 from conftest import MAIN, lines, small_disk_at
-from nbclient import NotebookClient
 
 from storage import checkpoint
 
@@ -37,7 +35,7 @@ def outputs_of(cell):
 
 def notebook_with(source, settings):
     """A notebook with these settings in its first code cell."""
-    notebook = nbformat.read(source, as_version=4)
+    notebook = pytest.importorskip("nbformat").read(source, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     for name, value in settings.items():
         first.source, count = re.subn(rf"^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, first.source,
@@ -50,7 +48,8 @@ def executed(source, folder, cells=None, **settings):
     """What each code cell shows after the notebook, or its first `cells` cells, ran with these settings."""
     notebook = notebook_with(source, settings)
     notebook.cells = notebook.cells[:cells]
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    nbclient = pytest.importorskip("nbclient")
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
     return [outputs_of(cell) for cell in notebook.cells if cell.cell_type == "code"]
 
 

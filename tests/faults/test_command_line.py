@@ -3,12 +3,15 @@
 import os
 import string
 
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+import pytest
 
 import parameter
 from errors import UsageError
 from parameter import FLAGS
+
+pytest.importorskip("hypothesis")       # a GPU's machine may lack it
+from hypothesis import HealthCheck, example, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 HOSTILE = ["", "0", "-1", "1e400", "-inf", "nan", "9" * 40, "1" * 5000, "\0", "/", "..", "../../etc", "a\nb", "\udcff",
            "ä" * 200, "none", "auto", "true", "None", "{}", "1,2,3", ",", ";", "0.5,0.5", "--", "-", "'", '"', "%s",
