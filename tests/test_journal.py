@@ -95,13 +95,15 @@ def test_a_line_that_a_crash_cut_short_swallows_none_that_is_added():
 
 
 @pytest.mark.parametrize(("resume_from", "expected"), [(2, [1, 2, 30]), (None, [1, 2, 3, 30])])
-def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(resume_from, expected):
+def test_tensorboard_gets_the_numbers_alone_and_forgets_what_is_given_up(resume_from, expected, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = MetricsLog("logs", use_tensorboard=True)
     for step in (1, 2, 3):
         log.write_events(step, {"fid": step / 2, "protocol": "words"})
     log.close()
+    # of files of one second the order is that of their numbers as text, 10 before 9
+    monkeypatch.setattr(time, "time", lambda: time.time_ns() / 1e9 + 2)
     log = MetricsLog("logs", use_tensorboard=True, resume_from=resume_from)
     log.write_events(30, {"fid": 1})
     log.close()
