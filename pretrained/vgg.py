@@ -44,11 +44,14 @@ class FrozenMaps(nn.Module):
         super().__init__()
         ends = [end for end, _, _ in LAYERS_OF_D.values()]
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
+        # on the device: to copy them there in each step would wait for the GPU, and cannot be captured
+        for name, channels in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(channels), persistent=False)
 
     def forward(self, images):
         short = min(images.shape[2:])
         images = F.avg_pool2d(images, short // features_size(short))
-        maps = [imagenet_normalize(images)]                             # (B, 3, side, side)
+        maps = [imagenet_normalize(images, self.mean, self.std)]                             # (B, 3, side, side)
         for part in self.parts:
             maps.append(part(maps[-1]))
         return maps[1:]                                                 # (B, 256, side / 4, side / 4), ...
@@ -99,12 +102,13 @@ def load_vgg(weights, fallback_hint):
     return net.requires_grad_(False).eval()
 
 
-def imagenet_normalize(images):
+def imagenet_normalize(images, mean=MEAN, std=STD):
     """Images (B, C, H, W) in [-1, 1] -> (B, 3, H, W): as RGB (see `utils.as_rgb`), standardized by ImageNet's mean and
-    standard deviation, for VGG-16.
+    standard deviation, for VGG-16. These may be given as tensors (3,).
     """
     images = as_rgb(images)
-    mean, std = (images.new_tensor(channels).view(3, 1, 1) for channels in (MEAN, STD))
+    mean, std = (torch.as_tensor(channels, dtype=images.dtype, device=images.device).view(3, 1, 1)
+                 for channels in (mean, std))
     return (images + (1 - 2 * mean)) / (2 * std)
 
 
