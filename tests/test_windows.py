@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, state
+from conftest import TINY, TINY_OF_ANY, state
 
 SCRIPT = Path(__file__).parent / "without_posix.py"
 
@@ -39,6 +39,6 @@ def test_loader_processes_and_fastgan_work_too(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fastgan = ("--model", "fastgan", "--imsize", 64, "--vgg_weights", "random", "--recon", "l1", "--num_workers", 2)
     codes, output = run_on_windows(
-        (*TINY, *fastgan, "--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 2),
+        (*TINY_OF_ANY, *fastgan, "--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 2),
         ("--version", "a", "--mode", "interpolate"), ("--version", "a", "--mode", "style_mix"))
     assert codes == ["0"] * 3, output
