@@ -8,7 +8,7 @@
 #   bash benchmarks/gpu.sh OUT_DIR speed    how full the GPU gets: growing batches, FastGAN's variants, --arch resnet
 #
 # Leaves OUT_DIR/report.md (what was run, how long it took, how it ended, the tables), which it prints, too, and
-# OUT_DIR/outputs.txt, all outputs. The exit code is 0 if everything ended well.
+# OUT_DIR/outputs.txt, all outputs; both, and tables.md, as far as it came if it is killed. The exit code is 0 if everything ended well.
 #
 # Trainings, one command a call, each ending within 9 minutes, and the same command again goes on; what they need is
 # packed before, where the data is. More in benchmarks/gpu_runs.py, or with --help.
@@ -34,9 +34,9 @@ step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
     local name=$1 limit=$2 code=0 began=$SECONDS
     shift 2
     echo "$name: $*"
-    timeout --kill-after=10 "$limit" "$@" >"$work/output.txt" 2>&1 || code=$?
-    [ "$code" = 0 ] || { failed=1; tail -n 5 "$work/output.txt"; }
-    { echo "==== $name"; cat "$work/output.txt"; } >>"$out/outputs.txt"
+    echo "==== $name" >>"$out/outputs.txt"
+    timeout --kill-after=10 "$limit" "$@" >>"$out/outputs.txt" 2>&1 || code=$?
+    [ "$code" = 0 ] || { failed=1; tail -n 5 "$out/outputs.txt"; }
     echo "| $name | \`$*\` | $((SECONDS - began)) s | $code |" >>"$report"
 }
 
@@ -46,12 +46,12 @@ step() {  # step NAME LIMIT_IN_SECONDS COMMAND...
     printf '| step | command | time | exit code |\n|---|---|---|---|\n'
 } >"$report" || exit 1
 finish() {
-    { echo; cat "$work/tables.md" 2>/dev/null; } >>"$report"
+    { echo; cat "$out/tables.md" 2>/dev/null; } >>"$report"
     cat "$report"
     echo "report: $report"
     exit "$failed"
 }
-speed=("$python" benchmarks/speed.py --seconds 1 --results "$work/tables.md")
+speed=("$python" benchmarks/speed.py --seconds 1 --results "$out/tables.md")
 train=("$python" main.py --dataset toy --sample_step 500 --log_path "$work/logs" --model_save_path "$work/models"
     --sample_path "$work/samples" --cache_path "$work/cache")
 if [ "${2-}" = tests ]; then

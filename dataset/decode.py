@@ -43,6 +43,7 @@ FORMATS = {format: endings for format, endings in {  # what Pillow decodes by it
     "PCX": (".pcx",),
     "TGA": (".tga",),  # last: it has no signature
 }.items() if features.check(_NEEDS.get(format, "pil"))} | ({"HEIF": HEIF} if find_spec("pillow_heif") else {})
+_AT_HAND = tuple(format for format in FORMATS if format != "HEIF")  # whose libraries are imported already
 SUFFIXES = frozenset(ending for endings in FORMATS.values() for ending in endings)
 # Pillow's exceptions on damaged data.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
@@ -191,7 +192,7 @@ def _formats(file: BinaryIO) -> tuple[str, ...]:
     if "HEIF" in FORMATS and start[4:8] == b"ftyp" and start[8:] not in (b"avif", b"avis"):
         _register_heif()
         return tuple(FORMATS)
-    return tuple(format for format in FORMATS if format != "HEIF")
+    return _AT_HAND
 
 
 @cache

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from device import console
-from device.distributed import launched
+from device.distributed import launched, world_size
 from device.signals import Interrupted
 from errors import TO_RESUME, Failure, LostRankError
 
@@ -56,7 +56,7 @@ class Watch:
     """Follows the other ranks while its `with` block runs. Without torchrun, or with one process, it does nothing."""
 
     def __init__(self):
-        self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.size = int(os.environ.get("RANK", "0")), world_size()
         now = time.monotonic()
         self.peers = {rank: _Peer(now) for rank in range(self.size) if rank != self.rank}
         self.answered = now             # when the store last answered
@@ -97,7 +97,7 @@ class Watch:
 
     def _beat(self):
         """Count, and read the others' counts, until the end."""
-        names = {rank: f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{rank}" for rank in range(self.size)}
+        names = {rank: f"watch/{_attempt()}/{rank}" for rank in range(self.size)}
         started = False                 # whether all ranks have counted
         try:
             self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
@@ -220,8 +220,7 @@ class Watch:
         if self.store is None or time.monotonic() - self.answered > AWAY:
             return True
         try:
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)     # of torchrun, whose store stays
-            return self.store.add(f"claim/{attempt}/{hashlib.sha256(what.encode()).hexdigest()}", 1) == 1
+            return self.store.add(f"claim/{_attempt()}/{hashlib.sha256(what.encode()).hexdigest()}", 1) == 1
         except RuntimeError:
             return True
 
@@ -264,6 +263,11 @@ def lost_rank(error):
         return _running.explain(seconds)
     except Interrupted:                 # torchrun asks the other ranks to end when one is lost
         return _running.explain(seconds)
+
+
+def _attempt():
+    """Return the number of torchrun's restarts, through which its store stays."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _machine():

@@ -51,7 +51,7 @@ class FrozenMaps(nn.Module):
     def forward(self, images):
         short = min(images.shape[2:])
         images = F.avg_pool2d(images, short // features_size(short))
-        maps = [imagenet_normalize(images, self.mean, self.std)]                             # (B, 3, side, side)
+        maps = [imagenet_normalize(images, self.mean, self.std)]        # (B, 3, side, side)
         for part in self.parts:
             maps.append(part(maps[-1]))
         return maps[1:]                                                 # (B, 256, side / 4, side / 4), ...
