@@ -147,7 +147,8 @@ SPEED_STEPS = ("fastgan", "resnet", "sagan", "sagan_batches", "fastgan_batches",
 def test_the_gpu_script_reports_every_step_and_how_it_ended(tmp_path, asked, names):
     """With a Python that does nothing but say what it was asked for, and fails at one step."""
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho \"asked: $*\"\ncase \"$*\" in *fastgan*imsize*256* | -m\\ pytest*) exit 4 ;; esac\n")
+    python.write_text("#!/bin/sh\necho \"asked: $*\"\n"
+                      "case \"$*\" in *fastgan*imsize*256* | -m\\ pytest*) exit 4 ;; esac\n")
     python.chmod(0o755)
     script = Path(speed.__file__).parent / "gpu.sh"
     done = subprocess.run(["bash", script, tmp_path / "out", *asked], capture_output=True, text=True, timeout=60,
