@@ -44,10 +44,14 @@ class Due(NamedTuple):
 
 
 def due_at(config, step):
-    """Return what is due after `step` by interval; the last step logs, shows, saves, measures."""
+    """Return what is due after `step` by interval; the last step logs, shows, saves, measures.
+
+    A record has its line, too, as that holds its figures.
+    """
     last = step == config.total_step
-    return Due(*(every > 0 and (last or step % every == 0) for every in (
-        config.log_step, config.sample_step, config.model_save_step, config.metric_step)))
+    log, show, save, measure = (every > 0 and (last or step % every == 0) for every in (
+        config.log_step, config.sample_step, config.model_save_step, config.metric_step))
+    return Due(log or show, show, save, measure)
 
 
 def find_undone(config, folders, state):
@@ -244,7 +248,8 @@ class Run:
     def write_checkpoint(self):
         """Write a checkpoint and prune the old ones, on this rank."""
         checkpoint.save(self.state(), self.folders.models)
-        checkpoint.prune(self.folders.models, self.config.keep_checkpoints)
+        self.try_to("delete old checkpoints",
+                    lambda: checkpoint.prune(self.folders.models, self.config.keep_checkpoints))
 
     def measure(self):
         """Compute the metrics of G_ema's samples; save best.pth if they are the best so far.
@@ -263,7 +268,8 @@ class Run:
         if scores is None or not distributed.is_first():
             return
         step, config, standing = self.trainer.step, self.config, self.measurements.standing
-        self.try_to("write scores.md", lambda: score_table.record(config.log_path, config.version, step, scores))
+        self.try_to("write scores.md", lambda: score_table.record(
+            config.log_path, score_table.as_entries(config.version, step, scores)))
         for score in scores:
             self.write_line(score.line())               # the last thing: `find_undone` looks for it
         self.progress.write(f"step {step}: {', '.join(score_table.in_words(score.values) for score in scores)}")

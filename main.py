@@ -35,8 +35,8 @@ def main(argv):
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return 128 + request.number
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt:                           # a second Ctrl-C while a training saves
+        print("interrupted; what was trained since the last checkpoint is not saved", file=sys.stderr)
         return 130
     except OSError as error:
         free = "Move it away" if error.errno in (errno.ENOTDIR, errno.EEXIST) else "Free some space"
@@ -69,6 +69,8 @@ def run(argv, interrupt):
 
     interrupt.check()                                   # torch's import catches what is raised in numpy's
     config = parameter.resolve(samples.settings_of(typed), checkpoint.saved_config, vgg.FILE.is_available)
+    if config.mode == "train" and typed.get("config") is not None and "version" not in typed:
+        distributed.say(f"note: --config takes no name: this run is '{config.version}'; --version names it")
     if config.mode == "clean_data":
         return clean.clean_data(config) if distributed.is_first() else 0
     if config.mode == "evolution" and not config.dry_run:
@@ -92,9 +94,16 @@ def watched(config, interrupt):
     except (MemoryError, RuntimeError, Interrupted) as error:
         where = out_of_memory_on(error)
         if where:
-            raise Failure(f"out of memory on {where}: lower --batch_size, --imsize, --z_dim, or the widths "
-                          "--g_conv_dim and --d_conv_dim") from None
+            raise Failure(f"out of memory on {where}: {_remedy(config.mode, where)}") from None
         raise watch.lost_rank(error) or workers.death(error) or error from None
+
+
+def _remedy(mode, where):
+    """Return what helps a command of this `--mode` that has no memory left on the GPU, or on this machine."""
+    if mode == "train":
+        return "lower --batch_size, --imsize, --z_dim, or the widths --g_conv_dim and --d_conv_dim"
+    way = f"{'use --device cpu, or ' if where == 'the GPU' else ''}wait for what else uses it"
+    return way + ", or give fewer --metrics, or another --feature_net" * (mode == "evaluate")
 
 
 def dispatch(config, place, interrupt):

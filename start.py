@@ -23,8 +23,7 @@ from generate.classes import Classes, describe_changes, find_classes, lines_on_c
 from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
 from parameter import RUN_SETTINGS, as_json, source_of, to_resume
-from storage import checkpoint
-from storage.boards import require_wandb
+from storage import boards, checkpoint, score_table
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
 from training import memory
@@ -59,7 +58,8 @@ def train(config, place, precision, interrupt):
     data, classes = _compare(config, state, dataset, say)
     for line in lines_on_classes(config, dataset, classes):
         say(line)
-    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, place, state), classes)
+    trainer = Trainer(config, place, precision, len(dataset), _find_bank(config, dataset, data, place, state),
+                      classes)
     _initialize(config, trainer, classes, source)
     if meter:
         meter.prepare(of_run(config, dataset))
@@ -106,7 +106,7 @@ def require_memory(config, place, classes, found=None):
 def _has_begun(config):
     """Return whether the run has checkpoints, so that its networks are given."""
     folders = RunFolders.of(config)
-    return bool(checkpoint.steps_in(folders.models)) and not _is_restart(config, folders)
+    return checkpoint.has_any(folders.models) and not _is_restart(config, folders)
 
 
 def compare_with_run(config, dataset):
@@ -152,7 +152,7 @@ def _load_what_is_needed(config, place, state, classes, pictures):
     """
     if config.classes is not None:
         require_classes(classes).choose(config.classes)
-    require_wandb(config)
+    boards.require_wandb(config)
     require_memory(config, place, classes)
     if config.metric_step:
         refuse_few(config.metrics, pictures, "real")
@@ -177,9 +177,12 @@ def _claim(config, folders, saved, restart):
         lock.close()
         raise LockedError(f"{_owner(config)}: another process has trained in the meantime; run the same command again")
     folders.remove_leftovers()
-    if restart and (saved or checkpoint.best_path(folders.models).is_file() or folders.is_half_moved()):
+    if restart and (checkpoint.has_any(folders.models) or folders.is_half_moved()):
         lock.close()                                    # its files move with the folders
-        say(f"the run '{config.version}' is now called '{folders.move_aside()}'")
+        name = folders.move_aside()
+        say(f"the run '{config.version}' is now called '{name}'")
+        with contextlib.suppress(OSError):              # a table that can be wrong is no reason not to train
+            score_table.rename(config.log_path, config.version, name)
         folders.create()
         lock = FolderLock(folders.each(), _owner(config))
     if lock.unsupported:
@@ -188,14 +191,20 @@ def _claim(config, folders, saved, restart):
     return lock
 
 
-def _find_bank(config, dataset, place, state):
-    """Return the metadata bank of the checkpoint `state`, or of the data set for a new run; None if unused."""
+def _find_bank(config, dataset, data, place, state):
+    """Return the metadata bank of the checkpoint `state`, or of the data set for a new run; None if unused.
+
+    `data` is the data set's record for checkpoints.
+    """
     if not config.metadata:
         return None
     if state is None:
         return metadata.find_bank(config, dataset, place.device)
     bank = metadata.Bank.from_state(state["metadata"])
-    if not metadata.same_pictures(bank, config, dataset):
+    before = state.get("data")                          # older checkpoints have none
+    # of a folder that was moved or copied only paths and dates are others
+    same = before and table.are_same(before, data) or metadata.same_pictures(bank, config, dataset)
+    if not same:
         say("note: the pictures have changed since this run's metadata were computed; it keeps the old metadata")
     return bank
 
@@ -304,8 +313,14 @@ def _check_frozen(config, D, left):
 def _restore(trainer, state, folders):
     """Resume from the checkpoint `state`, or start a new run if it is None; report which, and changed settings."""
     config = trainer.config
+    if distributed.is_first():
+        with contextlib.suppress(OSError):              # as in `_claim`
+            score_table.give_up_after(config.log_path, config.version, -1 if state is None else state["step"])
     if state is None:
-        moved = folders.supersede_records_after(-1) if distributed.is_first() else 0
+        moved = 0
+        if distributed.is_first():
+            moved = folders.supersede_records_after(-1)
+            boards.forget_wandb_run(folders.logs)
         if moved:
             say(f"{moved} records of an older run moved to {folders.samples / 'superseded'}")
         say(f"starting '{config.version}'; run {to_resume(config)} again to resume from the newest checkpoint\n"
@@ -319,6 +334,8 @@ def _restore(trainer, state, folders):
             say(f"later checkpoints ({', '.join(moved)}) moved to {folders.models / 'superseded'}")
         # of a run that was killed, too: the page would show what is given up beside what is drawn again
         folders.supersede_records_after(trainer.step)
+        with contextlib.suppress(OSError):              # so that a lower --keep_checkpoints frees space now
+            checkpoint.prune(folders.models, config.keep_checkpoints)
     distributed.barrier()
     say(f"resuming '{config.version}' from step {trainer.step}")
     processes, before = trainer.place.world_size, state.get("processes")       # older checkpoints lack it

@@ -119,9 +119,9 @@ def new_folders(*folders):
 def write_atomically(path, write, lasting=True):
     """Call write(temporary path), fsync, then rename to `path`: a reader sees the whole old or the whole new file.
 
-    If `write` raises, the old file stays and the temporary file is deleted; one that a killed process left of an
-    earlier attempt is deleted, too. `lasting` False, for many files that are easily made again: without fsync, and what
-    killed processes left is the caller's to remove.
+    If `write` raises, the old file stays and the temporary file is deleted; what killed processes left is deleted after
+    a process's first file in a folder. `lasting` False, for many files that are easily made again: without fsync, and
+    what killed processes left is the caller's to remove.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
@@ -138,7 +138,13 @@ def write_atomically(path, write, lasting=True):
             error.filename = str(path)                  # a full disk names no file by itself
         raise
     if lasting:
-        remove_leftovers(path.parent, path.name)
+        _remove_leftovers_once(path.parent.absolute())
+
+
+@cache
+def _remove_leftovers_once(folder):
+    """`remove_leftovers`, at the first call for a folder: a long run's has ten thousand files, and is listed slowly."""
+    remove_leftovers(folder)
 
 
 def remove_leftovers(folder, name=None):

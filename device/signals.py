@@ -4,12 +4,14 @@ Outside of training a request ends the program at once: nothing would be lost. W
 noted, and the loop saves at the end of the step. Imports nothing but the standard library.
 """
 
+import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU")      # those that a system lacks are left out
+_NOTE = b"\nfinishing this step and saving; Ctrl-C once more ends without saving\n"
 FORWARDED = 5           # seconds: torchrun and job schedulers repeat a signal that a process group has already received
 
 
@@ -50,6 +52,9 @@ class Interrupt:
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
             self.check()
+            if os.environ.get("RANK", "0") == "0":
+                with suppress(OSError):                 # not print: it may be what was interrupted
+                    os.write(2, _NOTE)
         elif number == signal.SIGINT and time.monotonic() - self._since > FORWARDED:
             raise KeyboardInterrupt
 

@@ -25,12 +25,12 @@ from flags.pictures import PictureShape, as_imsize, sides
 from flags.scores import METRICS
 from gallery import page
 from generate.draw import DrawnSamples
-from generate.trained import TrainedGenerator, generator_of, load_state
+from generate.trained import TrainedGenerator, folder_as_file_part, generator_of, load_state
 from metrics.meter import Meter, Reference, of_folder, of_run, refuse_few
 from parameter import Config
 from storage import checkpoint, score_table
-from storage.folders import RunFolders, require_folders, step_name
-from storage.journal import MetricsLog
+from storage.folders import RunFolders, require_folders
+from storage.journal import BY_HAND, MetricsLog
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Evaluation:
     """The inputs and output paths of the metrics in one evaluation.
 
     `reference`: the real pictures, None if no metric needs them. `sample_sets()` is an iterable of (suffix of file
-    names, set of uint8 pictures, source). `picture_path(name)` is the Path of an output picture. `trained` and `step`
-    are None if a folder (--fake_dir) is evaluated.
+    names, set of uint8 pictures, source). `picture_path(name, sampler)` is the Path of an output picture; `sampler`:
+    whether it depends on --metadata_sample. `trained` and `step` are None if a folder (--fake_dir) is evaluated.
     """
 
     config: Config
@@ -113,8 +113,9 @@ def _evaluate_run(config, place, precision):
             generator = generator_of(state, changed, place, precision) if sampler else trained
             yield f"_{sampler}" if sampler else "", samples_of(generator), generator.latents.source(config.seed)
 
-    def picture_path(name):
-        return trained.folders.samples / step_name(trained.step, f"_{name}.png")
+    def picture_path(name, sampler):
+        seed = "" if config.seed == trained.own.get("seed", config.seed) else f"_seed{config.seed}"
+        return trained.path(name + seed, ".png", sampler)
 
     def keep_best(scores, names):
         if not config.real_dir and config.truncation is None and distributed.is_first():
@@ -147,9 +148,12 @@ def _keep_best(config, trained, scores, names):
     comparable = better and (best is None or score_table.comparable(better, best))
     path = checkpoint.path_of(trained.folders.models, trained.step)
     if comparable and config.pretrained_model != "best" and path.is_file():     # training may have deleted it
-        state = checkpoint.load(path)
-        checkpoint.save_best({**state, "best": better}, trained.folders.models)
         name = better["metric"]
+        try:
+            checkpoint.save_best({**checkpoint.load(path), "best": better}, trained.folders.models)
+        except CheckpointError as error:                # the scores count, this is done by the way
+            say(f"warning: {name} is the best so far, but {first_line(error)}")
+            return
         say(f"step {trained.step} has the best {name} so far, {better[name]:.4g}: saved as "
             f"{checkpoint.best_path(trained.folders.models)}")
 
@@ -162,14 +166,16 @@ class _Report:
         self.step = trained.step if trained else None
 
     def add(self, scores):
-        """Record and print these scores."""
+        """Print and record these scores."""
         if not distributed.is_first():
             return
-        lines = score_table.record(self.config.log_path, self.name, self.step, scores)
+        entries = score_table.as_entries(self.name, self.step, scores)
+        say("\n" + "\n".join(score_table.tables(entries)))        # first: a full disk must not cost the figures
+        score_table.record(self.config.log_path, entries)
         if self.trained:
             log = MetricsLog(self.trained.folders.logs, self.config.use_tensorboard)
             for score in scores:
-                log.write(self.step, score.line())
+                log.write(self.step, {**score.line(), **BY_HAND})
                 try:
                     log.write_events(self.step, score.values)
                 except Exception as error:              # whatever a library or a full disk may raise
@@ -178,7 +184,6 @@ class _Report:
             self.trained.folders.samples.mkdir(parents=True, exist_ok=True)
             classes = self.trained.latents.classes
             page.write_pages(self.trained.folders, self.config, classes and len(classes))
-        say("\n" + "\n".join(lines))
 
     def end(self):
         """Print the paths of the outputs."""
@@ -200,8 +205,8 @@ def _evaluate_folder(config, place):
     reference = read_reference()
     _note_resized(config.fake_dir, "--fake_dir", config)
 
-    def picture_path(name):
-        path = Path(config.log_path, f"{Path(config.fake_dir).resolve().name}_{name}.png")
+    def picture_path(name, sampler):
+        path = Path(config.log_path, f"{folder_as_file_part(config.fake_dir)}_{name}.png")
         say(f"closest pairs: {path}")
         return path
 

@@ -102,6 +102,11 @@ def require_wandb(config):
         raise UsageError("--wandb true needs wandb: pip install wandb, or leave the flag out")
 
 
+def forget_wandb_run(folder):
+    """Let a training that begins anew in this log folder be a run of its own there. Raises OSError."""
+    (Path(folder) / WANDB_ID).unlink(missing_ok=True)
+
+
 def _is_installed():
     found = importlib.util.find_spec("wandb")
     return found is not None and found.origin is not None       # None: a folder of that name, as its own logs have

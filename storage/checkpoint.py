@@ -4,6 +4,7 @@ A checkpoint is one dict of tensors, str, int, float, list, dict, and loads with
 by step, `0001000.pth`, beside `config.json`.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from errors import TO_RESUME, CheckpointError, first_line
+from errors import TO_RESUME, CheckpointError, first_line, out_of_memory_on
 from storage.folders import step_name
 from utils import write_atomically
 
@@ -22,11 +23,16 @@ _KEYS = {"step": int, "samples_seen": int, "config": dict, "G": dict, "D": dict,
          "d_optimizer": dict, "fixed_z": torch.Tensor, "random": list}
 # What newer ones hold, too.
 _NEWER_KEYS = {"data": dict, "processes": int, "unlogged": dict}
+_AWAY = (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ETIMEDOUT)     # errors that say nothing of the file itself
 _FOLDER = 0x10              # in the attributes of an entry of a zip archive
 
 
 class MissingCheckpoint(CheckpointError):
     """A checkpoint file that is not there: never written, or pruned since it was listed."""
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """A checkpoint file that may be good, but cannot be read now: of another user, or of a server that is away."""
 
 
 def path_of(folder, step):
@@ -37,8 +43,14 @@ def path_of(folder, step):
 def steps_in(folder):
     """Return the steps of the checkpoints in `folder`, ascending; [] if the folder does not exist."""
     folder = Path(folder)
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(int(name[:-4]) for name in names if re.fullmatch(r"\d{7,}\.pth", name))
+    names = set(os.listdir(folder)) if folder.is_dir() else ()
+    steps = (int(name[:-4]) for name in names if re.fullmatch(r"\d{7,}\.pth", name))
+    return sorted(step for step in steps if step_name(step, ".pth") in names)
+
+
+def has_any(folder):
+    """Return whether there is a checkpoint in `folder`, best.pth included."""
+    return bool(steps_in(folder)) or best_path(folder).is_file()
 
 
 def save(state, folder):
@@ -88,7 +100,8 @@ def best_score(folder):
 
 
 def load(path):
-    """Return what `path` holds, on the CPU. Raise MissingCheckpoint, or CheckpointError if the file is damaged.
+    """Return what `path` holds, on the CPU. Raise MissingCheckpoint, UnreadableCheckpoint, CheckpointError if the file
+    is damaged, or what torch raises if memory runs out.
 
     torch.load verifies no checksums and would miss a flipped bit: the CRCs of the zip archive are checked first.
     """
@@ -107,6 +120,11 @@ def load(path):
     except pickle.UnpicklingError:          # its text advises to load without weights_only: never do that
         raise CheckpointError(f"{path} holds other objects than tensors and plain data; it is not read") from None
     except Exception as error:              # zipfile, zlib, pickle and torch raise some fifteen kinds
+        if out_of_memory_on(error):
+            raise
+        if isinstance(error, OSError) and error.errno in _AWAY:
+            raise UnreadableCheckpoint(f"cannot read {path} ({error.strerror}).\nTo use an older checkpoint: "
+                                       "--pretrained_model STEP") from None
         raise CheckpointError(f"{path} is damaged ({first_line(error)})") from None
 
 
@@ -142,11 +160,12 @@ def _find_defect(state):
     return None
 
 
-def load_newest(folder, warn=print, find_mismatch=lambda state: None):
+def load_newest(folder, warn=print, find_mismatch=lambda state: None, tries=3):
     """Return the newest state in `folder` that is whole and fits, or None if there is no checkpoint.
 
-    Others are skipped with a warning to `warn`; one that another process prunes meanwhile is skipped in silence. Raise
-    CheckpointError if there are checkpoints, but none can be used.
+    Others are skipped with a warning to `warn`; one that another process prunes meanwhile is skipped in silence, and if
+    that is so of all, newer ones are looked for, `tries` times in all. Raise CheckpointError if there are checkpoints,
+    but none can be used, and UnreadableCheckpoint.
     """
     steps = {path_of(folder, step): step for step in steps_in(folder)}
     if best_path(folder).is_file():                     # it may be the newest, or the only one left
@@ -158,13 +177,19 @@ def load_newest(folder, warn=print, find_mismatch=lambda state: None):
             return load_state(path, find_mismatch)
         except MissingCheckpoint:
             continue
+        except UnreadableCheckpoint:                    # the newest counts: an older one would give up its steps
+            raise
         except CheckpointError as error:
             unusable += 1
             warn(f"warning: {error}" + "; trying the one before" * (path != paths[-1]))
     if unusable:
         raise CheckpointError(f"no checkpoint in {folder} can be used.\n"
                               "--restart true moves that run aside and starts from scratch; or use another --version.")
-    return load_newest(folder, warn, find_mismatch) if paths and steps_in(folder) else None
+    if not paths or not steps_in(folder):
+        return None
+    if tries > 1:
+        return load_newest(folder, warn, find_mismatch, tries - 1)
+    raise CheckpointError(f"{paths[0]} is listed, but not there: a link to a disk that is not mounted?")
 
 
 def _find_step(folder, step):
@@ -211,7 +236,7 @@ def saved_config(folder):
     if Path(folder).is_file():
         config = _glance(folder, "config")              # what else is wrong with it is said when it is loaded
         return config if isinstance(config, dict) else load_source(folder)["config"]
-    if not steps_in(folder) and not best_path(folder).is_file():
+    if not has_any(folder):
         return None
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
@@ -224,10 +249,18 @@ def saved_config(folder):
 
 
 def prune(folder, keep):
-    """Delete all but the newest `keep` checkpoints; `keep` 0 deletes none."""
-    if keep:
-        for step in steps_in(folder)[:-keep]:
+    """Delete all but the newest `keep` checkpoints; `keep` 0 deletes none.
+
+    Raise OSError if some cannot be deleted, such as one that is protected, or open on Windows, after the others.
+    """
+    failure = None
+    for step in steps_in(folder)[:-keep] if keep else ():
+        try:
             path_of(folder, step).unlink(missing_ok=True)
+        except OSError as error:
+            failure = error
+    if failure:
+        raise failure
 
 
 def supersede_after(folder, step):

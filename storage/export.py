@@ -69,7 +69,6 @@ def write(G, inputs, folder, facts):
     version, step, model, imsize, channels, z_dim, truncation, config (JSON) and classes (their names). Raise Failure if
     ONNX's images are not torch's, OSError.
     """
-    import onnxruntime
     from safetensors.torch import save
 
     weights = {name: tensor.contiguous() for name, tensor in G.state_dict().items()}
@@ -81,16 +80,10 @@ def write(G, inputs, folder, facts):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # of deprecated names inside torch
         wanted = net(*other.values())
-        write_atomically(folder / "G.onnx", lambda path: _save_onnx(net, two, path))
+        write_atomically(folder / "G.onnx", lambda path: _save_onnx(net, two, other, wanted, path))
         traced = _trace(net, two, other, wanted)
         if traced is not None:
             write_atomically(folder / "G.ts.pt", lambda path: torch.jit.save(traced, str(path)))
-    session = onnxruntime.InferenceSession(str(folder / "G.onnx"), providers=["CPUExecutionProvider"])
-    (images,) = session.run(None, {name: rows.numpy() for name, rows in other.items()})
-    difference = float(np.abs(images - wanted.numpy()).max())
-    if not difference <= TOLERANCE:
-        raise Failure(f"{folder / 'G.onnx'}: its images differ from torch's by {difference:.2g}")
-    say(f"G.onnx: {OTHER_BATCH} images by onnxruntime equal torch's to {difference:.1g}")
     text = _readme(inputs, facts, traced)
     write_atomically(folder / "README.md", lambda path: path.write_bytes(text.encode(errors="backslashreplace")))
 
@@ -105,11 +98,20 @@ def _plain(G):
     return G
 
 
-def _save_onnx(net, inputs, path):
+def _save_onnx(net, inputs, other, wanted, path):
+    """Write ONNX of `net`. Raise Failure if its images for the inputs `other` are not those that are `wanted`."""
+    import onnxruntime
+
     batch = torch.export.Dim("batch", min=1, max=2**16)
     program = torch.onnx.export(net, tuple(inputs.values()), dynamo=True, input_names=list(inputs),
                                 output_names=["image"], dynamic_shapes=tuple({0: batch} for _ in inputs), verbose=False)
     program.save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (images,) = session.run(None, {name: rows.numpy() for name, rows in other.items()})
+    difference = float(np.abs(images - wanted.numpy()).max())
+    if not difference <= TOLERANCE:
+        raise Failure(f"G.onnx is not written: its images differ from torch's by {difference:.2g}")
+    say(f"G.onnx: {OTHER_BATCH} images by onnxruntime equal torch's to {difference:.1g}")
 
 
 def _trace(net, inputs, other, wanted):

@@ -19,7 +19,7 @@ except ImportError:             # Windows: no lock
     fcntl = None
 
 LOCK = ".lock"                  # the file in each folder that a running process locks
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_HELD = (errno.EACCES, errno.EAGAIN)    # by another process; any other error: the file system has no locks
 
 
 def step_name(step, suffix):
@@ -173,7 +173,7 @@ def _lock(file, folder, owner):
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _NO_LOCKS:
+        if error.errno not in _HELD:
             return False
         flag = owner.split()[0]
         raise LockedError(f"{owner}: {_describe(file.read())} writes into {folder}; wait for it, or use another "

@@ -14,6 +14,8 @@ from device import distributed
 from device.distributed import say
 from storage.boards import TensorBoard
 
+BY_HAND = {"by": "--mode evaluate"}     # in a line of scores that the training did not measure itself
+
 
 def open_to_add(path):
     """Open `path` to append lines. A last line truncated by a crash gets its newline first, so as not to merge."""
@@ -34,22 +36,24 @@ def _lines(folder):
 
 
 def names_at(folder, step):
-    """Return the names of the values that metrics.jsonl holds of `step`, a set."""
+    """Return the names of the values that metrics.jsonl holds of `step`, by the training itself, a set."""
     names = set()
     for line in _lines(folder):
         if line.startswith(b'{"step": %d,' % step):     # as `MetricsLog.write` begins a line: no other is parsed
             with contextlib.suppress(ValueError, RecursionError):
-                names |= json.loads(line).keys()
+                entry = json.loads(line)
+                names |= set() if BY_HAND.items() <= entry.items() else entry.keys()
     return names
 
 
 def count_between(folder, after, until, name):
-    """Return how many steps in (after, until] have a value of this name in metrics.jsonl."""
+    """Return at how many steps in (after, until] the training measured a value of this name, by metrics.jsonl."""
     steps = set()
     for line in _lines(folder):
         if b'"%s": ' % name.encode() in line:           # no other is parsed
             with contextlib.suppress(ValueError, RecursionError):
-                steps.add(json.loads(line)["step"])
+                entry = json.loads(line)
+                steps |= set() if BY_HAND.items() <= entry.items() else {entry["step"]}
     return sum(after < step <= until for step in steps)
 
 

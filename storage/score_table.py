@@ -76,20 +76,53 @@ def comparable(entry, best):
     return all(entry[part] == best[part] for part in ("metric", "protocol", "source"))
 
 
-def record(log_path, name, step, scores):
-    """Append scores of `name` (a run or a folder) to <log_path>/scores.jsonl and rewrite scores.md, the table of all.
+def as_entries(name, step, scores):
+    """Return the lines of scores.jsonl, dicts, for scores of `name`, a run or a folder, which has no step: None."""
+    return [{"name": name, "step": step, "taken": time.strftime("%Y-%m-%d %H:%M"), **score.summary()}
+            for score in scores]
 
-    Return these scores as lines of Markdown. Raises OSError.
-    """
-    entries = [{"name": name, "step": step, "taken": time.strftime("%Y-%m-%d %H:%M"), **score.summary()}
-               for score in scores]
+
+def record(log_path, entries):
+    """Append `entries` to <log_path>/scores.jsonl and rewrite scores.md, the table of all. Raises OSError."""
     folder = Path(log_path)
     folder.mkdir(parents=True, exist_ok=True)
     with open_to_add(folder / "scores.jsonl") as file:      # several programs may append whole lines at once
         file.write("".join(json.dumps(entry) + "\n" for entry in entries))
     text = "\n".join(["# Scores", "", *_LEGEND, "", *tables(_read(folder / "scores.jsonl"))]) + "\n"
-    write_atomically(folder / "scores.md", lambda path: path.write_text(text, encoding="utf-8"))
-    return tables(entries)
+    # a name may be that of a folder, and that need not be UTF-8
+    write_atomically(folder / "scores.md",
+                     lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def rename(log_path, name, new):
+    """Show the scores of the run `name` under its `new` name, as it was moved aside. Raises OSError."""
+    _note(log_path, name, {"renamed": new})
+
+
+def give_up_after(log_path, name, step):
+    """Show no scores of the run `name` later than `step`: it goes on from there, and is another run from then on.
+
+    scores.jsonl keeps them. Raises OSError.
+    """
+    _note(log_path, name, {"given_up_after": step})
+
+
+def _note(log_path, name, change):
+    """Record what happened to a run, if that changes the table."""
+    path = Path(log_path) / "scores.jsonl"
+    change = {"name": name, **change}
+    if path.exists() and (entries := _read(path)) != _apply(change, entries):
+        record(log_path, [change])
+
+
+def _apply(change, entries):
+    """Return the entries as they are after `change`, the line of a `rename` or a `give_up_after`."""
+    name, new, last = (change.get(key) for key in ("name", "renamed", "given_up_after"))
+    if isinstance(new, str):
+        return [{**entry, "name": new} if entry["name"] == name else entry for entry in entries]
+    if isinstance(last, int):
+        return [entry for entry in entries if entry["name"] != name or (entry["step"] or 0) <= last]
+    return entries
 
 
 def _read(path):
@@ -97,16 +130,21 @@ def _read(path):
 
     Of a score that was measured twice the last counts.
     """
-    entries = {}
+    entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if _is_valid(entry):
-            key = tuple(entry[part] for part in ("protocol", "name", "step", "source"))
-            entries[key] = {**entries.pop(key, {}), **entry}
-    return list(entries.values())
+            entries.append(entry)
+        elif isinstance(entry, dict):
+            entries = _apply(entry, entries)
+    merged = {}
+    for entry in entries:
+        key = tuple(entry[part] for part in ("protocol", "name", "step", "source"))
+        merged[key] = {**merged.pop(key, {}), **entry}
+    return list(merged.values())
 
 
 def _is_valid(entry):

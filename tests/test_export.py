@@ -11,7 +11,9 @@ from PIL import Image
 
 import families
 import parameter
+from errors import Failure
 from storage import export
+from utils import write_atomically
 
 FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
            "--z_dim", "8", "--device", "cpu", "--dataset", "folder", "--image_path", "pictures",
@@ -61,6 +63,14 @@ def test_other_programs_draw_the_pictures_of_the_command(run, pictures, flags, t
     assert torch.allclose(ours, torch.from_numpy(by_onnx), atol=1e-4)
     code, _, err = run("--version", "a", "--mode", "sample", "--latents", FOLDER / "latents.npz", tiny=False)
     assert code == 0, err
+
+
+def test_a_file_that_draws_other_images_than_the_program_is_not_left_behind(tmp_path):
+    inputs = {"z": torch.ones(2, 2)}
+    with pytest.raises(Failure, match="G.onnx is not written"):
+        write_atomically(tmp_path / "G.onnx", lambda path: export._save_onnx(
+            torch.nn.Identity(), inputs, inputs, torch.zeros(2, 2), path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages_are_named_before_anything_is_written(run, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import utils
-from storage.journal import MetricsLog, Window
+from storage.journal import BY_HAND, MetricsLog, Window, count_between, names_at
 
 PATH = Path("logs/metrics.jsonl")
 
@@ -62,6 +62,15 @@ def test_lines_that_a_full_disk_keeps_in_their_place_are_set_aside_once(monkeypa
     assert steps() == [1, 2, 3, 4] and steps(Path("logs/superseded.jsonl")) == [4]
     write(resume_from=2)
     assert steps() == [1, 2] and steps(Path("logs/superseded.jsonl")) == [4, 3, 4]
+
+
+def test_what_is_measured_by_hand_is_no_measurement_of_the_training():
+    log = MetricsLog("logs", use_tensorboard=False)
+    for step, by in ((2, {}), (4, BY_HAND), (6, {})):
+        log.write(step, {"fid": 3.0, "protocol": "p", **by})
+    log.close()
+    assert count_between("logs", 0, 6, "fid") == 2
+    assert names_at("logs", 4) == set() and "protocol" in names_at("logs", 6)
 
 
 def test_starting_anew_sets_all_aside():

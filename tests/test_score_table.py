@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 
 from flags.scores import scores_by_rank
-from storage.score_table import Score, better_score, comparable, in_words, record
+from storage import score_table
+from storage.score_table import Score, as_entries, better_score, comparable, in_words, tables
 
 
 def score(protocol="A", source="G_ema, seed 0", **values):
     return Score(values or {"fid": 10.0}, protocol, source)
+
+
+def record(folder, name, step, scores):
+    score_table.record(folder, as_entries(name, step, scores))
 
 
 def entries(folder="logs"):
@@ -148,10 +153,36 @@ def test_tables_align_and_numbers_stand_to_the_right(home):
     assert [cell.endswith(": ") for cell in rule.strip("|").split("|")] == [False, True, True, True, False, False]
 
 
-def test_what_was_recorded_comes_back_alone(home):
+def test_scores_are_a_table_before_they_are_recorded():
+    text = "\n".join(tables(as_entries("b", 2, [score("B")])))
+    assert "| b " in text and "B." in text
+
+
+def test_scores_of_a_run_that_is_moved_aside_go_with_it_and_mix_with_none_of_the_new_one(home):
+    record("logs", "a", 5, [score(fid=7.0, kid=1.0)])
+    score_table.rename("logs", "a", "a.old1")
+    record("logs", "a", 5, [score(fid=8.0)])
+    ((_, *rows),) = read_tables().values()
+    assert [row[:4] for row in rows] == [["a.old1", "5", "7.000", "1.000"], ["a", "5", "8.000", ""]]
+
+
+def test_scores_of_steps_that_a_run_gives_up_are_shown_no_more_but_kept(home):
+    for name, step in (("a", 2), ("a", 4), ("b", 4), ("a", None)):
+        record("logs", name, step, [score(fid=7.0, kid=1.0)])
+    for _ in range(2):
+        score_table.give_up_after("logs", "a", 2)
+    assert [row[:2] for row in read_tables()["A"][1:]] == [["a", ""], ["a", "2"], ["b", "4"]]
+    record("logs", "a", 4, [score(fid=8.0)])
+    assert ["a", "4", "8.000", ""] in [row[:4] for row in read_tables()["A"][1:]]
+    assert len(entries()) == 6, "what changes nothing is not written"
+    score_table.give_up_after("elsewhere", "a", 2)
+    assert not Path("elsewhere").exists()
+
+
+def test_a_folder_whose_name_is_not_utf_8_breaks_no_table(home):
+    record("logs", os.fsdecode(b"bilder_\xe9"), None, [score()])
     record("logs", "a", 1, [score()])
-    text = "\n".join(record("logs", "b", 2, [score("B")]))
-    assert "| b " in text and "B." in text and "| a " not in text
+    assert [row[0] for row in read_tables()["A"][1:]] == ["bilder_\\udce9", "a"]
 
 
 def _record_many(name):
@@ -223,6 +254,6 @@ def test_an_interval_stands_in_brackets_beside_its_number(home):
 
 
 def test_a_line_below_a_table_says_which_way_is_better(home):
-    lines = record("logs", "a", 1, [score(fid=3.0, fid_floor=1.0, kid_dinov2=1.0, precision=0.5, share_z=0.2)])
+    lines = tables(as_entries("a", 1, [score(fid=3.0, fid_floor=1.0, kid_dinov2=1.0, precision=0.5, share_z=0.2)]))
     assert "(lower is better: fid, kid_dinov2; higher is better: precision)" in lines
-    assert not any("better" in line for line in record("logs", "a", 1, [score("B", share_z=0.2)]))
+    assert not any("better" in line for line in tables(as_entries("a", 1, [score("B", share_z=0.2)])))

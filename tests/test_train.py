@@ -1,5 +1,6 @@
 """The real command at a tiny size: its output files, exact resume, and exit codes."""
 
+import errno
 import functools
 import itertools
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,10 +31,12 @@ from PIL import Image
 
 import loop
 import trainer
+from errors import CheckpointError
 from flags import scores
 from metrics import features, swd
 from metrics.meter import Meter
-from storage import checkpoint
+from start import _has_begun
+from storage import checkpoint, score_table
 
 
 def test_a_run_writes_what_the_readme_promises(run):
@@ -242,11 +246,39 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(run):
     assert code == 5 and "no checkpoint in models/a can be used" in err
 
 
+@pytest.mark.parametrize(("step", "due"), [
+    (2, "log show"), (3, ""), (5, "log"), (8, "log show save"), (9, "log show save")])
+def test_a_record_has_a_line_whatever_the_interval_of_lines(step, due):
+    config = SimpleNamespace(total_step=9, log_step=5, sample_step=2, model_save_step=8, metric_step=0)
+    assert [name for name, wanted in loop.due_at(config, step)._asdict().items() if wanted] == due.split()
+
+
 def test_old_checkpoints_are_pruned(run):
     run("--version", "a", "--total_step", 4, "--model_save_step", 1, "--keep_checkpoints", 2)
     assert checkpoint.steps_in("models/a") == [3, 4]
     run("--version", "b", "--total_step", 3, "--model_save_step", 1, "--keep_checkpoints", 0)
     assert checkpoint.steps_in("models/b") == [1, 2, 3]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_warned_of_and_a_full_disk_gets_space_before_the_next_one(
+        run, monkeypatch):
+    def protected(path, unlink=Path.unlink, **missing):
+        if path.name == "0000001.pth":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, **missing)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags = ("--version", "a", "--model_save_step", 1, "--keep_checkpoints")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", protected)
+        code, out, _ = run(*flags, 2, "--total_step", 4)
+    assert code == 0 and checkpoint.steps_in("models/a") == [1, 3, 4]
+    assert out.count("cannot delete old checkpoints (models/a/0000001.pth: Operation not permitted)") == 1
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = run(*flags, 1, "--total_step", 5)
+    assert code == 5 and "lower --keep_checkpoints" in err and checkpoint.steps_in("models/a") == [4]
 
 
 def test_a_non_finite_loss_ends_with_4_and_keeps_the_good_checkpoint(run):
@@ -503,7 +535,7 @@ def test_a_measured_number_is_that_of_the_checkpoint_of_this_step(run, pictures,
     for version, line in zip("ba", measured, strict=True):
         code, _, _ = run("--version", version, "--mode", "evaluate", "--metrics", "fid", "--num_eval", 8, "--device",
                          "cpu", tiny=False)
-        assert code == 0 and lines(version)[-1] == line
+        assert code == 0 and lines(version)[-1] == {**line, "by": "--mode evaluate"}
 
 
 def test_best_pth_is_the_checkpoint_of_the_lowest_fid_and_is_not_pruned(run, pictures, fids):
@@ -596,8 +628,27 @@ def test_a_checkpoint_that_is_pruned_while_it_is_scored_is_scored_all_the_same(r
 
     run("--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 2)
     monkeypatch.setattr(features, "distances", prune)
-    code, _, _ = run("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu", tiny=False)
+    flags = ("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu")
+    code, _, _ = run(*flags, tiny=False)
     assert code == 0 and lines("a")[-1]["fid"] == 1 and checkpoint.best_score("models/a") is None
+
+
+def test_scores_are_told_where_neither_the_best_nor_the_table_can_be_written(run, pictures, fids, monkeypatch):
+    def read_only(*_):
+        raise CheckpointError("cannot write models/a/best.pth (Read-only file system); ...\nFree some space")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    fids(4.25, 5.25)
+    run("--dataset", "folder", "--image_path", pictures, "--version", "a", "--total_step", 1)
+    flags = ("--version", "a", "--mode", "evaluate", "--metrics", "fid", "--device", "cpu")
+    monkeypatch.setattr(checkpoint, "save_best", read_only)
+    code, out, err = run(*flags, tiny=False)
+    assert code == 0 and "4.250" in out and out.count("warning: fid is the best so far, but cannot write") == 1, err
+    monkeypatch.setattr(score_table, "record", full)
+    code, out, err = run(*flags, tiny=False)
+    assert code == 5 and "5.250" in out and "No space left" in err
 
 
 def test_a_run_goes_on_from_its_best(run, pictures, fids):
@@ -619,6 +670,7 @@ def test_a_run_of_which_only_the_best_is_left_is_still_this_run(run, pictures, f
     best = checkpoint.load("models/a/best.pth")
     os.remove("models/a/0000006.pth")
     os.remove("models/a/config.json")
+    assert _has_begun(trainer_config("a")), "so its size is given"
     for flags in ((), ("--pretrained_model", "best")):
         code, _, _ = run("--version", "a", "--train", "false", "--num_samples", 2, *flags, tiny=False)
         assert code == 0 and Path("samples/a/0000004_generated_seed0/000001.png").exists()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from device.signals import Interrupt
 from gallery import page
 from gallery.health import Health
 from metrics import swd
-from storage import checkpoint
+from storage import checkpoint, score_table
 
 ENDLESS = (*TINY, "--version", "a", "--total_step", 100_000, "--log_step", 1, "--sample_step", 10, "--model_save_step",
            1000)
@@ -125,8 +126,8 @@ def test_the_checkpoint_of_a_step_is_saved_before_its_record(run, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Run, "show", end_at_once)
-    code, _, _ = run("--version", "a", "--total_step", 6, "--sample_step", 1, "--model_save_step", 3)
-    assert code == 130 and saved() == [3]
+    code, _, err = run("--version", "a", "--total_step", 6, "--sample_step", 1, "--model_save_step", 3)
+    assert code == 130 and saved() == [3] and "since the last checkpoint is not saved" in err
 
 
 def test_a_loader_process_that_is_killed_ends_the_run_after_saving(tmp_path, monkeypatch, pictures):
@@ -254,6 +255,38 @@ def test_a_checkpoint_that_is_pruned_while_it_is_listed_is_no_damage(run, monkey
     assert code == 0 and "warning" not in out + err, err
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(run, monkeypatch):
+    """Else the run would go on from an older one, and train again what is there."""
+    def away(path, *_, read=zipfile.ZipFile):
+        if Path(path).name == "0000002.pth":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read(path)
+
+    def no_memory(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    run("--version", "a", "--total_step", 2, "--model_save_step", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.zipfile, "ZipFile", away)
+        code, out, err = run("--version", "a", "--total_step", 3)
+        assert code == 5 and "cannot read models/a/0000002.pth (Permission denied)" in err and "damaged" not in out
+        assert "--pretrained_model STEP" in err and run("--version", "a", "--dry_run", "--pretrained_model", 1)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", no_memory)
+        code, out, err = run("--version", "a", "--total_step", 3)
+        assert code == 1 and "out of memory on this machine" in err and "damaged" not in out + err
+    assert saved() == [1, 2] and not Path("models/a/superseded").exists()
+
+
+def test_checkpoints_that_are_links_to_what_is_not_there_are_said(run):
+    os.makedirs("models/a")
+    for name in ("0000005.pth", "00001000.pth"):            # the second one is no name of ours
+        os.symlink("missing", Path("models/a", name))
+    assert checkpoint.steps_in("models/a") == [5]
+    code, _, err = run("--version", "a")
+    assert code == 5 and "models/a/0000005.pth is listed, but not there" in err
+
+
 # ----------------------------------------------------------------------------------- C. not finite, and unhealthy
 
 
@@ -316,6 +349,7 @@ def test_a_request_to_end_saves_first_and_the_page_says_that_it_was_interrupted(
     os.kill(running.pid, number)                            # a forwarded copy
     assert running.wait(10) == 128 + number
     assert len(saved()) == 1 and "Traceback" not in running.err.read_text()
+    assert running.err.read_text().count("finishing this step and saving") == 1
     assert embedded(Path("samples/a/index.html"), "summary")["live"]["state"] == "interrupted"
 
 
@@ -391,11 +425,14 @@ def test_a_file_system_without_locks_gets_one_warning(run, monkeypatch):
     from storage import folders
 
     def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
+        raise OSError(number, "No locks available")
 
+    number = errno.ENOLCK
     monkeypatch.setattr(folders.fcntl, "lockf", refuse)
     code, out, _ = run("--version", "a", "--total_step", 1)
     assert code == 0 and out.count("has no locks") == 1
+    number = errno.EIO                                      # whatever says anything but that another holds it
+    assert folders.FolderLock(["models/a"], "--version a").unsupported == Path("models/a")
 
 
 def a_dead_process():
@@ -426,12 +463,16 @@ def test_leftovers_of_a_killed_run_go_at_the_next_start_and_damaged_lines_of_its
     assert [line["step"] for line in lines("a")] == [1, 2]
 
 
-def test_leftovers_go_with_the_next_write_of_their_file(tmp_path):
+def test_leftovers_go_with_the_first_write_into_their_folder_and_later_ones_do_not_list_it(tmp_path, monkeypatch):
     dead = a_dead_process()
-    for name in ("[1].pt", "1.pt"):
+    for name in ("[1].pt", "1.pt", "2.pt"):
         (tmp_path / f".{name}.{utils._machine()}-{dead}.tmp").write_bytes(b"part")
-    utils.write_atomically(tmp_path / "[1].pt", lambda path: path.write_bytes(b"whole"))
-    assert {path.name for path in tmp_path.iterdir()} == {"[1].pt", f".1.pt.{utils._machine()}-{dead}.tmp"}
+    utils.remove_leftovers(tmp_path, "[1].pt")
+    assert len(list(tmp_path.iterdir())) == 2, "of this file alone"
+    utils.write_atomically(tmp_path / "a.pt", lambda path: path.write_bytes(b"whole"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    monkeypatch.setattr(utils, "remove_leftovers", None)
+    utils.write_atomically(tmp_path / "b.pt", lambda path: path.write_bytes(b"whole"))
 
 
 # --------------------------------------------------------------------------- killed between a checkpoint and its record
@@ -504,7 +545,10 @@ def test_a_checkpoint_whose_log_statistics_are_damaged_is_used_without_them(run)
 def test_a_fresh_start_sets_an_older_runs_records_aside(run):
     run("--version", "a", "--total_step", 2)
     shutil.rmtree("models")
+    Path("logs/a/wandb_id").write_text("of the older run")
+    score_table.record("logs", score_table.as_entries("a", 2, [score_table.Score({"fid": 7.0}, "p", "s")]))
     code, out, _ = run("--version", "a", "--total_step", 1)
+    assert not Path("logs/a/wandb_id").exists() and "| a " not in Path("logs/scores.md").read_text()
     assert code == 0 and "starting 'a'" in out and "records of an older run" in out
     shown = {path.name[:7] for path in Path("samples/a").glob("*_fake.png")}
     assert shown == {"0000001"} and Path("samples/a/superseded/0000002_fake.png").exists()
@@ -515,8 +559,10 @@ def test_restart_moves_the_old_run_aside_and_begins_again(run):
     flags = ("--version", "a", "--g_conv_dim", 8)
     run("--version", "a", "--total_step", 2, "--seed", 1)
     old, moving = state("a", 2), Path("models/.a.moving")
+    score_table.record("logs", score_table.as_entries("a", 2, [score_table.Score({"fid": 7.0}, "p", "s")]))
     code, out, _ = run(*flags, "--total_step", 2, "--restart", "true")
     assert code == 0 and "the run 'a' is now called 'a.old1'" in out and "starting 'a'" in out
+    assert "| a.old1 | " in Path("logs/scores.md").read_text()
     assert saved() == [2] and Path("samples/a.old1/index.html").exists() and Path("logs/a.old1/metrics.jsonl").exists()
     code, _, err = run("--version", "a.old1", "--train", "false", "--num_samples", 1, "--device", "cpu", tiny=False)
     assert code == 0 and json.loads(Path("models/a/config.json").read_text())["g_conv_dim"] == 8, err
