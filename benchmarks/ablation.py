@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
-from ablation_options import Variant, parse  # noqa: E402
+from ablation_options import DRAWS, Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
 from dataset.check import sample_levels  # noqa: E402
 from device import console  # noqa: E402
@@ -334,7 +334,8 @@ class Ablation:
         """The folder of --samples pictures by G_ema of a run at `point`; drawn now unless they are there."""
         samples, step = self.options.samples, self._step(run, point)
         place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
-        folder = place / run.name / f"{step:07d}_generated_seed0"
+        other = "" if draw in (None, DRAWS[0]) else f"_metadata-{draw}"     # the first is the runs' own
+        folder = place / run.name / f"{step:07d}_generated_seed0{other}"
         if len(swd.PictureFiles.below(folder)) != samples:
             if not self._checkpoint(run, point).exists():
                 raise DataError(f"{folder}: the pictures of step {step} are gone, and so is its checkpoint; to train "

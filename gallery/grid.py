@@ -123,6 +123,21 @@ def columns_of(count, height, width):
     return min(range(1, count + 1), key=cost)
 
 
+def in_ranges(numbers):
+    """Return whole numbers as the name of a row, such as "3, 5, 9-14"; where that is too wide, without some before the
+    last: "3, 5, ..., 70".
+    """
+    runs = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    parts = [f"{first}-{last}" if last > first else str(first) for first, last in runs]
+    lines = [", ".join(parts), *(", ".join([*parts[:kept], "...", parts[-1]]) for kept in range(len(parts) - 2, 0, -1))]
+    return next((line for line in lines if find_font(13).getlength(line) <= NAME_WIDTH), lines[-1])
+
+
 def shortened(name, font, width=NAME_WIDTH):
     """The name, or its beginning if it is wider than `width` px, in letters that the font has: e for é, ? for others.
     """

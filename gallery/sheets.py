@@ -32,6 +32,7 @@ from gallery.grid import (
 )
 
 LEAST = 192         # px that small pictures are enlarged to
+NARROWEST = 400     # px: width of a sheet, at least
 UNIFORM = 0.98      # entropy of maps, 1 = uniform, above which they show hardly anything
 LONG_CAPTION = "0.0000-0.0000  mean 0.0000"     # columns are at least as wide: all frames of a film are alike
 # Query colours: light, because they are drawn on photographs and on a dark sheet; distinct in lightness as well as in
@@ -108,8 +109,8 @@ def attention_sheet(images, maps, queries, layer, step, gamma, entropy, names=()
     head += [(f"gamma = {gamma:+.4f}", INK), (f"entropy {entropy:.2f}", INK)]
     if abs(gamma) < 0.005:
         head += [("gamma is near 0: almost no effect yet", WARN)]
-    elif entropy > UNIFORM:
-        head += [("entropy is near 1: nearly uniform, the colours say little", WARN)]
+    else:                                               # the space is there always: films do not jump
+        head += [("entropy is near 1: nearly uniform, the colours say little", WARN if entropy > UNIFORM else None)]
     legend = ("0", None, "maximum of each map", "least to most: times uniform attention", "H: entropy, 1 = uniform")
     columns = [(f"query {i + 1}", colour, colour, "") for i, colour in enumerate(colours)]
     rows = [([_divided_by_max(map) for map in row], [_caption(map) for map in row]) for row in maps]
@@ -167,8 +168,8 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     rows: {label: (B, C, h, w) in [-1, 1]}, from top to bottom; column i of every row belongs to the same image.
     captions: {label: B short texts below the images of that row}. title: str; step: int, or None to omit it. Rows may
     differ in h and w: all are shown at one size, that of attention_sheet for the largest of them, or less so that 8
-    columns fit into 1920 px; the aspect ratio is kept. The label of a row with non-finite values says so. The write is
-    atomic; missing folders are created.
+    columns fit into 1920 px; the aspect ratio is kept. Labels are cut to the width of the pictures. That of a row with
+    non-finite values says so. The write is atomic; missing folders are created.
     Raises ValueError if the shapes do not match, OSError if the file cannot be written.
     """
     shapes = [tuple(images.shape) for images in rows.values()]
@@ -180,14 +181,13 @@ def save_reconstructions(rows, path, title, step, captions=None, legend="each co
     limit = min(256, (SCREEN - 2 * MARGIN) // min(B, 8) - gap)
     cell = _shown(max(max(shape[2:]) for shape in shapes), limit)
     captions = captions or {}
-    labels = []
-    for label, images in rows.items():
-        parts = [(label, INK)] + [("not finite", WARN)] * (not images.isfinite().all())
-        labels.append(_flow(parts, small, math.inf, 14)[0])
     enlarged = [_enlarge(to_visible(images), cell) for images in rows.values()]
     tall, wide = (max(pictures.shape[side] for pictures in enlarged) for side in (1, 2))
     wide = max([wide] + [math.ceil(small.getlength(text)) for texts in captions.values() for text in texts])
-    width = max([B * (wide + gap) - gap] + [math.ceil(x + small.getlength(t)) for x, _, t, _ in sum(labels, [])])
+    width, labels = max(B * (wide + gap) - gap, NARROWEST - 2 * MARGIN), []
+    for label, images in rows.items():
+        note = [("not finite", WARN)] * (not images.isfinite().all())
+        labels.append(_flow([(shortened(label, small, width - 80 * len(note)), INK), *note], small, math.inf, 14)[0])
     head = [(title, INK)] + [(f"step {step}", QUIET)] * (step is not None)
     sheet, draw, top = _blank(head, (legend,), width, len(rows) * (tall + 38) + len(captions) * 18)
     for placed, label, pictures in zip(labels, rows, enlarged, strict=True):
@@ -302,12 +302,13 @@ def _sheet(head, legend, cells, columns, rows, names):
 def _blank(head, legend, width, body):
     """Create a sheet with an empty body of width x body px (wider if the title line needs it).
 
-    head: (text, colour) parts of the title line; legend: texts below the body, None for the colour scale.
+    head: (text, colour) parts of the title line, the space of one without a colour stays empty; legend: texts below the
+    body, None for the colour scale.
     -> (sheet, its ImageDraw, y of the body); the body's x is MARGIN.
     """
     title, small = find_font(17), find_font(13)
     foot = [(text, QUIET) for text in legend]
-    width = max(width, 400 - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head),
+    width = max(width, NARROWEST - 2 * MARGIN, *(math.ceil(title.getlength(text)) for text, _ in head),
                 *(math.ceil(small.getlength(text)) for text, _ in foot if text))
     head, head_height = _flow(head, title, width, 26)
     foot, foot_height = _flow(foot, small, width, 20)
@@ -336,11 +337,11 @@ def _flow(parts, font, width, gap):
 
 def _put(sheet, draw, placed, left, top, font):
     for x, y, text, colour in placed:
-        if text is not None:
+        if text is None:
+            ramp = _HEAT[np.linspace(0, 255, RAMP).astype(int)].astype(np.uint8)
+            sheet.paste(Image.fromarray(np.tile(ramp, (9, 1, 1))), (left + x, top + y + font.size - 9))
+        elif colour is not None:
             draw.text((left + x, top + y + font.size), text, colour, font, "ls")
-            continue
-        ramp = _HEAT[np.linspace(0, 255, RAMP).astype(int)].astype(np.uint8)
-        sheet.paste(Image.fromarray(np.tile(ramp, (9, 1, 1))), (left + x, top + y + font.size - 9))
 
 
 def _dot(sheet, x, y, radius, colour):

@@ -74,6 +74,9 @@ def _corners(config, latents, generator):
         return corners
     classes = require_classes(latents.classes)
     chosen = classes.choose(config.classes, None if config.classes else len(corners))
+    if len(chosen) > config.num_frames:                 # most would be skipped
+        raise UsageError(f"--num_frames {config.num_frames}: fewer than the {len(chosen)} classes to walk between; "
+                         "give more, or fewer --classes")
     return replace(corners, labels=torch.tensor(chosen))
 
 
@@ -103,7 +106,7 @@ def interpolate(config, place, precision):
     name = f"interpolation_latents_{digest_of(corners)}" if config.latents else f"interpolation_seed{config.seed}"
     if config.classes is not None:
         name += trained.latents.classes.suffix(config.classes)
-    path = trained.path(name, config.truncation, f".{config.film}")
+    path = trained.path(name, f".{config.film}")
     film.save(frames, path, config.film)
     trained.finish(config, f"a video of {len(frames)} frames of step {trained.step} in {path}")
     return 0
@@ -132,7 +135,7 @@ def style_mix(config, place, precision):
             labels = None if content.labels is None else content.labels.expand(STYLES)
             mixed = trained.G(content.z.expand(STYLES, -1), labels, styles.z, style_labels=styles.labels)[0]
             rows.append(torch.cat([trained.G(**content.as_arguments())[0], mixed]).cpu())
-    path = trained.path(f"style_mix_seed{config.seed}", config.truncation, ".png")
+    path = trained.path(f"style_mix_seed{config.seed}", ".png")
     grid.save_grid(torch.cat(rows), path, columns=STYLES + 1)
     trained.finish(config, f"a grid of mixed styles of step {trained.step} in {path}: "
                    "the first row gives the styles, the first column the contents")
@@ -149,7 +152,7 @@ def export_files(config, place, precision):
     """
     export.require()
     trained = load_generator(config, place, precision)
-    latents, folder = trained.latents, trained.path("export", config.truncation)
+    latents, folder = trained.latents, trained.path("export")
     inputs = next(latents.seeded_batches(config.seed))
     trained.create_folder()
     folder.mkdir(exist_ok=True)

@@ -6,7 +6,6 @@ be had, on the pixels at several sizes. `search` serves `--metrics lpips`, too.
 
 import contextlib
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from flags.pictures import PictureShape
 from gallery import film, grid, sheets
 from generate.classes import require_classes
 from generate.latents import Inputs, save_latents
-from generate.trained import load_generator
+from generate.trained import as_file_part, load_generator
 from pretrained import lpips
 from utils import Adam, as_rgb
 
@@ -196,22 +195,22 @@ def _project(config, trained, distance, candidates, path, target, bar):
 
     def watch(step, images):
         if step % every == 0:
-            frames.append(images.cpu())
+            frames.append(grid.to_uint8(images))        # (STARTS, H, W, C): a quarter of the bytes
 
     found = search(trained.G, net, start, target.expand(len(start), -1, -1, -1), config.backtrack_steps,
                    trained.latents.width, bar.update, watch)
     best = found.lpips.argmin().item()
     latent = found.inputs[best:best + 1]
     image, target = trained.draw(latent), target.cpu()                  # as --latents will draw it
-    out = _unused(trained.path(f"project_{_name(path)}", None, ".png"))
+    out = _unused(trained.path(f"project_{as_file_part(Path(path).stem)}", ".png"))
     found_at, error = f"{measure} {found.lpips[best].item():.3f}", f"MSE {found.mse[best].item():.4f}"
     name = printable(Path(path).name)
     sheets.save_reconstructions(
         {name: torch.cat([target, image, _difference(image, target)])}, out,
         "projection", trained.step, {name: ["target", "closest image of G", "difference"]},
         f"{found_at}, {error}; difference: black where equal" + ", transparency, too" * (image.size(1) == 4))
-    film.save([_frame(target, frame[best:best + 1]) for frame in frames], out.with_suffix(f".{config.film}"),
-              config.film)
+    shown = (to_images(torch.from_numpy(frame[best:best + 1]).permute(0, 3, 1, 2)) for frame in frames)
+    film.save([_frame(target, image) for image in shown], out.with_suffix(f".{config.film}"), config.film)
     save_latents(latent, out.with_suffix(".npz"), trained.latents.classes)
     say(f"{printable(path)}: {found_at}, {error}")
     return out
@@ -242,11 +241,6 @@ def _nearest(trained, net, candidates, target):
     distances = [(net.embed(trained.G(**part.to(target.device).as_arguments())[0]) - wanted).square().sum(1).cpu()
                  for part in candidates.split(CHUNK)]
     return torch.cat(distances).argsort()[:STARTS]
-
-
-def _name(path):
-    """Return a file's name, without its ending, as a part of other files' names."""
-    return re.sub(r"[^\w.-]", "_", Path(path).stem).encode(errors="replace")[:60].decode(errors="ignore")
 
 
 def _unused(path):

@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from dataset.decode import printable
 from device.distributed import progress
 from errors import CheckpointError, UsageError, first_line
+from flags.pictures import sides
 from gallery import grid
 from generate.classes import require_classes
 from generate.latents import digest_of, read_latents
@@ -25,6 +26,7 @@ from utils import remove_leftovers, spread_indices, write_atomically
 
 KEY = "parameters"
 CONTRADICT = ("seed", "seeds", "num_samples")       # flags that --like replaces
+ROWS, TALLEST = 40, 5120        # of a grid with a class a row: rows, and pixels in height, at most
 
 
 def sample(config, place, precision):
@@ -45,7 +47,7 @@ def sample(config, place, precision):
     chosen = read_latents(config.latents, trained.latents, config.classes) if config.latents else None
     side, count = grid.grid_side(config.imsize), len(chosen or config.seeds or range(config.num_samples))
     kind = (f"latents_{digest_of(chosen)}" if chosen else "seeds" if config.seeds else f"generated_seed{config.seed}")
-    folder = trained.path(kind, config.truncation)
+    folder = trained.path(kind)
     if config.classes is not None:
         return _sample_classes(config, trained, folder, side, count, chosen)
     trained.create_folder()
@@ -55,7 +57,7 @@ def sample(config, place, precision):
         shown = _write(trained, _batches(config, trained, chosen), folder, side**2, done)
     columns = grid.columns_of(len(shown), *shown.shape[2:])
     rows = [config.seeds[start:start + columns] for start in range(0, len(shown), columns)] if config.seeds else ()
-    grid.save_grid(shown, f"{folder}.png", columns, [", ".join(map(str, seeds)) for seeds in rows])
+    grid.save_grid(shown, f"{folder}.png", columns, list(map(grid.in_ranges, rows)))
     trained.finish(config, f"{_pictures(count)} of step {trained.step} in {folder}{os.sep}, "
                    f"{_first(side**2, count)} as a grid in {folder}.png{_older(folder, count)}")
     return 0
@@ -64,20 +66,22 @@ def sample(config, place, precision):
 def _sample_classes(config, trained, folder, side, count, latents):
     """`sample` for `--classes`; the grid shows one class a row. Picture i of each class has the same z."""
     classes = require_classes(trained.latents.classes)
-    chosen, rows = classes.choose(config.classes), {}
+    chosen, rows = classes.choose(config.classes), []
     shown_in = f"{folder}{classes.suffix(config.classes)}.png"          # so that other classes have a grid of their own
     trained.create_folder()
-    shown = [chosen[index] for index in spread_indices(side, len(chosen))]
+    most = max(side, min(ROWS, TALLEST // sides(config.imsize)[0]))
+    shown = [chosen[index] for index in spread_indices(most, len(chosen))]
     with progress(count * len(chosen), "picture") as done:
         for label, name in zip(chosen, classes.folder_names(chosen), strict=True):
             (folder / name).mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder / name)
-            rows[label] = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
-    grid.save_grid(torch.cat([rows[label] for label in shown]), shown_in, min(side, count),
-                   classes.captions(torch.tensor(shown)))
+            row = _write(trained, _batches(config, trained, latents, label), folder / name, side, done)
+            rows += [row] if label in shown else []
+    grid.save_grid(torch.cat(rows), shown_in, min(side, count), classes.captions(torch.tensor(shown)))
     which = f"of each of {len(chosen)} classes" if chosen[1:] else f"of class {printable(classes.names[chosen[0]])}"
+    some = f" of each of {len(shown)} of the {len(chosen)} classes" if len(shown) < len(chosen) else ""
     trained.finish(config, f"{_pictures(count)} of step {trained.step} {which} in {folder}{os.sep}, "
-                   f"{_first(side, count)} as a grid in {shown_in}{_older(folder, count * len(set(chosen)))}")
+                   f"{_first(side, count)}{some} as a grid in {shown_in}{_older(folder, count * len(chosen))}")
     return 0
 
 
@@ -130,7 +134,8 @@ def _write(trained, batches, folder, shown, done):
         images = trained.draw(inputs)
         for index, origin in enumerate(origins):
             _save(trained, images[index], inputs[index:index + 1], origin, folder / f"{_file_name(origin)}.png")
-        first.append(images[:max(0, shown - count)])
+        if count < shown:
+            first.append(images[:shown - count].clone())        # a view would keep its whole batch in memory
         count += len(images)
         done.update(len(images))
     return torch.cat(first)
@@ -241,6 +246,6 @@ def _draw_again(config, trained, recipe, label, name):
         origin = {"seed": config.seed, "number": number, "count": count}
         path = f"seed{config.seed}_picture{number:06d}"
     inputs = _of_class(inputs, label)
-    path = trained.path(path if name is None else f"{path}_{name}", config.truncation, ".png")
+    path = trained.path(path if name is None else f"{path}_{name}", ".png")
     _save(trained, trained.draw(inputs)[index], inputs[index:index + 1], origin, path)
     return path

@@ -1,8 +1,10 @@
 """The generator of a checkpoint, ready to draw: what every mode but training begins with."""
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,7 +26,7 @@ from utils import forked_random_state
 class TrainedGenerator:
     """A checkpoint's G_ema in eval mode, its latents, precision, batch size and step, and the folders of its run;
     `weights`, hex digits that tell it from checkpoints of other runs; `data`, the record of the pictures that it was
-    trained on, of older checkpoints None.
+    trained on, of older checkpoints None; `own`, the settings of its run, {flag: value}.
     """
 
     G: torch.nn.Module
@@ -35,6 +37,7 @@ class TrainedGenerator:
     folders: RunFolders
     weights: str
     data: dict | None
+    own: dict
 
     def draw(self, inputs):
         """Generate images (N, C, H, W) in [-1, 1] on the CPU."""
@@ -44,10 +47,16 @@ class TrainedGenerator:
         """Create the folder of the outputs: nothing can be refused any more. Raises OSError."""
         self.folders.samples.mkdir(parents=True, exist_ok=True)
 
-    def path(self, name, truncation, suffix=""):
-        """Path of an output `name` of this step."""
-        truncation = "" if truncation is None else f"_truncation{truncation:g}"
-        return self.folders.samples / step_name(self.step, f"_{name}{truncation}{suffix}")
+    def path(self, name, ending="", sampler=True):
+        """Path of an output `name` of this step. It names the truncation and, if the output depends on the `sampler` of
+        metadata, that one where it is not the run's own: other settings overwrite no file.
+        """
+        settings = self.latents.settings()
+        if sampler and settings.get("metadata_sample") not in (None, self.own.get("metadata_sample")):
+            name += f"_metadata-{settings['metadata_sample']}"
+        if "truncation" in settings:
+            name += f"_truncation{settings['truncation']:g}"
+        return self.folders.samples / step_name(self.step, f"_{name}{ending}")
 
     def finish(self, config, message):
         """Update the run's page and print `message`."""
@@ -87,10 +96,24 @@ def generator_of(state, config, place, precision):
         # ones for every --seed, so that a picture depends on its own seed alone
         with forked_random_state(place.device):
             generator = torch.Generator().manual_seed(0)
-            inputs = latents.sampling(BN_STATS_IMAGES, generator).to(place.device)
+            inputs = latents.for_bn_stats(BN_STATS_IMAGES, generator).to(place.device)
             recompute_bn_stats(G, inputs, precision, batch)
     return TrainedGenerator(G, latents, precision, batch, state["step"], RunFolders.of(config),
-                            _digest_of(state["G_ema"]), state["data"])
+                            _digest_of(state["G_ema"]), state["data"], state["config"])
+
+
+def as_file_part(name):
+    """Return the name of a file or folder as a part of other files' names, of at most 60 bytes."""
+    return re.sub(r"[^\w.-]", "_", name).encode(errors="replace")[:60].decode(errors="ignore")
+
+
+def folder_as_file_part(path):
+    """Return the name of a folder as a part of files' names, that of its parent before it unless this is the working
+    directory: runs have folders of the same names.
+    """
+    folder = Path(path).resolve()
+    parts = [folder.name] if folder.parent == Path.cwd() else [folder.parent.name, folder.name]
+    return "_".join(map(as_file_part, parts))
 
 
 def _digest_of(weights):

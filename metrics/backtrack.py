@@ -22,7 +22,6 @@ from generate.project import MSE_WEIGHT, RATE, search
 from metrics.nearest import CHUNK, FALLBACK_HINT, PER_ROW, SCALE, pictures_at, reduced, weights_in_words
 from parameter import dataset_name
 from pretrained import lpips
-from storage.folders import step_name
 from storage.score_table import Score
 from utils import spread_indices, write_atomically
 
@@ -60,7 +59,7 @@ def evaluate(evaluation):
     result = backtrack(trained.G, trained.latents, pictures, net, config.backtrack_steps, free, config.seed, place,
                        labels)
     if is_first():
-        _write_json(trained, held_out, result)
+        _write_json(evaluation, held_out, result)
         _save_sheet(evaluation, pictures, result)
     yield [Score(result.scores(), (
         f"{weights_in_words(config.vgg_weights)} at {config.imsize} px between {len(held_out):,} pictures of "
@@ -80,12 +79,12 @@ def _labels(classes, held_out):
     return labels if (labels >= 0).all() else None
 
 
-def _write_json(trained, held_out, result):
+def _write_json(evaluation, held_out, result):
     """Write logs/<version>/<step>_lpips.json: LPIPS and MSE of every picture."""
     names = held_out.sources if len(held_out.sources) == len(held_out) else range(len(held_out))
     entries = [{"picture": name, "lpips": distance, "mse": error} for name, distance, error in zip(
         names, result.lpips.tolist(), result.mse.tolist(), strict=True)]
-    path = trained.folders.logs / step_name(trained.step, "_lpips.json")
+    path = evaluation.trained.folders.logs / evaluation.picture_path("lpips", sampler=True).with_suffix(".json").name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(entries, indent=1) + "\n",
                                                                   encoding="utf-8"))
@@ -99,7 +98,7 @@ def _save_sheet(evaluation, pictures, result):
     label = "closest images of G, from best to worst"
     save_reconstructions(
         {"held-out pictures": to_images(pictures_at(pictures, shown)), label: result.images[shown]},
-        evaluation.picture_path("backtrack"), "back-tracking", evaluation.step,
+        evaluation.picture_path("backtrack", sampler=True), "back-tracking", evaluation.step,
         {label: [f"LPIPS {result.lpips[i].item():.3f}" for i in shown]})
 
 

@@ -100,6 +100,8 @@ class SetMeter:
                                         f"{COVERAGE_NEIGHBOURS}"]
         if len(self.real.rows) < self.real.count:
             parts.append(f"KID, precision, recall: {len(self.real.rows):,} of the real pictures")
+        if len(fake.rows) < fake.count:
+            parts.append(f"KID, precision, recall, coverage: {len(fake.rows):,} of the samples")
         width = len(self.real.mean)
         if min(len(self.reference), len(pictures)) < width:
             parts.append(f"fewer than {width:,} pictures, their number moves the {'FID' if inception else 'FD'}")

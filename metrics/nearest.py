@@ -16,6 +16,7 @@ from device import distributed
 from device.distributed import say
 from flags.pictures import short_side, sides_at
 from gallery.sheets import save_reconstructions
+from generate.trained import folder_as_file_part
 from pretrained import lpips, vgg
 from storage.score_table import Score
 from utils import spread_indices
@@ -40,12 +41,14 @@ def evaluate(evaluation):
     config, place, reference = evaluation.config, evaluation.place, evaluation.reference
     real, real_distances = ThreadedReader(reference.dataset), None
     net = lpips.load_on_every_rank(config.vgg_weights, place.device, FALLBACK_HINT)
+    others = f"_real-{folder_as_file_part(config.real_dir)}" if config.real_dir else ""
     for suffix, samples, source in evaluation.sample_sets():
         labels = labels_of(evaluation, samples)
         neighbours = find_neighbours(net, real, samples, place, real_distances, labels)
         real_distances = neighbours.real
         if distributed.is_first():
-            _save_pairs(real, samples, neighbours, evaluation.picture_path(f"nearest{suffix}"), evaluation.step)
+            path = evaluation.picture_path(f"nearest{suffix}{others}", sampler=False)
+            _save_pairs(real, samples, neighbours, path, evaluation.step)
         side = min(short_side(reference.imsize), SIDE)
         nearest, other = ("the nearest of its class among", "the nearest other of their class") if labels else (
             "the nearest of", "the nearest other")

@@ -50,7 +50,8 @@ elif flag("mode") == "evaluate":
         log.write(json.dumps({"step": int(flag("pretrained_model")), **scores}) + "\\n")
 elif flag("train") == "false":
     from PIL import Image
-    folder = Path(flag("sample_path"), name, f"{int(flag('pretrained_model')):07d}_generated_seed0")
+    other = "" if flag("metadata_sample") in (None, "mix") else "_metadata-" + flag("metadata_sample")
+    folder = Path(flag("sample_path"), name, f"{int(flag('pretrained_model')):07d}_generated_seed0{other}")
     folder.mkdir(parents=True, exist_ok=True)
     noise = random.Random(name)
     for i in range(int(flag("num_samples"))):

@@ -135,10 +135,15 @@ def test_the_best_of_the_evaluated_steps_is_kept_by_one_protocol_and_the_runs_ow
 def test_copies_are_found_and_shown(run, folders, small_lpips):
     shutil.copy("real/03.png", "fake/00.png")
     code, out, _ = run("--mode", "evaluate", *FOLDERS, "--metrics", "nearest", tiny=False)
-    assert code == 0 and "fake_nearest.png" in out
+    assert code == 0 and "logs/fake_nearest_real-real.png" in out
     entry = scored()[-1]
     assert 0.3 < entry["nearest"] < 3 and entry["nearest_copies"] >= 1 / 12
-    assert Image.open("logs/fake_nearest.png").size[0] > 8 * SMALL_SHEETS
+    assert Image.open("logs/fake_nearest_real-real.png").size[0] > 8 * SMALL_SHEETS
+    Path("b").mkdir()
+    Path("fake").rename("b/fake")
+    _, out, _ = run("--mode", "evaluate", "--fake_dir", "b/fake", "--real_dir", "real", "--metrics", "nearest",
+                    tiny=False)
+    assert "logs/b_fake_nearest_real-real.png" in out, "folders of one name overwrite no picture of each other"
 
 
 def test_metadata_are_drawn_in_both_ways_have_a_share_and_are_searched_for_if_asked(run, pictures, small_lpips,
@@ -149,7 +154,8 @@ def test_metadata_are_drawn_in_both_ways_have_a_share_and_are_searched_for_if_as
     monkeypatch.setattr(backtrack, "backtrack", lambda G, latents, pictures, net, steps, free, *rest: moved.append(
         free) or found(G, latents, pictures, net, steps, free, *rest))
     monkeypatch.setattr(variation, "SAMPLES", 64)
-    for flags in (("--metrics", "nearest,lpips,share"), ("--metrics", "lpips", "--backtrack_metadata", "true")):
+    others = ("--backtrack_metadata", "true", "--seed", 3, "--truncation", 2, "--metadata_sample", "gauss")
+    for flags in (("--metrics", "nearest,lpips,share"), ("--metrics", "lpips", *others)):
         code, _, err = run("--version", "f", "--mode", "evaluate", "--num_eval", 8, "--backtrack_steps", 1, *flags,
                            tiny=False)
         assert code == 0, err
@@ -158,7 +164,10 @@ def test_metadata_are_drawn_in_both_ways_have_a_share_and_are_searched_for_if_as
     assert (bank["source"], gauss["source"]) == tuple(f"G_ema, seed 0, metadata {how}" for how in ("bank", "gauss"))
     assert "of its class" not in bank["protocol"] == gauss["protocol"] and bank["nearest"] != gauss["nearest"]
     written = {path.name for path in Path("samples/f").iterdir()}
-    assert {"0000001_nearest_bank.png", "0000001_nearest_gauss.png"} <= written
+    assert {"0000001_nearest_bank.png", "0000001_nearest_gauss.png", "0000001_backtrack.png",
+            "0000001_backtrack_seed3_metadata-gauss_truncation2.png"} <= written, "the old ones stay"
+    assert {path.name for path in Path("logs/f").glob("*_lpips*.json")} == {
+        "0000001_lpips.json", "0000001_lpips_seed3_metadata-gauss_truncation2.json"}
     share, = (line for line in lines("f") if "share/z_low" in line)        # those of records have no interval
     for measure in ("share", "share_lpips"):
         assert {name for name in share if name.startswith(f"{measure}/")} == {

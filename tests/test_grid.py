@@ -96,6 +96,14 @@ def test_small_pictures_become_blocks_and_large_ones_keep_their_pixels(tmp_path)
             assert (shown[dy::zoom, zoom - 1 :: zoom] == grid.to_uint8(image)[0]).all()
 
 
+@pytest.mark.parametrize(("numbers", "name"), [
+    (range(10, 18), "10-17"), ((3, 5, *range(9, 15)), "3, 5, 9-14"), ((7,), "7"), ((4, 3, 2), "4, 3, 2"),
+    (range(100, 900, 100), "100, 200, 300, 400, ..., 800"), ((12345678, 9, 87654321), "12345678, 9, 87654321"),
+    ((1234567, 12345678, 8, 87654321), "1234567, ..., 87654321")])
+def test_numbers_beside_a_row_tell_the_first_and_the_last(numbers, name):
+    assert grid.in_ranges(tuple(numbers)) == name == grid.shortened(name, grid.find_font(13))
+
+
 def test_a_grid_of_nothing_or_of_no_columns_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no image"):
         grid.save_grid(torch.zeros(0, 3, 8, 8), tmp_path / "grid.png")

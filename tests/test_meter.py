@@ -204,10 +204,12 @@ def test_a_protocol_says_what_decides_the_number(real, pictures):
     assert "Inception of other weights than the standard ones (sha256 " in protocols[5]
 
 
-def test_a_protocol_says_that_some_of_the_metrics_see_a_part_of_the_reference(real, pictures, monkeypatch):
+def test_a_protocol_says_that_some_of_the_metrics_see_a_part_of_a_set(real, pictures, monkeypatch):
     monkeypatch.setattr(features, "MAX_ROWS", 10)
-    assert "KID, precision, recall: 10 of the real pictures" in measured(real())[0].protocol
-    assert "fewer than" in measured(real())[0].protocol
+    few, many = (measured(real(), samples(count))[0].protocol for count in (10, 12))
+    assert "KID, precision, recall: 10 of the real pictures" in few and "of the samples" not in few
+    assert "KID, precision, recall, coverage: 10 of the samples" in many
+    assert "fewer than" in few
     enough = str(fill(pictures.parent / "more", 16))
     assert "fewer than" not in measured(real(image_path=enough), samples(16))[0].protocol
 

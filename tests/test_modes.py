@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ from PIL import Image
 
 import fastgan_models
 import main
+from errors import UsageError
 from gallery import film
 from generate import modes
+from generate.classes import Classes
+from generate.latents import Latents
 from layers.norms import ConditionalBatchNorm
 from parameter import resolve
 
@@ -71,6 +75,15 @@ def test_a_video_loops_and_follows_the_seed(run, trained, flags):
     assert all((one == other).all() for one, other in zip(first, frames(path)[0], strict=True))
     run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--seed", 1, tiny=False)
     assert (frames("samples/a/0000001_interpolation_seed1.webp")[0][0] != first[0]).any()
+
+
+def test_more_classes_than_frames_are_refused():
+    latents = Latents(4, classes=Classes(("a", "b", "c"), (1, 1, 1)))
+    config = SimpleNamespace(latents=None, num_frames=2, classes=("all",))
+    with pytest.raises(UsageError, match="^--num_frames 2: fewer than the 3 classes to walk between; give more, or"):
+        modes._corners(config, latents, torch.Generator())
+    config.num_frames = 3
+    assert modes._corners(config, latents, torch.Generator()).labels.tolist() == [0, 1, 2]
 
 
 def test_frames_of_a_video_are_padded_to_the_largest(tmp_path):

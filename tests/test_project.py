@@ -1,5 +1,6 @@
 """--mode project and --latents, by the real command; the tests of soak with a random VGG-16."""
 
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,12 @@ def test_a_search_comes_nearer_and_its_latent_draws_what_it_found(trained, monke
     target = Path("samples/a/0000002_generated_seed0/000001.png")
     net = SmallLpips()                                  # to load a VGG-16 takes seconds
     monkeypatch.setattr(lpips, "load_lpips", lambda *_: net)
+    watching, search = [], project.search
+    monkeypatch.setattr(project, "search", lambda *words: (watching.append(words[-1]), search(*words))[1])
     code, out, err = command("--mode", "project", "--target", target, "--seed", 3, "--backtrack_steps", 40)
     assert code == 0 and "1 picture projected by step 2" in out and "LPIPS of random weights" in out and net.seen, err
+    kept = inspect.getclosurevars(watching[0]).nonlocals["frames"]
+    assert len(kept) == 10 and {frame.dtype for frame in kept} == {np.dtype(np.uint8)}, "a quarter of the memory"
     found = Path("samples/a/0000002_project_000001.png")
     assert found.is_file()
     with Image.open(found.with_suffix(".webp")) as film:

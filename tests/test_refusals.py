@@ -18,7 +18,9 @@ import torch
 from conftest import MAIN, TINY, TINY_OF_ANY, fill, two_processes
 
 import main
+import parameter
 import start
+from errors import Failure
 from pretrained import vgg
 from storage import checkpoint
 
@@ -262,6 +264,27 @@ def test_refused_sampling_writes_nothing(refused, mode, name):
 def test_a_refused_evaluation_writes_nothing(refused, name):
     elsewhere = () if "--sample_path" in EVALUATING[name].flags else ("--sample_path", "elsewhere")
     refused("trained", EVALUATING[name], "--version", "a", "--device", "cpu", "--mode", "evaluate", *elsewhere)
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's, of a GPU."""
+
+
+@pytest.mark.parametrize(("mode", "error", "words"), [
+    ("sample", OutOfMemoryError(), "the GPU: use --device cpu, or wait for what else uses it"),
+    ("interpolate", MemoryError(), "this machine: wait for what else uses it"),
+    ("evaluate", OutOfMemoryError(), "the GPU: use --device cpu, or wait for what else uses it, or give fewer "
+                                     "--metrics, or another --feature_net"),
+])
+def test_without_memory_outside_training_what_helps_there_is_named(monkeypatch, mode, error, words):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(main, "dispatch", fail)
+    config = parameter.resolve({"mode": mode, "device": "cpu"})
+    with pytest.raises(Failure) as failure:
+        main.watched(config, None)
+    assert str(failure.value) == f"out of memory on {words}"
 
 
 # ---- what refuses by being there ----

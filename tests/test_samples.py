@@ -5,15 +5,21 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY, TINY_OF_ANY
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import main
 from errors import CheckpointError, UsageError
+from gallery import grid
+from generate import samples
+from generate.classes import Classes
+from generate.latents import Inputs, Latents
 from generate.modes import load
 
 METADATA = (*TINY_OF_ANY, "--model", "fastgan", "--imsize", "64", "--recon", "l1", "--vgg_weights",
@@ -39,12 +45,14 @@ def trained(run, before, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [(), pytest.param(METADATA, marks=pytest.mark.soak)], ids=["classes", "metadata"])
-def test_a_seed_draws_the_same_picture_alone_and_among_others(run, trained, pictures, flags):
+def test_a_seed_draws_the_same_picture_alone_and_among_others(run, trained, pictures, monkeypatch, flags):
     if flags:
         run(*flags, "--version", "a", "--total_step", 2, "--restart", "true", tiny=False)
-    folder = Path("samples/a/0000002_seeds")
+    folder, beside = Path("samples/a/0000002_seeds"), []
+    monkeypatch.setattr(grid, "save_grid", lambda images, path, columns, names: beside.append(names))
     code, out, err = run("--version", "a", "--mode", "sample", "--seeds", "7,0,2-4,9000000000000000000", tiny=False)
     assert code == 0 and "6 pictures" in out, err
+    assert beside == [["7, 0, 2", "3-4, 9000000000000000000"]]
     among = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert sorted(among) == [*(f"seed00000{seed}.png" for seed in (0, 2, 3, 4, 7)), "seed9000000000000000000.png"]
     assert len(set(among.values())) == 6
@@ -95,6 +103,40 @@ def test_a_picture_is_drawn_again_from_what_its_file_says(run, trained):
     run("--like", path, "--classes", "beard,bob", "--truncation", 2, tiny=False)
     changed = [Path(f"samples/a/0000002_seed000005_{name}_truncation2.png") for name in ("beard", "bob")]
     assert len({file.read_bytes() for file in (path, *changed)}) == 3
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """drawing(*classes) -> a TrainedGenerator's stand-in that draws black images and keeps what it says in `told`."""
+    monkeypatch.setattr(samples, "_save", lambda *_: None)
+
+    def stand_in(*classes):
+        told = []
+        return SimpleNamespace(draw=lambda inputs: torch.zeros(len(inputs), 3, 32, 32) - 1, step=1, told=told,
+                               create_folder=lambda: None, finish=lambda config, message: told.append(message),
+                               latents=Latents(4, classes=Classes(classes, (1,) * len(classes))))
+
+    return stand_in
+
+
+def test_of_many_pictures_only_those_of_the_grid_stay_in_memory(drawing, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "cat", list)             # what _write keeps
+    batches = [(Inputs(torch.zeros(4, 2)), [{"seed": 0, "number": 0}] * 4) for _ in range(5)]
+    kept = samples._write(drawing(), batches, tmp_path, 6, SimpleNamespace(update=lambda count: None))
+    assert [len(images) for images in kept] == [4, 2]
+    assert sum(images.untyped_storage().nbytes() for images in kept) == 6 * 3 * 32 * 32 * 4
+
+
+@pytest.mark.parametrize(("count", "imsize", "rows"), [(10, 32, 10), (50, 32, 40), (50, 512, 10)])
+def test_a_grid_shows_all_classes_or_says_how_many(drawing, tmp_path, count, imsize, rows):
+    trained = drawing(*map(str, range(count)))
+    config = SimpleNamespace(classes=("all",), imsize=imsize, seeds=None, seed=0, num_samples=2)
+    samples._sample_classes(config, trained, tmp_path / "a", grid.grid_side(imsize), 2, None)
+    path, = tmp_path.glob("*.png")
+    assert Image.open(path).height == rows * (64 + grid.GAP) + grid.GAP
+    (told,) = trained.told
+    assert f"of each of {count} classes" in told
+    assert ("all as a grid" if rows == count else f"all of each of {rows} of the {count} classes as a grid") in told
 
 
 def test_a_picture_of_another_run_of_that_name_is_not_drawn_again(run, trained):

@@ -249,6 +249,13 @@ def test_the_header_warns_when_the_map_has_no_effect_or_no_structure(tmp_path):
     assert warns(0.3, 0.985) and not warns(0.3, 0.975)
 
 
+@pytest.mark.parametrize("Q", [1, 2, 3, 5])
+def test_frames_of_a_film_are_alike_whether_the_header_warns_or_not(Q):
+    sizes = {sheets.attention_sheet(torch.zeros(1, 3, 64, 64), uniform(1, Q, 4, 4), DEFAULT_QUERIES[:Q], "g16", 1, 0.5,
+                                    entropy).size for entropy in (0.5, 0.99)}
+    assert len(sizes) == 1
+
+
 def test_the_header_changes_with_what_it_says(tmp_path):
     images, maps, queries = torch.zeros(1, 3, 64, 64), uniform(1, 5, 4, 4), DEFAULT_QUERIES
 
@@ -586,6 +593,16 @@ def test_long_labels_and_titles_fit_on_the_page(tmp_path):
     for rows, title in (({label: nan}, "fastgan"), ({"real": nan}, "a title " * 10)):
         page = write_rows(tmp_path / "r.png", rows, title)
         assert (page[:, -20:] == grid.BACKGROUND).all()
+
+
+def test_labels_are_in_letters_that_the_font_has_and_no_wider_than_the_pictures(tmp_path, written):
+    for width, count in ((352, 1), (3 * 192 + 2 * 4, 3)):
+        rows = {"猫 für Zoë " + "w" * 200: flat([50] * count, 32)}
+        sheets.save_reconstructions(rows, tmp_path / "r.png", "projection", 1)
+        (label,) = [words for _, words in written if words.startswith("? fur Zoe www")]
+        assert label.endswith("...") and width - 20 < grid.find_font(13).getlength(label) <= width
+        assert read(tmp_path / "r.png").shape[1] == width + 2 * grid.MARGIN
+        del written[:]
 
 
 def test_the_head_of_the_reconstructions_names_the_run_and_the_step(tmp_path):

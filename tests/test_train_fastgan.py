@@ -36,8 +36,8 @@ def fastgan(run, pictures, monkeypatch):
     return command
 
 
-def generated(version, step):
-    folder = Path("samples", version, f"{step:07d}_generated_seed0")
+def generated(version, step, other=""):
+    folder = Path("samples", version, f"{step:07d}_generated_seed0{other}")
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
@@ -105,10 +105,14 @@ def test_four_steps_are_two_and_two_bit_for_bit_and_metadata_are_taken_once(fast
     assert "random" in first, "a VGG with random weights is said"
     assert "cache/metadata" not in first and "12 pictures" in second and "read from cache/metadata" in second
     assert share_of_rows(state("straight", 4)) < 0.2, "the fixed z carry mixtures, as samples will"
-    Image.new("RGB", (40, 50), "red").save(pictures / "3.png")
+    for path in pictures.iterdir():
+        os.utime(path, (1, 1))                              # as in a copy of the folder
     _, out, _ = fastgan("--version", "resumed", "--total_step", 5)
+    assert "have changed" not in out
+    Image.new("RGB", (40, 50), "red").save(pictures / "3.png")
+    _, out, _ = fastgan("--version", "resumed", "--total_step", 6)
     assert "the pictures have changed since this run's metadata were computed" in out
-    assert torch.equal(state("straight", 4)["metadata"]["rows"], state("resumed", 5)["metadata"]["rows"])
+    assert torch.equal(state("straight", 4)["metadata"]["rows"], state("resumed", 6)["metadata"]["rows"])
 
 
 @pytest.mark.soak
@@ -160,10 +164,13 @@ def test_sampling_needs_no_flags_no_pictures_no_cache_and_no_vgg(fastgan, run, p
     for how in ((), ("--metadata_sample", "mix"), ("--metadata_sample", "gauss")):
         code, out, _ = run("--version", "a", "--train", "false", "--num_samples", 5, *how, tiny=False)
         assert code == 0
-        draws.append(generated("a", 2))
+        draws.append(generated("a", 2, f"_metadata-{how[1]}" if how else ""))       # each in a folder of its own
     assert recomputed == [(256, 8 + 512)] * 2, "of the run's own way of drawing metadata the checkpoint's serve"
     assert draws[0].shape == (5, 64, 64, 3)
     assert not any(np.array_equal(one, other) for one, other in itertools.combinations(draws, 2))
+    assert run("--like", "samples/a/0000002_generated_seed0_metadata-gauss/000001.png", tiny=False)[0] == 0
+    again = Image.open("samples/a/0000002_seed0_picture000001_metadata-gauss.png")
+    assert (np.asarray(again) == draws[2][1]).all()
     shutil.rmtree("samples/a/0000002_generated_seed0")
     run("--version", "a", "--train", "false", "--num_samples", 3, tiny=False)
     difference = np.abs(generated("a", 2).astype(int) - draws[0][:3])      # other batches are rounded otherwise
