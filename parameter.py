@@ -118,6 +118,9 @@ def parse(argv):
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            raise UsageError(_escaped(f"'{name}' belongs to no flag: a list has commas, such as --classes cat,dog, and "
+                                      "--image_path takes one folder"))
         nearest = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), FLAGS, n=1, cutoff=0.7)
         hint = f"did you mean --{nearest[0]}?" if nearest else "see python main.py --help"
         raise UsageError(_escaped(f"unknown flag {name}: {hint}"))
@@ -145,12 +148,15 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
         typed["mode"] = "train" if typed["train"] else "sample"
     elif "train" in typed and typed["train"] != (typed["mode"] == "train"):
         raise UsageError(f"--train {written(typed['train'])} and --mode {typed['mode']} contradict each other")
-    given = {**_read_file(typed["config"]), **typed} if typed.get("config") is not None else typed
+    given = typed
+    if typed.get("config") is not None:
+        settings = _read_file(typed["config"])
+        given = {**_not_overruled(settings, typed), **typed}
 
     values = {flag.name: flag.default for flag in FLAGS.values()} | given
     version = f"{values['model']}_{values['dataset']}" if values["version"] is None else values["version"]
     _check_version(version)
-    saved = _find_run(values, version, find_saved) if find_saved else None
+    saved = _find_run(values, given, version, find_saved) if find_saved else None
     source = _find_source(values, given, find_saved) if find_saved and saved is None else None
     known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or source or {}).items()
              if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
@@ -172,14 +178,16 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     return Config.of(values)
 
 
-def _find_run(values, version, find_saved):
+def _find_run(values, given, version, find_saved):
     """Return the saved config of the run `version`, or None. Raise UsageError where one must be there, but is not."""
     if values["restart"] or (values["fake_dir"] and values["real_dir"]):
         return None
     runs = Path(values["model_save_path"])
     saved = find_saved(runs / version)
     reads_a_checkpoint = values["mode"] not in ("train", "clean_data", "evolution") and not values["fake_dir"]
-    if saved is None and reads_a_checkpoint and not (runs / version).exists():
+    # of a folder that is scored: the run whose pictures it is compared with
+    reads_its_data = values["fake_dir"] and "version" in given and not {"dataset", "image_path"} & given.keys()
+    if saved is None and (reads_a_checkpoint or reads_its_data) and not (runs / version).exists():
         raise _no_such_run("version", version, runs)
     return saved
 
@@ -241,10 +249,35 @@ def _find_source(values, given, find_saved):
         known = {**values, **_UNSET, **settings, **given}
         own |= {key for preset in (given["preset"], settings.get("preset", "published"))
                 for key in FAMILIES[model].find_preset(preset, known)}
-    for flag, following in FOLLOWS.items():
-        if flag in given and given[flag] != settings.get(flag):
-            own.update(following)
+    own |= _following(settings, given)
     return {key: value for key, value in settings.items() if key not in own}
+
+
+def _following(settings, given):
+    """Return the names of settings that follow from flags which are `given` and differ from these `settings`."""
+    return {name for flag, following in FOLLOWS.items() if flag in given and given[flag] != settings.get(flag)
+            for name in following}
+
+
+def _not_overruled(settings, typed):
+    """Return the settings of a `--config` file without those that a typed flag overrules: they follow from it, or from
+    the file's --preset where that becomes another. A run's config.json holds all of its settings.
+    """
+    changed = {flag: value for flag, value in typed.items() if flag in settings and settings[flag] != value}
+    own = _following(settings, changed)
+    if "preset" in settings and changed.keys() & {"preset", "arch", "imsize"} and "model" not in changed:
+        before = _of_preset({**settings, **_UNSET})
+        # what nobody chose: a value that the old preset or the flag's default gives, or that follows from others
+        own |= {name for name in before.keys() | _of_preset({**settings, **_UNSET, **typed}).keys()
+                if before.get(name, FLAGS[name].default) in (settings.get(name), None)}
+        own.update(FOLLOWS["imsize"] if "imsize" in own else ())
+    return {name: value for name, value in settings.items() if name not in own}
+
+
+def _of_preset(settings):
+    """Return what the preset of these settings sets, {flag: value}."""
+    values = {flag.name: flag.default for flag in FLAGS.values()} | settings
+    return FAMILIES[values["model"]].find_preset(values["preset"], values)
 
 
 def _settings_of_source(values, name, find_saved):
@@ -266,7 +299,7 @@ def _settings_of_source(values, name, find_saved):
 def _read_file(path):
     """Return a JSON file's settings, converted as if typed, without per-call flags and nulls. Raise UsageError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:      # as editors on Windows write it, too
             settings = json.load(file)
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path}: cannot be read as JSON ({error})") from None

@@ -22,7 +22,8 @@ INTRO = """\
 Written by `make docs` from the tables in [flags/](../flags); do not edit. `python main.py --help` shows the same.
 
 - A flag that you leave out is taken from `--config FILE`, else from the run's saved config (but `--metrics` of
-  `--mode evaluate`), else from `--preset`, else from the default below.
+  `--mode evaluate`), else from `--preset`, else from the default below. What follows from `--preset`, `--imsize`,
+  `--arch`, `--adv_loss` or `--dataset` in the file is not taken if you type another one.
 - Booleans take true, false, 1, 0, yes, no; a bare `--dry_run` means true.
 - A default such as `64; fastgan: 256` differs for that model. – means none, or that the text gives it.
 """

@@ -275,7 +275,7 @@ FLAGS = {
         Flag("ema_start", int, 0, "step from which G_ema is an average; before, it is G", 0),
     ),
     "records": (
-        Flag("log_step", int, 10, "steps between lines in metrics.jsonl", 1),
+        Flag("log_step", int, 10, "steps between lines in metrics.jsonl; a record has one, too", 1),
         Flag("sample_step", int, 100, "steps between sample grids and attention maps", 1),
         Flag("classes", names, None, "with classes: those that grids show, one a row, and --mode interpolate walks "
              "between, by name or number, such as 3,tabby, or all (default: a spread); --mode sample draws of each",

@@ -71,6 +71,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--imgsize 64", "unknown flag --imgsize: did you mean --imsize?"),
     ("--batch-size 64", "did you mean --batch_size?"),
     ("--xyzzy 1", "unknown flag --xyzzy"),
+    ("--classes cat dog", "'dog' belongs to no flag: a list has commas, such as --classes cat,dog"),
     ("--dataset lsum", "'lsum' is not one of celeb, lsun, cifar10, folder, toy; did you mean lsun?"),
     ("--model qgan", "--model: 'qgan'"),
     ("--adv_loss wgan", "did you mean wgan-gp?"),
@@ -344,6 +345,21 @@ def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
         resolve({"config": str(tmp_path / "c.json")})
 
 
+@pytest.mark.parametrize(("settings", "typed"), [
+    ({}, {"preset": "cpu"}), ({"g_lr": 0.5}, {"preset": "cpu"}), ({"preset": "cpu"}, {"preset": "published"}),
+    ({"model": "fastgan"}, {"preset": "cpu"}), ({}, {"adv_loss": "wgan-gp"}), ({}, {"imsize": 128}),
+    ({"preset": "cpu"}, {"arch": "resnet"})])
+def test_of_a_runs_config_nothing_stays_that_follows_from_what_is_typed_otherwise(tmp_path, settings, typed):
+    (tmp_path / "c.json").write_text(parameter.as_json(resolve(settings)))
+    again = vars(resolve({"config": str(tmp_path / "c.json"), **typed}))
+    assert {**again, "config": None} == vars(resolve({**settings, **typed}))
+
+
+def test_a_file_for_settings_that_was_written_by_hand_keeps_them_beside_a_typed_preset(tmp_path):
+    (tmp_path / "c.json").write_bytes(b"\xef\xbb\xbf" + json.dumps({"batch_size": 5}).encode())      # as by Notepad
+    assert resolve({"config": str(tmp_path / "c.json"), "preset": "cpu"}).batch_size == 5
+
+
 def test_command_line_then_config_file_then_saved_run_then_preset(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"g_lr": 0.02, "d_lr": 0.02}))
     saved = {**json.loads(parameter.as_json(resolve({"preset": "cpu", "version": "a"}))),
@@ -491,6 +507,16 @@ def test_a_folder_against_a_runs_data_set_takes_size_and_data_from_the_run():
     assert resolve(flags).imsize is None
     with pytest.raises(UsageError, match="--image_path DIR"):
         resolve({**flags, "dataset": "folder"})
+
+
+def test_a_folder_against_the_data_of_a_run_that_is_not_there_is_refused():
+    flags = {"version": "mien", "mode": "evaluate", "fake_dir": "x"}
+    with pytest.raises(UsageError, match="--version mien: there is no such run in models"):
+        resolve(flags, lambda folder: None)
+    by_hand = {"dataset": "folder", "image_path": "faces"}
+    assert resolve({**flags, **by_hand}, lambda folder: None).image_path == "faces"
+    del flags["version"]
+    assert resolve(flags, lambda folder: None).dataset == "celeb"
 
 
 # ---- flags and the tables that they choose from ----
