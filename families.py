@@ -158,16 +158,17 @@ def find_mismatch(config, state):
 def take_weights(nets, state, classes):
     """Load into `nets`, an object with G, D and G_ema, the weights of another run's `state` that fit, tensor by tensor.
 
-    `classes` are the Classes of the nets, or None. Tables of classes fit if the classes are the same. Return
-    ([name, ...] of what was taken, those of what was not).
+    `classes` are the Classes of the nets, or None. In G's batch norms a class of the same name keeps its scale and
+    shift, another one begins with their mean; D's table of classes fits if the classes are the same. Return ([name,
+    ...] of what was taken, those of what was not).
     """
     mine, theirs = classes and classes.state()["names"], (state.get("classes") or {"names": None})["names"]
     taken, left = [], []
     for name in ("G", "D", "G_ema"):
         net = getattr(nets, name)
-        own, source = net.state_dict(), _with_batch_norms_of(net, state[name])
+        own, source = net.state_dict(), _with_batch_norms_of(net, state[name], mine, theirs)
         tables = tuple(f"{key}." for key, module in net.named_modules()
-                       if isinstance(module, torch.nn.Embedding) and theirs not in (mine, None))
+                       if isinstance(module, torch.nn.Embedding) and name == "D" and theirs not in (mine, None))
         fitting = [key for key, weight in own.items() if getattr(source.get(key), "shape", None) == weight.shape
                    and not key.startswith(tables)]
         net.load_state_dict(own | {key: source[key] for key in fitting})
@@ -176,9 +177,10 @@ def take_weights(nets, state, classes):
     return taken, left
 
 
-def _with_batch_norms_of(net, source):
+def _with_batch_norms_of(net, source, mine, theirs):
     """Return the state dict `source` with batch norms as `net` has them, plain or class-conditional: every class gets
-    the scale and shift of a plain one, a plain one the mean over the classes.
+    the scale and shift of a plain one, a plain one the mean over the classes. `mine` and `theirs` are the names of the
+    classes of `net` and of `source`, or None.
     """
     source = dict(source)
     plain = {"weight": "scale.weight", "bias": "shift.weight"}
@@ -190,6 +192,10 @@ def _with_batch_norms_of(net, source):
             for key, table in plain.items():
                 if module.scale is not None and inner + key in source:
                     source[f"{name}.{table}"] = source[inner + key].expand(len(module.scale.weight), -1)
+                elif module.scale is not None and theirs not in (mine, None):
+                    rows = source[f"{name}.{table}"]
+                    source[f"{name}.{table}"] = torch.stack([
+                        rows[theirs.index(one)] if one in theirs else rows.mean(0) for one in mine])
                 elif f"{name}.{table}" in source:
                     source.setdefault(inner + key, source[f"{name}.{table}"].mean(0))
         elif isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -75,7 +75,7 @@ class Trainer:
         self.fixed_inputs = self.latents.sampling(side**2, generator)
         if classes is not None:
             self.fixed_inputs = replace(self.fixed_inputs, labels=classes.rows(side, config.classes))
-        self.bn_stats_inputs = self.latents.sampling(BN_STATS_IMAGES, generator).to(device)
+        self.bn_stats_inputs = self.latents.for_bn_stats(BN_STATS_IMAGES, generator).to(device)
         utils.seed_everything(config.seed)      # CRUCIAL: the same on every rank, see `draw_rows`
         self._is_checked = False
 

@@ -12,6 +12,7 @@ from errors import DataError, UsageError
 from utils import spread_indices
 
 LISTED = 12                 # classes that are named in a line, at most
+UNEVEN = 3          # times as many pictures in the largest class as in the smallest: worth a note
 FOLDER_BYTES = 150          # of a folder's name, to which file names add some; file systems allow 255
 LONGEST_SUFFIX = 40         # letters
 
@@ -173,9 +174,21 @@ def find_classes(config, dataset):
 def lines_on_classes(config, dataset, classes):
     """Return what a user should know of the Classes, or of why there are none, one line each."""
     if classes:
-        return classes.lines()
+        return classes.lines() + _lines_on_training(config, classes)
     stray = dataset.stray() if config.conditional == "auto" else None
     return [f"note: training without classes, as {stray}"] if stray else []
+
+
+def _lines_on_training(config, classes):
+    """Return what in the flags does not suit these Classes, one line each."""
+    lines, counts = [], [count for count in classes.counts if count]
+    if max(counts) > UNEVEN * min(counts) and not config.balance:
+        lines.append("note: G draws all classes equally often, D sees them as often as there are pictures, and can "
+                     "tell by that; --balance true trains D on all equally often, too")
+    if config.metadata:
+        lines.append("note: the metadata of an image are those of a picture of any class; with classes all was "
+                     "measured with --metadata false")
+    return lines
 
 
 def describe_changes(before, now):

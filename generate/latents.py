@@ -4,7 +4,7 @@ import hashlib
 import tokenize
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -173,6 +173,16 @@ class Latents:
         if self.bank is not None:
             z = torch.cat([z, self._bank_on_cpu.sample(count, self.metadata_sample, generator)], 1)
         return Inputs(z, None if self.classes is None else self.classes.draw(count, generator))
+
+    def for_bn_stats(self, count, generator):
+        """Draw the `Inputs` that G's batch-norm statistics are taken on, on the CPU: as samples are, but of all classes
+        equally often, as in training, whose statistics G has learned with.
+        """
+        inputs = self.sampling(count, generator)
+        if self.classes is None:
+            return inputs
+        present = self.classes.present
+        return replace(inputs, labels=present[torch.arange(count) % len(present)])
 
     def _normal(self, count, generator):
         """Draw z (count, z_dim) ~ N(0, 1), cut off at +-truncation (Brock et al. 2019, arXiv 1809.11096, 3.1)."""

@@ -1,4 +1,6 @@
-"""Class-conditional batch norm."""
+"""Class-conditional batch norm; batch norm by the batch at hand."""
+
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -46,6 +48,23 @@ class ConditionalBatchNorm(nn.Module):
             norm.num_batches_tracked += 1
             return _NormByImage.apply(x, scale, shift, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
         return _affine(norm(x), scale, shift)                           # (B, C, H, W)
+
+
+@contextmanager
+def batch_statistics(net):
+    """In this block the batch norms of `net`, in evaluation mode, take the statistics of each batch, as in training.
+
+    Their running statistics stay as they are.
+    """
+    norms = [(layer, layer.running_mean, layer.running_var) for layer in net.modules()
+             if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    for norm, *_ in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, mean, var in norms:
+            norm.running_mean, norm.running_var = mean, var
 
 
 def _affine(x, scale, shift):

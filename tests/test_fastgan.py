@@ -20,7 +20,7 @@ from fastgan_models import (
     take_quadrant,
 )
 from layers.convolutions import Upsample2x
-from layers.norms import ConditionalBatchNorm
+from layers.norms import ConditionalBatchNorm, batch_statistics
 from losses import SelfSupervisedHinge, hinge, l1
 from parameter import resolve
 from spectral import spectral_norm
@@ -188,6 +188,16 @@ def test_every_layer_has_noise_of_its_own_in_evaluation():
         coefficients = noise_coefficients(torch.randn(1, 16))
         maps = torch.stack([layer(torch.zeros(1, 1, 32, 32), coefficients).flatten() for layer in layers])
     assert len(layers) == 4 and (torch.corrcoef(maps) - torch.eye(4)).abs().max() < 0.2
+
+
+def test_a_record_sees_d_as_it_is_in_training_and_leaves_its_statistics():
+    _, D = networks()
+    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    expected, before = D(images).logits, {name: value.clone() for name, value in D.named_buffers()}
+    with torch.no_grad(), batch_statistics(D.eval()):
+        shown = D(images).logits
+    assert torch.allclose(shown, expected, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in D.named_buffers())
 
 
 def test_a_sample_depends_on_no_batch_mate_and_leaves_the_random_state():

@@ -17,6 +17,7 @@ from gallery.grid import save_grid
 from gallery.health import Health
 from gallery.records import Record
 from generate.draw import batch_for, draw
+from layers.norms import batch_statistics
 from storage.folders import step_name
 
 LAST_PICTURE = "_fake.png"  # of a record: where it is, the others are
@@ -41,7 +42,8 @@ class Recorder:
         trainer, config, folders = self.trainer, self.config, self.folders
         trainer.D.eval()
         try:
-            with utils.forked_random_state(self.device):
+            # its running statistics mix real with fake images, which its passes in training never do
+            with utils.forked_random_state(self.device), batch_statistics(trainer.D):
                 inputs = trainer.fixed_inputs
                 images = draw(trainer.G_ema, inputs, trainer.precision, batch_for(config.imsize))
                 order = slice(None) if self.classes is None else by_classes(inputs.labels)
