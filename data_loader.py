@@ -127,11 +127,6 @@ def flip_coins(seed: int, first: int, count: int) -> np.ndarray:
     return (words >> np.uint64(63)).astype(bool)
 
 
-@lru_cache(maxsize=2**14)  # two epochs of each class
-def _class_order(seed: int, number: int, epoch: int, length: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch, number + 1)).permutation(length)
-
-
 class ByEpoch:
     """Picture indices by sample number: each epoch is a permutation of all pictures."""
 
@@ -152,12 +147,19 @@ class ByClass:
         self.seed = seed
         order = np.argsort(numbers, kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)  # the pictures of each class
+        self._orders = [{} for _ in self.members]  # of each class {epoch: permutation}, the last two
 
     def __getitem__(self, n: int) -> int:
         turn, place = divmod(n, len(self.members))
         which = int(epoch_order(self.seed, turn, len(self.members))[place])
         members = self.members[which]
-        return int(members[_class_order(self.seed, which, turn // len(members), len(members))[turn % len(members)]])
+        epoch, place = divmod(turn, len(members))
+        orders = self._orders[which]
+        if epoch not in orders:
+            if len(orders) > 1:
+                del orders[next(iter(orders))]  # the older one
+            orders[epoch] = np.random.default_rng((self.seed, epoch, which + 1)).permutation(len(members))
+        return int(members[orders[epoch][place]])
 
 
 class Samples(Dataset):
@@ -243,9 +245,9 @@ class RealBatches:
     def _use_decoded(self):
         """Once all pictures are decoded: stop the workers, and copy the pictures to the GPU if they fit."""
         dataset = self.samples.dataset
-        size = len(dataset) * self.shape.values
+        size, memory = len(dataset) * self.shape.values, available_memory()     # 0: unknown
         # workers prefetch from a cache file that does not fit into memory
-        if not dataset.is_decoded() or size > available_memory() // 2:
+        if not dataset.is_decoded() or memory and size > memory // 2:
             return
         self._decoded = True
         self.close()

@@ -246,10 +246,12 @@ def _compare(config, state, dataset, tell=lambda line: None):
                          f"{other or f'other classes ({changed_classes})'}.\n{fix} another --version, with "
                          f"--init_from {config.version} to begin from its weights; or --restart true, which moves this "
                          "run aside and begins again.")
-    for note in (changes, relabelled):
+    mixed = before and config.holdout and (before.get("mixed") or not table.are_same(before, data)) and (
+        "which pictures --holdout keeps follows from their number: some of those kept now were trained on")
+    for note in (changes, relabelled, mixed):
         if note:
             tell(f"note: {note}")
-    return data, classes
+    return data | ({"mixed": True} if mixed else {}), classes
 
 
 def _load_source(config):

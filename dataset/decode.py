@@ -6,7 +6,9 @@ than 8 bits are mapped to 0..255 by the `Levels` of their data set, because 10 a
 out black.
 """
 
+import errno
 import io
+import re
 import struct
 import sys
 import warnings
@@ -20,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from errors import DataError
 from flags.pictures import PictureShape
@@ -45,11 +47,15 @@ FORMATS = {format: endings for format, endings in {  # what Pillow decodes by it
 }.items() if features.check(_NEEDS.get(format, "pil"))} | ({"HEIF": HEIF} if find_spec("pillow_heif") else {})
 _AT_HAND = tuple(format for format in FORMATS if format != "HEIF")  # whose libraries are imported already
 SUFFIXES = frozenset(ending for endings in FORMATS.values() for ending in endings)
+# How files begin that may be all right though Pillow cannot read them, such as a TIFF of 64-bit numbers.
+_SIGNATURES = {"JPEG": rb"\xff\xd8", "PNG": rb"\x89PNG", "WebP or film": rb"RIFF", "TIFF": rb"II[*+]\0|MM\0[*+]",
+               "GIF": rb"GIF8", "BMP": rb"BM", "HEIC, AVIF or film": rb"....ftyp",
+               "JPEG 2000": rb"\xff\x4f\xff\x51|\0\0\0\x0cjP  ", "JPEG XL": rb"\xff\x0a|\0\0\0\x0cJXL "}
 # Pillow's exceptions on damaged data.
 DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error, zlib.error)
 # Increment when `decode` returns different pixels for files that it could decode before: invalidates the caches of
 # decoded pictures. What only some data sets depend on, such as `Levels`, is in the caches' own headers instead.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MAX_PIXELS = 178_956_970  # the default of --max_pixels: Pillow's own limit
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of damaged EXIF data; `catch_warnings` is not for threads
 Image.MAX_IMAGE_PIXELS = None  # `_limit` checks instead, when the decoder has been told to scale down
@@ -112,7 +118,7 @@ def picture_size(file: BinaryIO) -> tuple[int, int] | None:
     try:
         with _open(file) as image:
             width, height = image.size
-            lies = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            lies = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)   # Pillow turns TIFFs itself
             return (height, width) if lies else (width, height)
     except _UNUSABLE:
         return None
@@ -125,7 +131,10 @@ def look(file: BinaryIO, size: int, crop: int | None = None, max_pixels: int = M
     interrupted download. Some cameras append data to their JPEGs, so a picture with an unexpected end is decoded before
     it is rejected. Pictures of more than 8 bits are decoded anyway. Raise UnusablePicture if it cannot be used.
     """
+    start = b""
     try:
+        start = file.read(16)
+        file.seek(0)
         with _open(file) as image:
             kind, side = _kind(image), min(image.size)
             complete = _is_complete(image, file, size)
@@ -137,7 +146,7 @@ def look(file: BinaryIO, size: int, crop: int | None = None, max_pixels: int = M
             decode(file.read(), "", 1, crop, max_pixels)
         return Traits(side)
     except _UNUSABLE as error:
-        raise _unusable("", error, max_pixels) from None
+        raise _unusable("", error, max_pixels, start) from None
 
 
 def _is_complete(image: Image.Image, file: BinaryIO, size: int) -> bool:
@@ -242,7 +251,7 @@ def decode(data: bytes, name: str, shape: PictureShape | int, crop: int | None =
         return _despite_text(partial(_decode, shape=PictureShape.of(shape), crop=crop, max_pixels=max_pixels,
                                      levels=levels), data)
     except _UNUSABLE as error:
-        raise _unusable(name, error, max_pixels) from None
+        raise _unusable(name, error, max_pixels, data[:16]) from None
 
 
 def _despite_text(read: Callable, data: bytes):
@@ -269,14 +278,23 @@ def _decode(data: bytes, shape: PictureShape, crop: int | None, max_pixels: int,
         return to_tensor(image, shape, crop)
 
 
-def _unusable(name: str, error: Exception, max_pixels: int) -> UnusablePicture:
-    if isinstance(error, UnidentifiedImageError):
-        return UnusablePicture(name, "it is not a JPEG, PNG, WebP or any other picture that can be read")
+def _unusable(name: str, error: Exception, max_pixels: int, start: bytes) -> UnusablePicture:
+    """Return the error for a file with these first bytes."""
+    if isinstance(error, UnidentifiedImageError) or re.search("supported|ot implemented", str(error)):  # of BMP, AVIF
+        kind = next((kind for kind, begin in _SIGNATURES.items() if re.match(begin, start, re.DOTALL)), None)
+        if kind is None:
+            return UnusablePicture(name, "it is not a JPEG, PNG, WebP or any other picture that can be read")
+        mend = "`pip install pillow-heif` lets HEIC be read" if "HEIC" in kind and "HEIF" not in FORMATS else \
+            "convert or replace it"
+        return UnusablePicture(name, f"it begins like a {kind}, but is damaged or of a kind that cannot be read here; "
+                                     f"{mend}", False)
     if isinstance(error, _TooLarge):
         return UnusablePicture(name, f"it has more than {max_pixels:,} pixels; --max_pixels 0 lifts this limit", False)
     if isinstance(error, MemoryError):
         return UnusablePicture(name, "there is not enough memory to decode it", False)
-    return UnusablePicture(name, printable(error) or type(error).__name__)
+    # Errors of the disk or the network have a number, Pillow's have none. EINVAL: a damaged header led out of the file.
+    refused = getattr(error, "errno", None) not in (None, errno.EINVAL)
+    return UnusablePicture(name, printable(error) or type(error).__name__, damaged=not refused)
 
 
 def _limit(image: Image.Image, longest: int, crop: int | None, max_pixels: int):
@@ -304,12 +322,23 @@ def _load(image: Image.Image):
         raise OSError(str(error)) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    _load(image)  # before the try, so that damaged pixel data is not mistaken for a damaged EXIF tag
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}     # {EXIF orientation: what makes such a picture upright}
+
+
+def _orientation(image: Image.Image) -> int:
     try:
-        return ImageOps.exif_transpose(image)
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
     except DAMAGE:
-        return image  # the EXIF tag is damaged, the pixels are intact
+        return 1  # the EXIF data are damaged; the pixels need not be
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Decode and turn a picture. Not by Pillow's `exif_transpose`, which fails where it cannot write the other tags."""
+    _load(image)
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _convert(image: Image.Image, channels: str) -> Image.Image:
@@ -384,9 +413,11 @@ def _to_8_bits(values: np.ndarray, levels: Levels) -> np.ndarray:
 
 
 def _grey(image: Image.Image, levels: Levels) -> Image.Image:
-    values = np.asarray(image)
-    white = values == image.info.get("transparency", -1)
-    return Image.fromarray(np.where(white, np.uint8(255), _to_8_bits(values, levels)))
+    values, transparent = np.asarray(image), image.info.get("transparency")
+    pixels = _to_8_bits(values, levels)
+    if transparent is not None:
+        pixels[values == transparent] = 255
+    return Image.fromarray(pixels)
 
 
 def _channels_in_8_bits(data: bytes, levels: Levels) -> Image.Image:

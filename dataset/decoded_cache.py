@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,7 @@ def _in_memory(dataset: ImageDataset, config) -> ImageDataset:
     shape, shared = PictureShape.of_config(config), config.num_workers != 0
     size = len(dataset) * shape.values
     processes = on_this_machine()  # each has its own copy
-    limit = min(MEMORY, available_memory() // 4 // processes)
+    limit = min(MEMORY, (available_memory() or sys.maxsize) // 4 // processes)
     if shared:
         limit = min(limit, workers.shared_memory() // 2 // processes)   # the other half is for the workers' batches
     if size > limit:
@@ -276,7 +277,23 @@ def _in_memory(dataset: ImageDataset, config) -> ImageDataset:
 
 
 def available_memory() -> int:
-    """Return the bytes of available main memory, 0 if unknown; half of the total where only the total is known."""
+    """Return the bytes of main memory that this process can get, 0 if unknown."""
+    return min(filter(None, (_memory_of_machine(), _memory_of_container())), default=0)
+
+
+def _memory_of_container() -> int:
+    """Return the bytes that are left of a container's limit; 0 if there is none, or it is unknown."""
+    try:
+        limit, used = (int(Path(workers.CONTAINER, name).read_text()) for name in ("memory.max", "memory.current"))
+        table = dict(line.split() for line in Path(workers.CONTAINER, "memory.stat").read_text().splitlines())
+        files = int(table["active_file"]) + int(table["inactive_file"])  # the page cache, which gives way
+    except (OSError, ValueError, KeyError):  # ValueError: it is "max", no limit
+        return 0
+    return max(1, limit - used + files)
+
+
+def _memory_of_machine() -> int:
+    """Return the bytes that are available, 0 if unknown; half of the total where only the total is known."""
     try:
         with open("/proc/meminfo") as table:  # unlike sysconf, it counts the page cache as available
             return next(int(line.split()[1]) * 1024 for line in table if line.startswith("MemAvailable:"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dataset.decode import printable
+from device.distributed import say
 from errors import DataError
 
 FILE = "dataset.json"  # beside the pictures or above them, see find()
@@ -104,7 +105,8 @@ def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool],
     `{"labels": [["folder/1.jpg", 0], ...]}`, the convention of StyleGAN2-ADA: paths below the top folder, whole
     numbers. The classes are 0 to the largest number, and those numbers are their names, unless the file also has their
     names in order: `"classes": ["cat", "dog"]`. An entry may name a file that is not read as a picture, if
-    `is_file(path)`. Raises DataError, which calls the file `name`.
+    `is_file(path)`. Entries of files that are not there, such as deleted ones, are counted in a note. Raises
+    DataError, which calls the file `name`.
     """
     try:
         content = json.loads(data)
@@ -116,9 +118,12 @@ def from_json(data: bytes, paths: Sequence[str], is_file: Callable[[str], bool],
         return None
     number = _numbers(content["labels"], name)  # {path: class}
     pictures = set(paths)
-    _refuse([path for path in number if path not in pictures and not is_file(path)], len(number),
-            "names {} that {} not there: {}", name)
-    _refuse([path for path in paths if path not in number], len(paths), "leaves out {} that {} there: {}", name)
+    left_out = [path for path in paths if path not in number]
+    if left_out:
+        raise unusable(name, f"leaves out {_some(left_out, len(paths), 'there')}")
+    gone = [path for path in number if path not in pictures and not is_file(path)]
+    if gone:
+        say(f"note: {printable(name)} names {_some(gone, len(number), 'not there')}")
     numbers = np.fromiter((number[path] for path in paths), np.int64, len(paths))
     return Labels(_names(content.get("classes"), int(max(number.values())) + 1, name), numbers)
 
@@ -172,12 +177,10 @@ def _names(names: object, least: int, name: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _refuse(wrong: list[str], count: int, problem: str, name: str):
-    """Raise DataError if there are `wrong` paths among `count`."""
-    if wrong:
-        words = f"{len(wrong)} of {count} pictures", "is" if len(wrong) == 1 else "are"
-        first = printable(wrong[0]) + ", ..." * (len(wrong) > 1)
-        raise unusable(name, problem.format(*words, first))
+def _some(paths: list[str], count: int, where: str) -> str:
+    """Return in words how many of `count` pictures these are, where they are, and the first of them."""
+    return (f"{len(paths)} of {count} pictures that {'is' if len(paths) == 1 else 'are'} {where}: "
+            f"{printable(paths[0])}{', ...' * (len(paths) > 1)}")
 
 
 def unusable(name: str, problem: str) -> DataError:

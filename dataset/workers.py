@@ -1,5 +1,6 @@
 """Worker processes of DataLoaders: their number, start and termination; a function mapped over all cores."""
 
+import contextlib
 import multiprocessing.connection
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,14 +21,19 @@ MOST = 8        # workers per process with --num_workers auto, at most
 BATCHES = 3     # that a worker holds in shared memory, at most: two prefetched, one in transit
 NO_MEMORY = ("use --num_workers 0, a smaller --batch_size, or more shared memory (/dev/shm; of a container: docker run "
              "--shm-size=1g)")
+CONTAINER = Path("/sys/fs/cgroup")  # where a container has its limits (cgroup v2); elsewhere there are no such files
 
 
 def cores() -> int:
     """Return the number of CPU cores that this process may use."""
     try:
-        return len(os.sched_getaffinity(0))
+        count = len(os.sched_getaffinity(0))
     except AttributeError:  # exists on Linux only
-        return os.cpu_count() or 1
+        count = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # ValueError: it is "max", no limit
+        quota, period = map(int, Path(CONTAINER, "cpu.max").read_text().split())
+        count = min(count, max(1, -(-quota // period)))
+    return count
 
 
 def shared_memory() -> int:
@@ -87,13 +94,17 @@ def death(error: Exception, batches=None) -> DataError | None:
 
     PyTorch can raise its error in the main thread from a signal handler, so it can occur anywhere in the program.
     """
-    broken = batches is not None and isinstance(error, (OSError, EOFError))
-    if str(error).startswith("DataLoader worker") or (broken and _one_died(batches)):
+    if _is_death(error, batches):
         no_memory = "bus error" in str(error).lower() or any(
             process.exitcode == -getattr(signal, "SIGBUS", 0) for process in getattr(batches, "_workers", ()))
         hint = NO_MEMORY if no_memory else "use fewer workers, or --num_workers 0"
         return DataError(f"--num_workers: {first_line(error)}\n{hint}")
     return None
+
+
+def _is_death(error: Exception, batches) -> bool:
+    broken = batches is not None and isinstance(error, (OSError, EOFError))
+    return str(error).startswith("DataLoader worker") or (broken and _one_died(batches))
 
 
 def _one_died(batches) -> bool:
@@ -134,8 +145,8 @@ def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk:
     """Map `work` over chunks of `indices` with one process per core; yield the results one by one, in order.
 
     `work(indices of a chunk)` returns a list with one result per index, and must be picklable. `chunk` is the number of
-    indices per call, `what` the label of the progress bar. A single chunk is computed in this process. Raises what
-    `work` raises, and DataError if a worker dies.
+    indices per call, `what` the label of the progress bar. A single chunk is computed in this process, and so is the
+    rest if a worker is killed. Raises what `work` raises, and DataError if a worker crashes.
     """
     chunks = [indices[start:start + chunk] for start in range(0, len(indices), chunk)]
     if len(chunks) <= 1:
@@ -149,16 +160,37 @@ def spread(work: Callable[[Sequence[int]], list], indices: Sequence[int], chunk:
     )
     try:
         batches = iter(loader)
+        keep_deaths_for_next()
     except OSError:  # no shared memory at all, or no more processes
         for part in chunks:
             yield from work(part)
         return
+    finished = 0
     with progress(len(indices), "picture", what) as done:
         try:
             for results in batches:
                 yield from results
                 done.update(len(results))
+                finished += 1
         except DEATHS as error:
-            raise death(error, batches) or error from None
+            if not _is_death(error, batches):
+                raise
+            _say_killed(batches, what)
         finally:
             stop(batches)
+        for part in chunks[finished:]:
+            results = work(part)
+            yield from results
+            done.update(len(results))
+
+
+def _say_killed(batches, what: str):
+    """Say that this process does the rest of a `spread`. Raise DataError if a worker was not killed, but crashed: this
+    process would crash at the same picture.
+    """
+    codes = {process.exitcode for process in batches._workers} - {None, 0}
+    if not codes <= {-getattr(signal, "SIGKILL", 0)}:
+        raise DataError(f"--check_data: a process crashed while {what} pictures (exit code {min(codes)}), most likely "
+                        "over one of them\nuse --check_data header, which decodes none, or off; or update pillow")
+    say(f"note: a process was killed while {what} pictures, most often for lack of memory: this one does the rest "
+        "alone; if it is killed, too, use a smaller --max_pixels")

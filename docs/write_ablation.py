@@ -1,6 +1,6 @@
-"""Write the tables and the picture of the ablation in docs/results.md from the scores in docs/ablation/.
+"""Write the table and the pictures of the ablation in docs/results.md from the scores in docs/ablation/.
 
-    python docs/write_ablation.py     needs matplotlib and scipy; a test fails while the tables are out of date
+    python docs/write_ablation.py     needs matplotlib and scipy; a test fails while the table is out of date
 
 docs/ablation/ holds the ablation.json of each set of pictures, as benchmarks/ablation.py wrote it.
 """
@@ -19,13 +19,15 @@ import report  # noqa: E402 - found through the line above
 from write_flags import table  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
-PICTURE = ROOT / "docs" / "results_ablation.png"
+DIFFERENCES = ROOT / "docs" / "results_ablation.png"
+CONVERGENCE = ROOT / "docs" / "results_convergence.png"
 BEGIN, END = "<!-- written by docs/write_ablation.py: do not edit -->", "<!-- end of what it writes -->"
 SETS = {"paintings100": "100 paintings", "paintings756": "756 paintings", "faces100": "100 faces",
         "faces1000": "1,000 faces"}
-ARMS = {"baseline": "FastGAN", "slae": "SLAE", "metadata": "metadata", "both": "both"}
+# some sets lack the last
+ARMS = {"baseline": "FastGAN", "slae": "SLAE", "metadata": "metadata", "both": "both", "w25": "metadata, 0.25"}
 COLUMNS = {"kid": "kid", "fd": "fd", "coverage": "coverage", "nearest": "nearest", "vgg_kid": "kid, VGG-16"}
-SHOWN = ("kid", "fd", "coverage")       # in the picture
+SHOWN = ("kid", "fd", "coverage")       # in the picture of differences
 STEPS = (400, 800, 1200)
 KEY = re.compile(r"(\w+)_seed(\d+), step (\d+), \d+ pictures(, mix)?")
 
@@ -43,6 +45,11 @@ def read(name, step):
     return found
 
 
+def arms_of(results):
+    """Return {arm: its name in tables} of the arms that a set of pictures has."""
+    return {arm: label for arm, label in ARMS.items() if arm in results}
+
+
 def cell(found, decimals):
     """Return a paired difference with its interval as a cell of a table, bold where the interval excludes 0."""
     mean, low, high = (f"{value:.{decimals}f}" for value in found)
@@ -58,7 +65,7 @@ def last_step():
         baseline = results[report.BASELINE]
         means = {column: report.mean_and_spread([run[column] for run in baseline.values()])[0] for column in COLUMNS}
         decimals = {column: 0 if mean >= 100 else 2 for column, mean in means.items()}     # of fd; of the others
-        for arm, label in ARMS.items():
+        for arm, label in arms_of(results).items():
             cells = [f"{means[column]:.{decimals[column]}f}" if arm == report.BASELINE else
                      cell(report.paired_interval(baseline, results[arm], column), decimals[column])
                      for column in COLUMNS]
@@ -66,41 +73,49 @@ def last_step():
     return table(("", "", "seeds", *COLUMNS.values()), rows)
 
 
-def convergence():
-    """Return the lines of the table of kid by step."""
-    rows = []
-    for name, title in SETS.items():
-        by_step = [read(name, step) for step in STEPS]
-        means = [report.mean_and_spread([run["kid"] for run in results[report.BASELINE].values()])[0]
-                 for results in by_step]
-        rows.append((title, "FastGAN", *(f"{mean:.2f}" for mean in means)))
-        for arm in list(ARMS)[1:]:
-            cells = [cell(report.paired_interval(results[report.BASELINE], results[arm], "kid"), 2)
-                     for results in by_step]
-            rows.append(("", ARMS[arm], *cells))
-    return table(("kid at step", "", *map(str, STEPS)), rows)
-
-
 def section():
     """Return what stands between BEGIN and END."""
-    return "\n".join([BEGIN, "", *last_step(), "", *convergence(), "", END])
+    return "\n".join([BEGIN, "", *last_step(), "", END])
 
 
-def draw():
-    """Write PICTURE: for each set and column of SHOWN the paired differences in percent of FastGAN's mean."""
+def draw_differences():
+    """Write DIFFERENCES: for each set and column of SHOWN the paired differences in percent of FastGAN's mean."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.4), dpi=100, layout="constrained")
     for row, (name, title) in enumerate(SETS.items()):
         results = read(name, STEPS[-1])
+        labels = list(arms_of(results).values())
         for place, column in enumerate(SHOWN):
             axes = figure.add_subplot(len(SETS), len(SHOWN), row * len(SHOWN) + place + 1)
             intervals = report.relative_differences(results, results[report.BASELINE], column)
-            report.draw_intervals(axes, {ARMS[arm]: found for arm, found in intervals.items()},
-                                  list(ARMS.values())[:0:-1], place == 0)
+            report.draw_intervals(axes, {ARMS[arm]: found for arm, found in intervals.items()}, labels[:0:-1],
+                                  place == 0)
             better = "lower" if report.sign_of(column) < 0 else "higher"
             axes.set_title(f"{title}: {column} ({better} is better)", fontsize=9)
-    figure.savefig(PICTURE, format="png")
+    figure.savefig(DIFFERENCES, format="png")
+
+
+def draw_convergence():
+    """Write CONVERGENCE: for each set kid by step, a line for each arm with the 95 % interval of its mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), dpi=100, layout="constrained")
+    for place, (name, title) in enumerate(SETS.items()):
+        axes = figure.add_subplot(1, len(SETS), place + 1)
+        by_step = [read(name, step) for step in STEPS]
+        for arm, label in arms_of(by_step[-1]).items():
+            means, lows, highs = zip(*(report.interval([run["kid"] for run in results[arm].values()])
+                                       for results in by_step), strict=True)
+            line, = axes.plot(STEPS, means, marker="o", markersize=4, label=label)
+            axes.fill_between(STEPS, lows, highs, color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.set(title=f"{title}: kid by step", xticks=STEPS, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(labelsize=8, which="both")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    figure.savefig(CONVERGENCE, format="png")
 
 
 def page():
@@ -111,5 +126,6 @@ def page():
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    draw()
-    print(f"written: {PAGE.relative_to(ROOT)}, {PICTURE.relative_to(ROOT)}")
+    draw_differences()
+    draw_convergence()
+    print("written:", *(path.relative_to(ROOT) for path in (PAGE, DIFFERENCES, CONVERGENCE)))

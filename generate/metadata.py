@@ -23,7 +23,7 @@ from utils import spread_indices
 CACHE = "metadata"      # its folder below --cache_path
 FALLBACK_HINT = "--metadata false"
 MAX_ROWS = 4096         # rows in a bank, at most: 4 MB of a checkpoint
-CACHE_VERSION = 1       # increment when `_extract` or the decoding of pictures changes: invalidates the caches
+CACHE_VERSION = 2       # increment when `_extract` or the decoding of pictures changes: invalidates the caches
 LARGEST = 256           # pixels: larger pictures are downscaled to this before VGG-16, which was trained at 224
 BATCH = 16              # pictures
 

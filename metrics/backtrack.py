@@ -47,7 +47,7 @@ def evaluate(evaluation):
         seen_in_training = "TRAINED ON"
         say(f"note: this run was trained on all pictures, including these {len(held_out)}, so the result is a training "
             "error; train with --holdout 0.1 to hold some out")
-    elif trained.data and not are_same(trained.data, summarize(dataset, config)):
+    elif trained.data and (trained.data.get("mixed") or not are_same(trained.data, summarize(dataset, config))):
         # which ones are held out depends on how many there are
         seen_in_training = "of a changed set, PARTLY TRAINED ON"
         say("note: the pictures have changed since this run began, so that some of those held out now were trained on")

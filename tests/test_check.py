@@ -348,17 +348,27 @@ def refuse(*_, **__):
 
 
 class Refusing(io.BytesIO):
-    read = refuse
+    """Of its reads only the first `good` ones succeed."""
+
+    def __init__(self, data=b"", good=0):
+        super().__init__(data)
+        self.good = good
+
+    def read(self, *size):
+        self.good -= 1
+        return super().read(*size) if self.good >= 0 else refuse()
 
 
 @pytest.mark.parametrize("level", ["header", "full"])
-@pytest.mark.parametrize("at", ["open", "read"])
+@pytest.mark.parametrize("at", ["open", 0, 1, 3])       # 1: the digest was read; 3: and the first bytes, twice
 def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, at):
     folder = fill(home / "pictures", 5)
     path = str(folder / "002.png")
 
     def refused(name, *more, **options):
-        return open(name, *more, **options) if name != path else refuse() if at == "open" else Refusing()
+        if name == path:
+            return refuse() if at == "open" else Refusing(Path(path).read_bytes(), at)
+        return open(name, *more, **options)
 
     with monkeypatch.context() as broken:
         broken.setattr(images, "open", refused, raising=False)
@@ -368,6 +378,13 @@ def test_what_the_disk_refused_is_tried_again(home, monkeypatch, looked, level, 
     assert not found(folder, level).bad and looked == ["002.png"]
     del looked[:]
     assert not found(folder, level).bad and not looked
+
+
+def test_a_header_that_leads_out_of_the_file_is_damage_and_no_refusal_of_the_disk(home):
+    folder = fill(home / "pictures", 1)
+    (folder / "far.tif").write_bytes(b"II+\0\x08\0\0\0" + (2**62).to_bytes(8, "little") + bytes(40))
+    findings = found(folder)
+    assert "Invalid argument" in findings.bad[1] and not findings.intact
 
 
 def test_a_disk_that_refuses_everything_spoils_no_index(home, monkeypatch):

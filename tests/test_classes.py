@@ -1,6 +1,7 @@
 """Runs with classes: every family, exact resuming, the same on two ranks, balanced sampling, samples by class."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 from conftest import SMALL_FASTGAN, assert_same_state, data_config, fill, gradient, identities, state
 from PIL import Image
 
-from data_loader import real_batches
+from data_loader import ByClass, real_batches
 from dataset.images import Files
 from errors import UsageError
-from generate.classes import Classes, describe_changes, find_classes
+from generate.classes import Classes, describe_changes, find_classes, lines_on_classes
 from generate.latents import Latents
 from metrics import swd
 from parameter import parse, resolve
@@ -68,6 +69,16 @@ def test_classes_are_used_where_they_are_asked_for(classed):
                         (("--model", "fastgan", "--conditional", "true"), True)):
         config = resolve(parse([*flags, "--dataset", "folder", "--image_path", str(classed)]))
         assert (find_classes(config, Files(classed, 64)) is not None) == used, flags
+
+
+def test_flags_that_do_not_suit_the_classes_are_noted(classed):
+    def notes(*flags, counts):
+        config = resolve(parse(["--dataset", "folder", "--image_path", str(classed), "--conditional", "true", *flags]))
+        return "".join(lines_on_classes(config, None, Classes(("a", "b", "c"), counts))[1:])
+
+    assert notes(counts=(10, 30, 20)) == ""
+    assert "--balance true" in notes(counts=(10, 31, 20)) and notes("--balance", "true", counts=(10, 31, 20)) == ""
+    assert "--metadata false" in notes("--model", "fastgan", counts=(10, 10, 10))
 
 
 def test_pictures_without_classes(run, pictures):
@@ -162,6 +173,17 @@ def test_balanced_batches_have_all_classes_equally_often_and_all_their_pictures(
     assert labels_of(classed, 9)[2].bincount().tolist() == [24, 8, 4], "as often as they are"
 
 
+def test_balanced_sampling_keeps_no_order_of_past_epochs():
+    order = ByClass(np.repeat([0, 1], 500), seed=7)
+    tracemalloc.start()
+    try:
+        assert len({order[n] for n in range(0, 50_000, 250)}) > 150       # in 50 epochs, each of two orders of 4 KB
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 100_000
+
+
 # ---- labels of fakes, grids ----
 
 
@@ -172,6 +194,13 @@ def test_labels_of_samples_are_as_frequent_as_in_the_data_those_of_training_unif
     assert drawn[1] == 0 and abs(drawn[0] - 3000) < 100
     trained_on = latents.training(4000).labels.bincount(minlength=3)
     assert trained_on[1] == 0 and abs(trained_on[0] - 2000) < 150
+
+
+def test_batch_norm_statistics_are_taken_on_all_classes_equally_often_as_g_was_trained():
+    latents = Latents(4, classes=Classes(("a", "b", "c"), (600, 0, 200)))
+    inputs = latents.for_bn_stats(64, torch.Generator().manual_seed(0))
+    assert inputs.labels.bincount().tolist() == [32, 0, 32] and inputs.labels[:8].bincount().tolist() == [4, 0, 4]
+    assert torch.equal(inputs.z, latents.sampling(64, torch.Generator().manual_seed(0)).z)
 
 
 def test_a_grid_has_a_class_a_row():

@@ -218,30 +218,44 @@ def fail(indices):
     return list(indices)
 
 
-def die(indices):
-    if 20 in indices:
+def die(indices, parent, how):
+    if 20 in indices and os.getpid() != parent:
         time.sleep(0.1)                         # until what came before is sent
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), how)
     return list(indices)
+
+
+def test_what_is_left_when_a_worker_is_killed_is_done_by_this_process(monkeypatch, capsys):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))   # torch waits 5 s
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    killed = partial(die, parent=os.getpid(), how=signal.SIGKILL)
+    assert list(workers.spread(killed, range(40), 4, "decoding")) == list(range(40))
+    assert "note: a process was killed while decoding pictures" in capsys.readouterr().out
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(("work", "error", "words"), [
     (fail, RuntimeError, "not this one"),
-    pytest.param(die, DataError, "DataLoader worker", marks=pytest.mark.soak),
+    (partial(die, parent=0, how=signal.SIGUSR1), DataError, "--check_data: a process crashed .*exit code -10"),
 ])
 def test_what_goes_wrong_in_a_spread_task_is_raised_and_ends_it(monkeypatch, work, error, words):
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))   # torch waits 5 s
     monkeypatch.setattr(workers, "cores", lambda: 2)
     with pytest.raises(error, match=words) as caught:
         list(workers.spread(work, range(40), 4, "looking"))
     assert caught.tb and not multiprocessing.active_children()  # which the traceback holds
 
 
-def test_the_cores_that_count_are_those_of_this_process(monkeypatch):
+def test_the_cores_that_count_are_those_of_this_process_and_of_its_container(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "CONTAINER", tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     assert workers.cores() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
     assert workers.cores() == 64
+    for text, count in (("max 100000", 64), ("150000 100000", 2), ("20000 100000", 1), ("9900000 100000", 64)):
+        (tmp_path / "cpu.max").write_text(f"{text}\n")
+        assert workers.cores() == count
 
 
 @pytest.mark.parametrize(("cores", "shared", "world", "imsize", "expected", "of_five"), [

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BLUE, GREEN, RED, WHITE, assert_colour, data_config, encode, fill, gradient
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from data_loader import build_dataset, describe
 from dataset import decode as decoding
@@ -107,9 +107,30 @@ def test_exif_rotation_is_honoured(kind):
     image.paste(BLUE, (32, 0, 64, 64))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: the left side becomes the top
+    exif = exif.tobytes()
     picture = decode(encode(image, kind, exif=exif, quality=95), "x", 16)
     assert_colour(picture[:, :6], RED, 12)
     assert_colour(picture[:, 10:], BLUE, 12)
+    assert decoding.picture_size(io.BytesIO(plain("RGB", RED, kind, (20, 30), exif=exif))) == (30, 20)
+
+
+def test_every_exif_orientation_is_as_pillow_has_it():
+    image, exif = gradient((90, 60)), Image.Exif()
+    for orientation in range(1, 10):
+        exif[0x0112] = orientation
+        data = encode(image, "PNG", exif=exif)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        assert torch.equal(decode(data, "x", 16), decode(encode(upright, "PNG"), "x", 16))
+
+
+def test_another_exif_tag_of_a_wrong_type_costs_neither_the_picture_nor_its_orientation():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "abc"       # orientation, software
+    text, number = (b"\x01\x31\0" + rest for rest in (b"\x02\0\0\0\4", b"\x0b\0\0\0\1"))  # 4 letters, one float
+    assert text in exif.tobytes()
+    image = gradient((90, 60))
+    turned = decode(encode(image.transpose(Image.Transpose.ROTATE_270), "PNG"), "x", 16)
+    assert torch.equal(decode(encode(image, "PNG", exif=exif.tobytes().replace(text, number)), "x", 16), turned)
 
 
 def test_a_damaged_exif_tag_does_not_cost_the_picture():
@@ -284,10 +305,28 @@ def test_bytes_after_the_end_are_no_fault():
     assert look(noisy("PNG") + b"more") is None
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", b"\0" * 500, b"%PDF-1.7\n",
-                                  b"\0\0\0\x18ftypheic"], ids=["empty", "page", "zeros", "pdf", "heic"])
+@pytest.mark.parametrize("data", [b"", b"<html>quota exceeded</html>", b"\0" * 500, b"%PDF-1.7\n"],
+                         ids=["empty", "page", "zeros", "pdf"])
 def test_what_is_no_picture_is_found(data):
-    assert look(data) == "it is not a JPEG, PNG, WebP or any other picture that can be read"
+    with pytest.raises(UnusablePicture, match="it is not a JPEG, PNG, WebP or any other picture that") as caught:
+        decode(data, "x", 16)
+    assert look(data) == caught.value.reason and caught.value.damaged
+
+
+BITS = b"\x02\x01\x03\0\1\0\0\0"     # the tag of a TIFF that says how many bits a value has
+
+
+@pytest.mark.parametrize(("kind", "data"), [
+    ("TIFF", plain("F", 0.5, "TIFF").replace(BITS + b"\x20", BITS + b"\x40")),
+    ("BMP", plain("RGB", BLUE, "BMP")[:30] + b"\x09" + plain("RGB", BLUE, "BMP")[31:]),     # an unknown compression
+    ("JPEG XL", b"\xff\x0a" + bytes(50)), ("HEIC, AVIF or film", b"\0\0\0\x18ftypheic")])
+def test_a_kind_that_cannot_be_read_is_no_damage(monkeypatch, kind, data):
+    for mend in ("convert or replace it", "`pip install pillow-heif` lets HEIC be read")[:1 + ("HEIC" in kind)]:
+        if "pip" in mend:
+            monkeypatch.setattr(decoding, "FORMATS", {"PNG": ()})
+        with pytest.raises(UnusablePicture, match=f"begins like a {kind}, but is damaged or of a kind") as caught:
+            decode(data, "x", 16)
+        assert look(data) == caught.value.reason and not caught.value.damaged and caught.value.reason.endswith(mend)
 
 
 def test_a_fault_without_words_is_a_fault(monkeypatch):

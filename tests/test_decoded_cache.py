@@ -427,6 +427,9 @@ def test_where_all_is_decoded_no_worker_is_started(folder, monkeypatch):
     assert not multiprocessing.active_children()
     expected = take(real_batches(data_config(folder), open_dataset(data_config(folder)), 0, "cpu"), 6)
     assert torch.equal(take(batches, 6), expected)
+    monkeypatch.setattr("data_loader.available_memory", lambda: 0)
+    real_batches(config, build_dataset(config), 0, "cpu")
+    assert not multiprocessing.active_children(), "where it is unknown how much there is"
     monkeypatch.setattr("data_loader.available_memory", lambda: 10_000)
     batches = real_batches(config, build_dataset(config), 0, "cpu")
     assert len(multiprocessing.active_children()) == 2, "a file larger than memory is read ahead of time"
@@ -443,6 +446,7 @@ def test_where_all_is_decoded_no_worker_is_started(folder, monkeypatch):
         (2, 10**9, 10**9, True),
         (2, 10**9, 10_000, False),  # a container's small /dev/shm
         (0, 10_000, 10**9, False),
+        (0, 0, 10**9, True),  # unknown, as on Windows
     ],
 )
 def test_what_is_no_file_is_kept_in_memory_where_that_is_not_short(monkeypatch, num_workers, memory, shm, kept):
@@ -479,7 +483,7 @@ MEMINFO = "MemTotal:       16000 kB\nMemFree:          900 kB\nMemAvailable:    
     (MEMINFO, 5000, 8000 * 1024), ("MemTotal: 16000 kB\n", 5000, 5000 * 4096 // 2), (None, 5000, 5000 * 4096 // 2),
     (None, None, 0),
 ], ids=["linux", "old-linux", "macos", "windows"])
-def test_the_memory_that_a_machine_can_spare(monkeypatch, table, pages, found):
+def test_the_memory_that_a_machine_or_a_container_can_spare(monkeypatch, tmp_path, table, pages, found):
     def opened(path):
         if table is None:
             raise FileNotFoundError(path)
@@ -489,6 +493,13 @@ def test_the_memory_that_a_machine_can_spare(monkeypatch, table, pages, found):
     monkeypatch.setattr(decoded_cache.os, "sysconf", {"SC_PHYS_PAGES": pages, "SC_PAGE_SIZE": 4096}.__getitem__)
     if pages is None:
         monkeypatch.delattr(decoded_cache.os, "sysconf")
+    monkeypatch.setattr(decoded_cache.workers, "CONTAINER", tmp_path)
+    assert decoded_cache.available_memory() == found
+    values = {"memory.max": "6000", "memory.current": "5500", "memory.stat": "anon 9\nactive_file 70\ninactive_file 30"}
+    for name, text in values.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    assert decoded_cache.available_memory() == 600, "what its limit leaves, and the page cache"
+    (tmp_path / "memory.max").write_text("max\n")
     assert decoded_cache.available_memory() == found
 
 

@@ -154,6 +154,11 @@ def test_floats_from_zero_to_one_are_no_black_pictures(home):
     assert_colour(opened()[2], (128,) * 3)
 
 
+def test_a_value_of_minus_one_is_no_mark_of_transparency():
+    for dtype, levels in ((np.float32, Levels(real=(-1.0, 1.0))), (np.int32, Levels(whole=(-1, 254)))):
+        assert_colour(decode(grey(-1, -1, dtype=dtype, kind="TIFF"), "x", 16, levels=levels), (0, 0, 0))
+
+
 def test_another_range_has_another_cache_and_plain_sets_keep_theirs(home):
     fill(home / "pictures", 3)
     config = data_config("pictures", cache="on", check_data="full")

@@ -201,6 +201,12 @@ def test_that_pictures_were_trained_on_is_said_also_of_a_set_that_has_changed(ru
         _, out, _ = run("--version", version, "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1,
                         tiny=False)
         assert told in out and protocol in lines(version)[-1]["protocol"]
+    # not forgotten once the run has gone on with these
+    for step in (2, 3):
+        code, out, err = run("--version", "h", "--total_step", step, tiny=False)
+        assert code == 0 and ("some of those kept now were trained on" in out), err
+    run("--version", "h", "--mode", "evaluate", "--metrics", "lpips", "--backtrack_steps", 1, tiny=False)
+    assert "PARTLY TRAINED ON" in lines("h")[-1]["protocol"]
 
 
 # ---- folders ----

@@ -174,8 +174,7 @@ WRONG = {
     "one-hot": ({"labels": [["c.png", [0.0, 1.0]]]}, "has several labels"),
     "outside": ({"labels": [*GOOD, ["../out.png", 0]]}, 'the first: ["../out.png", 0] lies outside the folder'),
     "huge": ({"labels": [["c.png", 10**12]]}, "has a label of 100,000 or more"),
-    "not there": ({"labels": [*GOOD, ["d.png", 0], ["e.png", 1]]},
-                  "names 2 of 6 pictures that are not there: d.png, ..."),
+    "none there": ({"labels": [["d.png", 0], ["e.png", 1]]}, "leaves out 4 of 4 pictures that are there: a/000.png"),
     "left out": ({"labels": GOOD[:-1]}, "leaves out 1 of 4 pictures that is there: a/000.png"),
     "twice": ({"labels": [*GOOD, ["c.png", 0]]},
               "gives 1 of 4 files more than one class, such as c.png: 3 and 0"),
@@ -194,6 +193,13 @@ def test_a_wrong_dataset_json_is_refused_only_if_it_is_asked_for(pictures, opene
     assert dataset.load_batch([0, 3]).shape == (2, 3, 16, 16)
     text = refused(dataset)
     assert words in text and "/dataset.json " in text, text
+
+
+def test_a_dataset_json_may_name_pictures_that_have_been_deleted(pictures, opened, capsys):
+    write_json({"labels": [*GOOD, ["d.png", 4], ["e.png", 1]]})
+    labels = opened().labels
+    assert labels.numbers.tolist() == [0, 1, 0, 3] and labels.names == ("0", "1", "2", "3", "4"), "of a run before that"
+    assert "/dataset.json names 2 of 6 pictures that are not there: d.png, ...\n" in capsys.readouterr().out
 
 
 def test_a_dataset_json_that_cannot_be_read(pictures, home):
