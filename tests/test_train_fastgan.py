@@ -13,7 +13,9 @@ from conftest import MAIN, SMALL_FASTGAN, assert_same_state, begun, lines, state
 from PIL import Image
 from stand_ins import SmallLpips
 
+import families
 import fastgan_models
+import parameter
 import trainer
 from gallery import sheets
 from generate import trained
@@ -72,9 +74,16 @@ def test_a_run_writes_masks_reconstructions_of_the_same_pictures_and_their_figur
     for label, one in shown[0].items():
         assert one.shape == (8, 3, 32, 32)
         assert torch.equal(one, shown[1][label]) == (not label.startswith("from")), label
-    real = np.asarray(Image.open("samples/a/real.png").convert("RGB"), np.float32)[2:66, 2:66] / 127.5 - 1
-    first = torch.from_numpy(real).permute(2, 0, 1)[None]
+    grid = torch.from_numpy(np.asarray(Image.open("samples/a/real.png").convert("RGB"), np.float32) / 127.5 - 1)
+    real = torch.stack([grid[y:y + 64, x:x + 64].permute(2, 0, 1) for y in (2, 68) for x in (2, 68, 134, 200)])
+    first = real[:1]
     assert torch.allclose(shown[0]["real"][:1], fastgan_models.downscale(first, 32), atol=1e-3)
+    saved = state("a", 2)
+    _, D = families.build(parameter.Config.of(saved["config"]))
+    D.load_state_dict(saved["D"])
+    with torch.no_grad():
+        for label, one in D.train().reconstructions(real).items():
+            assert torch.allclose(one, shown[1][label], atol=0.03), "by D as it is in training"
     quadrant = fastgan_models.take_quadrant(first, torch.tensor([0]))
     assert torch.allclose(shown[0]["one quadrant"][:1], quadrant, atol=1e-3)
 
