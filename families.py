@@ -192,7 +192,7 @@ def _with_batch_norms_of(net, source, mine, theirs):
             for key, table in plain.items():
                 if module.scale is not None and inner + key in source:
                     source[f"{name}.{table}"] = source[inner + key].expand(len(module.scale.weight), -1)
-                elif module.scale is not None and theirs not in (mine, None):
+                elif f"{name}.{table}" in source and module.scale is not None and theirs not in (mine, None):
                     rows = source[f"{name}.{table}"]
                     source[f"{name}.{table}"] = torch.stack([
                         rows[theirs.index(one)] if one in theirs else rows.mean(0) for one in mine])

@@ -35,8 +35,8 @@ def main(argv):
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         return 128 + request.number
-    except KeyboardInterrupt:                           # a second Ctrl-C while a training saves
-        print("interrupted; what was trained since the last checkpoint is not saved", file=sys.stderr)
+    except KeyboardInterrupt as second:
+        print("interrupted" + f"; {second}" * bool(str(second)), file=sys.stderr)
         return 130
     except OSError as error:
         free = "Move it away" if error.errno in (errno.ENOTDIR, errno.EEXIST) else "Free some space"

@@ -151,7 +151,7 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     given = typed
     if typed.get("config") is not None:
         settings = _read_file(typed["config"])
-        given = {**_not_overruled(settings, typed), **typed}
+        given = {**_not_overruled(settings, typed, weights_there), **typed}
 
     values = {flag.name: flag.default for flag in FLAGS.values()} | given
     version = f"{values['model']}_{values['dataset']}" if values["version"] is None else values["version"]
@@ -221,6 +221,9 @@ def source_of(config):
 
 _UNSET = {"imsize": None, "batch_size": None}       # for `find_preset`: not their defaults
 
+# The settings from which those of a preset, and what follows from others, follow.
+_DECIDE = {"model", "preset", "arch", "imsize", "batch_size", "adv_loss", "dataset"}
+
 # What is not taken over from the run of --init_from if this flag is typed and differs: it follows from it.
 FOLLOWS = {"imsize": ("g_attn", "d_attn"), "arch": ("g_attn", "d_attn", "attn_pool", "conditional"),
            "adv_loss": ("d_iters", "sn"), "dataset": ("image_path", "conditional")}
@@ -259,25 +262,26 @@ def _following(settings, given):
             for name in following}
 
 
-def _not_overruled(settings, typed):
-    """Return the settings of a `--config` file without those that a typed flag overrules: they follow from it, or from
-    the file's --preset where that becomes another. A run's config.json holds all of its settings.
+def _not_overruled(settings, typed, weights_there):
+    """Return the settings of a `--config` file without those that nobody chose: they follow from others in it, and from
+    what is typed now, if that is something else. A run's config.json holds all of its settings.
     """
-    changed = {flag: value for flag, value in typed.items() if flag in settings and settings[flag] != value}
-    own = _following(settings, changed)
-    if "preset" in settings and changed.keys() & {"preset", "arch", "imsize"} and "model" not in changed:
-        before = _of_preset({**settings, **_UNSET})
-        # what nobody chose: a value that the old preset or the flag's default gives, or that follows from others
-        own |= {name for name in before.keys() | _of_preset({**settings, **_UNSET, **typed}).keys()
-                if before.get(name, FLAGS[name].default) in (settings.get(name), None)}
-        own.update(FOLLOWS["imsize"] if "imsize" in own else ())
+    own = _following(settings, {flag: value for flag, value in typed.items() if settings.get(flag, value) != value})
+    if "preset" in settings and typed.get("model", settings.get("model")) == settings.get("model"):
+        chosen = {name: value for name, value in settings.items() if name in _DECIDE}
+        for names in ({"batch_size"}, {"imsize"}, settings.keys() - _DECIDE):       # a preset may give sizes, too
+            given = _complete({name: value for name, value in chosen.items() if name not in names}, weights_there)
+            own |= {name for name in names if name in settings and settings[name] == given[name]}
     return {name: value for name, value in settings.items() if name not in own}
 
 
-def _of_preset(settings):
-    """Return what the preset of these settings sets, {flag: value}."""
-    values = {flag.name: flag.default for flag in FLAGS.values()} | settings
-    return FAMILIES[values["model"]].find_preset(values["preset"], values)
+def _complete(known, weights_there):
+    """Return {flag: value} of all flags: `known`, else what the preset or the default gives, or follows from others."""
+    values = {flag.name: flag.default for flag in FLAGS.values()} | known
+    values.update(FAMILIES[values["model"]].find_preset(values["preset"], {**values, **_UNSET, **known}) | known)
+    _clear_other_families(values, {})
+    _fill_in(values, weights_there)
+    return values
 
 
 def _settings_of_source(values, name, find_saved):

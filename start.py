@@ -179,10 +179,11 @@ def _claim(config, folders, saved, restart):
     folders.remove_leftovers()
     if restart and (checkpoint.has_any(folders.models) or folders.is_half_moved()):
         lock.close()                                    # its files move with the folders
-        name = folders.move_aside()
-        say(f"the run '{config.version}' is now called '{name}'")
-        with contextlib.suppress(OSError):              # a table that can be wrong is no reason not to train
-            score_table.rename(config.log_path, config.version, name)
+        def rename_scores(name):
+            with contextlib.suppress(OSError):          # a table that is wrong is no reason not to train
+                score_table.rename(config.log_path, config.version, name)
+
+        say(f"the run '{config.version}' is now called '{folders.move_aside(rename_scores)}'")
         folders.create()
         lock = FolderLock(folders.each(), _owner(config))
     if lock.unsupported:

@@ -116,12 +116,12 @@ def new_folders(*folders):
         raise
 
 
-def write_atomically(path, write, lasting=True):
+def write_atomically(path, write, lasting=True, sweep=True):
     """Call write(temporary path), fsync, then rename to `path`: a reader sees the whole old or the whole new file.
 
-    If `write` raises, the old file stays and the temporary file is deleted; what killed processes left is deleted after
-    a process's first file in a folder. `lasting` False, for many files that are easily made again: without fsync, and
-    what killed processes left is the caller's to remove.
+    If `write` raises, the old file stays and the temporary file is deleted; one that a killed process left of an
+    earlier attempt is deleted, too, unless `sweep` is False: it takes a listing of the folder, and a long run has many
+    thousand pictures. `lasting` False, for many files that are easily made again: without fsync, and without `sweep`.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
@@ -137,14 +137,8 @@ def write_atomically(path, write, lasting=True):
         if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary)):
             error.filename = str(path)                  # a full disk names no file by itself
         raise
-    if lasting:
-        _remove_leftovers_once(path.parent.absolute())
-
-
-@cache
-def _remove_leftovers_once(folder):
-    """`remove_leftovers`, at the first call for a folder: a long run's has ten thousand files, and is listed slowly."""
-    remove_leftovers(folder)
+    if lasting and sweep:
+        remove_leftovers(path.parent, path.name)
 
 
 def remove_leftovers(folder, name=None):

@@ -286,7 +286,8 @@ def _memory_of_container() -> int:
     try:
         limit, used = (int(Path(workers.CONTAINER, name).read_text()) for name in ("memory.max", "memory.current"))
         table = dict(line.split() for line in Path(workers.CONTAINER, "memory.stat").read_text().splitlines())
-        files = int(table["active_file"]) + int(table["inactive_file"])  # the page cache, which gives way
+        names = ("active_file", "inactive_file", "slab_reclaimable")     # caches, which give way
+        files = sum(int(table[name]) for name in names)
     except (OSError, ValueError, KeyError):  # ValueError: it is "max", no limit
         return 0
     return max(1, limit - used + files)

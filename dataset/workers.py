@@ -189,8 +189,10 @@ def _say_killed(batches, what: str):
     process would crash at the same picture.
     """
     codes = {process.exitcode for process in batches._workers} - {None, 0}
+    if -getattr(signal, "SIGBUS", 0) in codes:
+        raise DataError(f"a process had no shared memory left while {what} pictures\n{NO_MEMORY}")
     if not codes <= {-getattr(signal, "SIGKILL", 0)}:
         raise DataError(f"--check_data: a process crashed while {what} pictures (exit code {min(codes)}), most likely "
-                        "over one of them\nuse --check_data header, which decodes none, or off; or update pillow")
+                        "over one of them\nuse --check_data off, or update pillow")
     say(f"note: a process was killed while {what} pictures, most often for lack of memory: this one does the rest "
         "alone; if it is killed, too, use a smaller --max_pixels")

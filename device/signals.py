@@ -11,8 +11,8 @@ import time
 from contextlib import contextmanager, suppress
 
 _NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGXCPU")      # those that a system lacks are left out
-_NOTE = b"\nfinishing this step and saving; Ctrl-C once more ends without saving\n"
 FORWARDED = 5           # seconds: torchrun and job schedulers repeat a signal that a process group has already received
+_NOTE = f"\nfinishing this step and saving; Ctrl-C after {FORWARDED} s or more ends without saving\n".encode()
 
 
 class Interrupted(BaseException):
@@ -56,7 +56,7 @@ class Interrupt:
                 with suppress(OSError):                 # not print: it may be what was interrupted
                     os.write(2, _NOTE)
         elif number == signal.SIGINT and time.monotonic() - self._since > FORWARDED:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("what was trained since the last checkpoint is not saved" * self._deferred)
 
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread():

@@ -162,4 +162,4 @@ def save_raw(arrays, path):
         with open(temporary, "wb") as file:             # a file object, because NumPy appends .npz to a path
             np.savez_compressed(file, **arrays)
 
-    write_atomically(path, write)
+    write_atomically(path, write, sweep=False)

@@ -182,7 +182,8 @@ class Latents:
         if self.classes is None:
             return inputs
         present = self.classes.present
-        return replace(inputs, labels=present[torch.arange(count) % len(present)])
+        turns = [torch.randperm(len(present), generator=generator) for _ in range(-(-count // len(present)))]
+        return replace(inputs, labels=present[torch.cat(turns)[:count]])    # any first part is mixed, too
 
     def _normal(self, count, generator):
         """Draw z (count, z_dim) ~ N(0, 1), cut off at +-truncation (Brock et al. 2019, arXiv 1809.11096, 3.1)."""

@@ -143,19 +143,19 @@ def _keep_best(config, trained, scores, names):
 
     The first of `names` that was measured decides.
     """
-    best = checkpoint.best_score(trained.folders.models)
-    better = score_table.better_score(scores, best, names)
-    comparable = better and (best is None or score_table.comparable(better, best))
-    path = checkpoint.path_of(trained.folders.models, trained.step)
-    if comparable and config.pretrained_model != "best" and path.is_file():     # training may have deleted it
-        name = better["metric"]
-        try:
-            checkpoint.save_best({**checkpoint.load(path), "best": better}, trained.folders.models)
-        except CheckpointError as error:                # the scores count, this is done by the way
-            say(f"warning: {name} is the best so far, but {first_line(error)}")
-            return
-        say(f"step {trained.step} has the best {name} so far, {better[name]:.4g}: saved as "
-            f"{checkpoint.best_path(trained.folders.models)}")
+    folder = trained.folders.models
+    path = checkpoint.path_of(folder, trained.step)
+    try:
+        best = checkpoint.best_score(folder)
+        better = score_table.better_score(scores, best, names)
+        comparable = better and (best is None or score_table.comparable(better, best))
+        if comparable and config.pretrained_model != "best" and path.is_file():     # training may have deleted it
+            checkpoint.save_best({**checkpoint.load(path), "best": better}, folder)
+            name = better["metric"]
+            say(f"step {trained.step} has the best {name} so far, {better[name]:.4g}: saved as "
+                f"{checkpoint.best_path(folder)}")
+    except CheckpointError as error:                    # the scores count, this is done by the way
+        say(f"warning: the best checkpoint is not kept: {first_line(error)}")
 
 
 class _Report:

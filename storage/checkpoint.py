@@ -32,7 +32,9 @@ class MissingCheckpoint(CheckpointError):
 
 
 class UnreadableCheckpoint(CheckpointError):
-    """A checkpoint file that may be good, but cannot be read now: of another user, or of a server that is away."""
+    """A checkpoint file that may be good, but cannot be read now: of another user, or of a server that is away, or for
+    want of memory.
+    """
 
 
 def path_of(folder, step):
@@ -82,12 +84,14 @@ def best_path(folder):
 
 def load_best(folder):
     """Return ({"metric": name, name: float, "protocol": str, "source": str}, the step) of best.pth; (None, -1) if it is
-    missing or damaged.
+    missing or damaged. Raise UnreadableCheckpoint.
 
     The name is that of the score, such as fid; entries of older versions have no "metric", as all were fid.
     """
     try:
         state = load_state(best_path(folder))
+    except UnreadableCheckpoint:                        # a worse one must not take its place
+        raise
     except CheckpointError:
         return None, -1
     best = state.get("best")
@@ -95,13 +99,13 @@ def load_best(folder):
 
 
 def best_score(folder):
-    """Return the entry of best.pth, see `load_best`; None if there is none."""
+    """Return the entry of best.pth, None if there is none. Raise what `load_best` raises."""
     return load_best(folder)[0]
 
 
 def load(path):
-    """Return what `path` holds, on the CPU. Raise MissingCheckpoint, UnreadableCheckpoint, CheckpointError if the file
-    is damaged, or what torch raises if memory runs out.
+    """Return what `path` holds, on the CPU. Raise MissingCheckpoint, UnreadableCheckpoint, or CheckpointError if the
+    file is damaged.
 
     torch.load verifies no checksums and would miss a flipped bit: the CRCs of the zip archive are checked first.
     """
@@ -113,7 +117,7 @@ def load(path):
         if damaged:
             raise CheckpointError(f"{path} is damaged (checksum of {damaged})")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (CheckpointError, MemoryError):
+    except CheckpointError:
         raise
     except FileNotFoundError:
         raise MissingCheckpoint(f"there is no checkpoint {path}") from None
@@ -121,7 +125,7 @@ def load(path):
         raise CheckpointError(f"{path} holds other objects than tensors and plain data; it is not read") from None
     except Exception as error:              # zipfile, zlib, pickle and torch raise some fifteen kinds
         if out_of_memory_on(error):
-            raise
+            raise UnreadableCheckpoint(f"not enough memory to read {path}: wait for what else uses it") from None
         if isinstance(error, OSError) and error.errno in _AWAY:
             raise UnreadableCheckpoint(f"cannot read {path} ({error.strerror}).\nTo use an older checkpoint: "
                                        "--pretrained_model STEP") from None

@@ -76,10 +76,11 @@ class RunFolders:
         remove_leftovers(self.logs.parent, "scores.md")
         remove_leftovers(self.models.parent, self.moving.name)
 
-    def move_aside(self):
+    def move_aside(self, tell=lambda name: None):
         """Rename the folders of an old run, all with the same suffix. Return the old run's new name, None without one.
 
-        A call that was killed in between is gone on with by the next. Raise OSError.
+        Call `tell` with the name when it is done. A call that was killed in between is gone on with by the next, which
+        may `tell` it again. Raise OSError.
         """
         number = self._number_of_move()
         if number is None:
@@ -90,8 +91,10 @@ class RunFolders:
         for folder, aside in self._aside(number).items():
             if not os.path.lexists(aside) and folder.exists():
                 os.replace(folder, aside)
+        name = f"{self.models.name}.old{number}"
+        tell(name)
         self.moving.unlink()
-        return f"{self.models.name}.old{number}"
+        return name
 
     def is_half_moved(self):
         """Return whether a process was killed during `move_aside`."""

@@ -119,9 +119,10 @@ def _apply(change, entries):
     """Return the entries as they are after `change`, the line of a `rename` or a `give_up_after`."""
     name, new, last = (change.get(key) for key in ("name", "renamed", "given_up_after"))
     if isinstance(new, str):
-        return [{**entry, "name": new} if entry["name"] == name else entry for entry in entries]
+        return [{**entry, "name": new} if entry["name"] == name and entry["step"] is not None else entry
+                for entry in entries]               # those without a step are of a folder of this name
     if isinstance(last, int):
-        return [entry for entry in entries if entry["name"] != name or (entry["step"] or 0) <= last]
+        return [entry for entry in entries if entry["name"] != name or entry["step"] is None or entry["step"] <= last]
     return entries
 
 

@@ -201,6 +201,9 @@ def test_batch_norm_statistics_are_taken_on_all_classes_equally_often_as_g_was_t
     inputs = latents.for_bn_stats(64, torch.Generator().manual_seed(0))
     assert inputs.labels.bincount().tolist() == [32, 0, 32] and inputs.labels[:8].bincount().tolist() == [4, 0, 4]
     assert torch.equal(inputs.z, latents.sampling(64, torch.Generator().manual_seed(0)).z)
+    many = Latents(4, classes=Classes(tuple(map(str, range(1000))), (1,) * 1000))
+    labels = many.for_bn_stats(256, torch.Generator().manual_seed(0)).labels
+    assert len(labels.unique()) == 256 and 300 < labels[:64].float().mean() < 700, "a spread of more classes"
 
 
 def test_a_grid_has_a_class_a_row():

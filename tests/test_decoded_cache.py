@@ -495,7 +495,8 @@ def test_the_memory_that_a_machine_or_a_container_can_spare(monkeypatch, tmp_pat
         monkeypatch.delattr(decoded_cache.os, "sysconf")
     monkeypatch.setattr(decoded_cache.workers, "CONTAINER", tmp_path)
     assert decoded_cache.available_memory() == found
-    values = {"memory.max": "6000", "memory.current": "5500", "memory.stat": "anon 9\nactive_file 70\ninactive_file 30"}
+    values = {"memory.max": "6000", "memory.current": "5500",
+              "memory.stat": "anon 9\nactive_file 70\ninactive_file 20\nslab_reclaimable 10"}
     for name, text in values.items():
         (tmp_path / name).write_text(f"{text}\n")
     assert decoded_cache.available_memory() == 600, "what its limit leaves, and the page cache"

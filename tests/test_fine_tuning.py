@@ -1,15 +1,19 @@
 """--init_from: a new run with the weights of another one, by the real command; --freeze_d."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_same_state, lines, state
 
+import families
 import parameter
 from errors import UsageError
+from generate.classes import Classes
 
 SMALL_FASTGAN = ("--model", "fastgan", "--preset", "cpu", "--batch_size", "4", "--g_conv_dim", "4", "--d_conv_dim", "4",
                  "--z_dim", "8", "--device", "cpu", "--dataset", "folder", "--image_path", "pictures",
@@ -93,6 +97,20 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
         begun(dataset="folder")
     with pytest.raises(UsageError, match="name the new run with --version"):
         begun(version=None)
+
+
+def test_of_another_size_with_other_classes_what_fits_is_taken():
+    def networks(imsize, classes):
+        config = parameter.resolve({"imsize": imsize, "g_conv_dim": 8, "d_conv_dim": 8, "z_dim": 4, "conditional": True,
+                                    "g_attn": (), "d_attn": ()})
+        G, D = families.build(config, classes)
+        return SimpleNamespace(G=G, D=D, G_ema=copy.deepcopy(G))
+
+    source = {name: net.state_dict() for name, net in vars(networks(32, 2)).items()}
+    source["classes"], nets = {"names": ["a", "b"]}, networks(64, 3)
+    taken, left = families.take_weights(nets, source, Classes(("b", "c", "d"), (1, 1, 1)))
+    new = {name for name in nets.G.state_dict() if name.endswith("scale.weight") and name not in source["G"]}
+    assert taken and new and {f"G.{name}" for name in new} <= {*left}
 
 
 @pytest.mark.soak

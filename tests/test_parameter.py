@@ -348,7 +348,9 @@ def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(("settings", "typed"), [
     ({}, {"preset": "cpu"}), ({"g_lr": 0.5}, {"preset": "cpu"}), ({"preset": "cpu"}, {"preset": "published"}),
     ({"model": "fastgan"}, {"preset": "cpu"}), ({}, {"adv_loss": "wgan-gp"}), ({}, {"imsize": 128}),
-    ({"preset": "cpu"}, {"arch": "resnet"})])
+    ({"preset": "cpu"}, {"arch": "resnet"}), ({"arch": "resnet", "imsize": 32}, {"imsize": 128}),
+    ({"arch": "resnet", "imsize": 32, "batch_size": 16}, {"preset": "cpu"}), ({"preset": "gpu"}, {"batch_size": 512}),
+    ({"preset": "gpu", "batch_size": 512}, {"preset": "published"}), ({"g_attn": (32,)}, {"preset": "cpu"})])
 def test_of_a_runs_config_nothing_stays_that_follows_from_what_is_typed_otherwise(tmp_path, settings, typed):
     (tmp_path / "c.json").write_text(parameter.as_json(resolve(settings)))
     again = vars(resolve({"config": str(tmp_path / "c.json"), **typed}))

@@ -177,6 +177,11 @@ def test_scores_of_steps_that_a_run_gives_up_are_shown_no_more_but_kept(home):
     assert len(entries()) == 6, "what changes nothing is not written"
     score_table.give_up_after("elsewhere", "a", 2)
     assert not Path("elsewhere").exists()
+    score_table.give_up_after("logs", "a", -1)
+    score_table.rename("logs", "a", "c")
+    record("logs", "b", 5, [score()])
+    rows = [row[:2] for row in read_tables()["A"][1:]]
+    assert rows == [["b", "4"], ["b", "5"], ["a", ""]], "a folder of this name is no run"
 
 
 def test_a_folder_whose_name_is_not_utf_8_breaks_no_table(home):

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import utils
 from device import distributed, watch
+from device.distributed import say
+from errors import first_line
 from generate.draw import DrawnSamples
 from storage import checkpoint, score_table
 from storage.journal import count_between
@@ -64,7 +66,11 @@ class Measurements:
 
     def _rate(self, scores):
         """Return (the entry of a new best.pth, None if the scores are no better; the Standing with these scores)."""
-        best, step = checkpoint.load_best(self.folders.models)
+        try:
+            best, step = checkpoint.load_best(self.folders.models)
+        except checkpoint.UnreadableCheckpoint as error:
+            say(f"warning: {first_line(error)} Whether these scores are better is not known")
+            return None, self.standing
         better = score_table.better_score(scores, best, self.meter.scores_by_rank())
         if better or best is None:
             return better, Standing(self.trainer.step if better else -1, 0)
