@@ -69,7 +69,7 @@ def test_a_file_that_draws_other_images_than_the_program_is_not_left_behind(tmp_
     inputs = {"z": torch.ones(2, 2)}
     with pytest.raises(Failure, match="G.onnx is not written"):
         write_atomically(tmp_path / "G.onnx", lambda path: export._save_onnx(
-            torch.nn.Identity(), inputs, inputs, torch.zeros(2, 2), path))
+            torch.nn.Identity().eval(), inputs, inputs, torch.zeros(2, 2), path))
     assert not list(tmp_path.iterdir())
 
 
