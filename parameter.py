@@ -161,13 +161,7 @@ def resolve(typed, find_saved=None, weights_there=lambda weights: False):
     known = {name: _convert(name, value, "the run's saved config") for name, value in (saved or source or {}).items()
              if name in FLAGS and value is not None and not FLAGS[name].per_call    # None: of another family
              and not (name == "metrics" and values["mode"] == "evaluate")} | given
-    model, preset = (known.get(name, values[name]) for name in ("model", "preset"))
-    values.update(FAMILIES[model].find_preset(preset, {**values, **_UNSET, **known}) | known)
-    values["version"] = version
-    if values["fake_dir"]:
-        values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
-    _clear_other_families(values, typed)
-    _fill_in(values, weights_there)
+    values = _complete(known, typed, weights_there) | {"version": version}
     if saved:                                           # first: what is typed may contradict what follows from the run
         _check_fixed(values, saved, values["version"])
     validate(values)
@@ -270,16 +264,21 @@ def _not_overruled(settings, typed, weights_there):
     if "preset" in settings and typed.get("model", settings.get("model")) == settings.get("model"):
         chosen = {name: value for name, value in settings.items() if name in _DECIDE}
         for names in ({"batch_size"}, {"imsize"}, settings.keys() - _DECIDE):       # a preset may give sizes, too
-            given = _complete({name: value for name, value in chosen.items() if name not in names}, weights_there)
+            given = _complete({name: value for name, value in chosen.items() if name not in names}, {}, weights_there)
             own |= {name for name in names if name in settings and settings[name] == given[name]}
     return {name: value for name, value in settings.items() if name not in own}
 
 
-def _complete(known, weights_there):
-    """Return {flag: value} of all flags: `known`, else what the preset or the default gives, or follows from others."""
+def _complete(known, typed, weights_there):
+    """Return {flag: value} of all flags: `known`, else what the preset or the default gives, or follows from others.
+
+    Raise UsageError if a flag of another model was `typed`.
+    """
     values = {flag.name: flag.default for flag in FLAGS.values()} | known
     values.update(FAMILIES[values["model"]].find_preset(values["preset"], {**values, **_UNSET, **known}) | known)
-    _clear_other_families(values, {})
+    if values["fake_dir"]:
+        values["imsize"] = known.get("imsize")          # None: the size of the folder's pictures
+    _clear_other_families(values, typed)
     _fill_in(values, weights_there)
     return values
 

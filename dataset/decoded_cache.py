@@ -284,8 +284,8 @@ def available_memory() -> int:
 def _memory_of_container() -> int:
     """Return the bytes that are left of a container's limit; 0 if there is none, or it is unknown."""
     try:
-        limit, used = (int(Path(workers.CONTAINER, name).read_text()) for name in ("memory.max", "memory.current"))
-        table = dict(line.split() for line in Path(workers.CONTAINER, "memory.stat").read_text().splitlines())
+        limit, used = (int((workers.CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        table = dict(line.split() for line in (workers.CONTAINER / "memory.stat").read_text().splitlines())
         names = ("active_file", "inactive_file", "slab_reclaimable")     # caches, which give way
         files = sum(int(table[name]) for name in names)
     except (OSError, ValueError, KeyError):  # ValueError: it is "max", no limit

@@ -31,7 +31,7 @@ def cores() -> int:
     except AttributeError:  # exists on Linux only
         count = os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # ValueError: it is "max", no limit
-        quota, period = map(int, Path(CONTAINER, "cpu.max").read_text().split())
+        quota, period = map(int, (CONTAINER / "cpu.max").read_text().split())
         count = min(count, max(1, -(-quota // period)))
     return count
 

@@ -103,7 +103,7 @@ def require_wandb(config):
 
 
 def forget_wandb_run(folder):
-    """Let a training that begins anew in this log folder be a run of its own there. Raises OSError."""
+    """Delete the id in a log folder, so that wandb shows a new training as a new run. Raises OSError."""
     (Path(folder) / WANDB_ID).unlink(missing_ok=True)
 
 
