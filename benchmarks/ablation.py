@@ -4,7 +4,7 @@
     ... --minutes 15 instead of --steps                 equal time, for variants whose steps take unequally long
     ... --until kid --most 16                           more seeds, until the intervals of kid exclude 0
     ... --score "python score.py {real} {fake}"         more columns, from a program that prints a JSON object
-    ... --evaluate lpips,share                          columns of --mode evaluate, at the last step
+    ... --evaluate "kid --feature_net vgg16"            columns of --mode evaluate, at the last step
     ... --variant "narrow=--z_dim 64"                   one more arm: SLAE-FastGAN with these flags
     ... --model sagan --variant "plain=--g_attn none --d_attn none"     arms of another model
     ... -- --preset cpu --batch_size 16                 what follows -- goes to every run of main.py
@@ -37,11 +37,11 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import data_loader  # noqa: E402
 import parameter  # noqa: E402
 import report  # noqa: E402 - what it imports is found through the line above
 from ablation_options import DRAWS, Variant, parse  # noqa: E402
 from dataset import table  # noqa: E402
-from dataset.check import sample_levels  # noqa: E402
 from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from errors import DataError, Failure, UsageError  # noqa: E402
@@ -67,7 +67,10 @@ class Record:
             try:
                 self.data.update(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
-                raise DataError(f"{path} cannot be read ({error}); delete it to score the runs again") from None
+                hint = "move that folder away" if settings["minutes"] else "delete it to score the runs again"
+                raise DataError(f"{path} cannot be read ({error}); {hint}") from None
+        elif settings["minutes"] and (path.parent / "models").exists():
+            raise DataError(f"{path} is gone, which says when the runs there began; move {path.parent} away")
         for name, now in settings.items():
             self._refuse_other(name, self.data["settings"].get(name), now)
 
@@ -76,12 +79,15 @@ class Record:
             raise UsageError(f"--out {self.path.parent} holds an ablation with other {name}: {before or '(none)'}, "
                              f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
 
-    def put_variant(self, variant):
-        """Note a variant's flags. Raises UsageError if it had others in an earlier call."""
+    def refuse_other_flags(self, variant):
+        """Raise UsageError if a variant had other flags in an earlier call."""
         now = shlex.join(variant.flags)
-        before = self.data.get("variants", {}).get(variant.slug, now)
-        self._refuse_other(f"flags of {variant.name}", before, now)
-        self.put(now, "variants", variant.slug)
+        self._refuse_other(f"flags of {variant.name}", self.data.get("variants", {}).get(variant.slug, now), now)
+
+    def forget_scores(self, run):
+        """Drop the scores of a run that is trained again from its beginning."""
+        for key in [key for key in self.data["scores"] if key.startswith(f"{run.name}, ")]:
+            del self.data["scores"][key]
 
     def put(self, value, *keys):
         """Set data[key][key]... = value, and write the file."""
@@ -112,11 +118,10 @@ class Ablation:
     def __init__(self, options, extra, argv):
         self.options, self.extra, self.argv = options, extra, argv
         self.model = ("--model", options.model) if options.model else MODEL
-        self.out = Path(options.out)
+        self.out, self.defaults = Path(options.out), ()
         # as the runs see the pictures: --fit, --max_pixels, what is left out, values of more than 8 bits
         config = self._config()
-        self.dataset = table.open_folder(config)
-        self.dataset.use_levels(sample_levels(self.dataset))
+        self.dataset = data_loader.open_dataset(config)
         fingerprint = table.fingerprint(self.dataset, config)[:12]
         self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
         self.end = self.points[-1]
@@ -130,29 +135,30 @@ class Ablation:
 
     def do(self):
         """The whole of it. Returns the exit code. Raises Failure."""
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.signal(number, self.children.handle) for number in numbers}
         try:
-            self._count_parameters()
-            self._write_real_pictures()
-            variants, options = self.options.variants, self.options
-            self._complete_all([Run(variant, seed) for seed in range(options.seeds) for variant in variants])
-            for seed in range(options.seeds, options.most if options.until else 0):
-                open_ones = self._undecided(variants)
-                if not open_ones:
-                    break
-                say(f"seed {seed}: the interval of {options.until} includes 0 for "
-                    f"{', '.join(variant.name for variant in open_ones)}")
-                self._complete_all([Run(variant, seed) for variant in variants
-                                    if variant.name == report.BASELINE or variant in open_ones])
+            with self.children.signals_handled():
+                self._check_flags()
+                self._write_real_pictures()
+                self._fill_caches()
+                self._complete_seeds()
         except Stopped:
             print(f"interrupted; the same command goes on with what is in {self.out}", file=sys.stderr)
             return 128 + (self.children.signal or signal.SIGTERM)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
         say("\n" + "\n".join(self.report()))
         return 0
+
+    def _complete_seeds(self):
+        """Complete the runs of all --seeds, and with --until of more."""
+        variants, options = self.options.variants, self.options
+        self._complete_all([Run(variant, seed) for seed in range(options.seeds) for variant in variants])
+        for seed in range(options.seeds, options.most if options.until else 0):
+            open_ones = self._undecided(variants)
+            if not open_ones:
+                break
+            say(f"seed {seed}: the interval of {options.until} includes 0 for "
+                f"{', '.join(variant.name for variant in open_ones)}")
+            self._complete_all([Run(variant, seed) for variant in variants
+                                if variant.name == report.BASELINE or variant in open_ones])
 
     def _complete_all(self, runs):
         """Complete these runs, `--jobs` at once. Raises the first error."""
@@ -171,8 +177,6 @@ class Ablation:
     def _undecided(self, variants):
         """The variants whose paired difference of --until from the baseline may be 0, as its interval includes it."""
         results, column = self._results(self.end), self.options.until
-        if column not in {name for seeds in results.values() for run in seeds.values() for name in run}:
-            raise UsageError(f"--until {column}: no such column; there are {', '.join(report.columns_of(results)[0])}")
         baseline = results[report.BASELINE]
         intervals = {variant: report.paired_interval(baseline, results[self._label(variant, self._draws(variant)[0])],
                                                      column) for variant in variants if variant.name != report.BASELINE}
@@ -185,29 +189,58 @@ class Ablation:
         options = self.options
         return [sys.executable, MAIN, *self.model, "--dataset", "folder", "--image_path", options.image_path,
                 "--imsize", options.imsize, "--log_path", self.out / "logs", "--model_save_path", self.out / "models",
-                *flags, *self.extra, *variant.flags]
+                *flags, *self.defaults, *self.extra, *variant.flags]
 
-    def _config(self, *flags):
-        """The config that main.py has with these flags, in a run of no variant."""
-        return parameter.resolve(parameter.parse([str(word) for word in self._main(Variant("", ()), *flags)[2:]]))
+    def _config(self, *flags, variant=Variant("", ())):     # noqa: B008 - a frozen one
+        """The config that main.py has with these flags, in a run of no variant or of this one."""
+        return parameter.resolve(parameter.parse([str(word) for word in self._main(variant, *flags)[2:]]))
 
     def _log(self, name):
         return self.out / "output" / f"{name}.txt"
 
-    def _count_parameters(self):
-        """G's and D's sizes, from --dry_run, which also tells before hours of training whether the flags work."""
+    def _check_flags(self):
+        """Check before hours of training that the flags work in all that follows it, and count the parameters.
+
+        The record has the flags only then: what was refused may be mended.
+        """
         if self.options.evaluate:
-            config = self._config("--mode", "evaluate", "--metrics", self.options.evaluate)
+            config = self._config("--mode", "evaluate", *self._metrics)
             evaluate.load(config, Place(torch.device("cpu")))           # raises if weights are missing
+        recons = set()
         for variant in self.options.variants:
-            self.record.put_variant(variant)
-            if variant.slug not in self.record.data["parameters"]:
-                say(f"checking the flags of {variant.name}")
-                printed = self.children.run(variant.name, self._main(
-                    variant, "--version", f"{variant.slug}_seed0", "--dry_run", "true"),
-                    self._log("dry_run"), capture=True)
-                counts = re.findall(r"^([GD]) parameters: (\d+)", printed, re.MULTILINE)
-                self.record.put({f"{net} parameters": int(n) for net, n in counts}, "parameters", variant.slug)
+            self.record.refuse_other_flags(variant)
+            self._config("--train", "false", "--num_samples", self.options.samples, variant=variant)
+            recons.add(getattr(self._config(variant=variant), "recon", None))
+        if len(recons) > 1 and "recon" not in self._varied():
+            self.defaults = "--recon", "lpips"          # the variants with metadata download VGG-16 for that, too
+        counts = {variant: self._count_parameters(variant) for variant in self.options.variants
+                  if variant.slug not in self.record.data["parameters"]}
+        for variant in self.options.variants:
+            self.record.put(shlex.join(variant.flags), "variants", variant.slug)
+        for variant, parameters in counts.items():
+            self.record.put(parameters, "parameters", variant.slug)
+
+    def _count_parameters(self, variant):
+        """{"G parameters": number, ...} from --dry_run, which refuses what training would."""
+        say(f"checking the flags of {variant.name}")
+        printed = self.children.run(variant.name, self._main(
+            variant, "--version", f"{variant.slug}_seed0", "--dry_run", "true"), self._log("dry_run"), capture=True)
+        counts = re.findall(r"^([GD]) parameters: (\d+)", printed, re.MULTILINE)
+        return {f"{net} parameters": int(n) for net, n in counts}
+
+    def _fill_caches(self):
+        """With --minutes, a step of each variant that is kept nowhere: its metadata, for one, are computed once for all
+        runs, and the first would pay for them with its time.
+        """
+        folder = self.out / "caches"
+        for variant in self.options.variants if self.options.minutes else ():
+            if variant.slug not in self.record.data.get("caches", {}):
+                say(f"filling the caches for {variant.name}")
+                self.children.run(variant.name, self._main(
+                    variant, "--version", variant.slug, "--total_step", 1, "--sample_path", folder,
+                    "--compile", "false", "--log_path", folder, "--model_save_path", folder), self._log("caches"))
+                shutil.rmtree(folder, ignore_errors=True)
+                self.record.put(True, "caches", variant.slug)
 
     def _write_real_pictures(self):
         """out/real/: the pictures as training sees them, cropped and resized by the program's own loader."""
@@ -237,6 +270,7 @@ class Ablation:
         elif self._checkpoint(run, self.end).exists():
             say(f"{place}: {run.name} has been trained")
         else:
+            self._refuse_to_lose(run, draws)
             say(f"{place}: training {run.name} to {self.unit} {self.end}, see {self._log(run.name)}")
             if self.options.minutes:
                 self._train_for_minutes(run)
@@ -248,8 +282,23 @@ class Ablation:
                 self._score(run, draw, point)
         for point in self.points[:-1]:
             self._checkpoint(run, point).unlink(missing_ok=True)        # its pictures have been drawn
-        say(f"{place}: {run.name}: {', '.join(report.in_words(self._numbers(run, draws[0], self.end)))}")
+        numbers = self._numbers(run, draws[0], self.end)
+        say(f"{place}: {run.name}: {', '.join(report.in_words(numbers))}")
         self.report()
+        if self.options.until and run.variant.name == report.BASELINE and self.options.until not in numbers:
+            raise UsageError(f"--until {self.options.until}: no such column; there are {', '.join(numbers)}")
+
+    def _refuse_to_lose(self, run, draws):
+        """Raise DataError if training on would not pass a point that is to be scored; forget what is trained anew."""
+        newest = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
+        if not newest:
+            self.record.forget_scores(run)
+            for place in (self.out / "drawn").glob(f"*/{run.name}"):
+                shutil.rmtree(place)
+        for point in self.points if not self.options.minutes else ():
+            for draw in draws if point < newest and not self._checkpoint(run, point).exists() else ():
+                if not self._numbers(run, draw, point):
+                    self._require_pictures(run, draw, point)
 
     def _train(self, run, *flags, seconds=None):
         """Train to the run's own end, or for so many seconds."""
@@ -268,8 +317,9 @@ class Ablation:
         before, step = 0, 0
         for point in self.points:
             if self._step(run, point) is None:
-                self._train(run, "--total_step", FOREVER, "--model_save_step", FOREVER, "--sample_step", 1000,
-                            *(("--pretrained_model", step) if step else ()), seconds=60 * (point - before))
+                self._train(run, "--total_step", FOREVER, "--model_save_step", FOREVER, "--sample_step", 250,
+                            "--compile", "false", *(("--pretrained_model", step) if step else ()),
+                            seconds=60 * (point - before))
                 reached = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
                 if reached <= step:
                     raise Failure(f"{run.name} trained no step from minute {before} to {point}; give more --minutes")
@@ -316,6 +366,11 @@ class Ablation:
         return ["swd", *self.options.score, *([self._evaluated] if last else [])]
 
     @property
+    def _metrics(self):
+        """--evaluate as flags of main.py."""
+        return "--metrics", *shlex.split(self.options.evaluate)
+
+    @property
     def _evaluated(self):
         """The name of --evaluate's scores in the record."""
         return f"--evaluate {self.options.evaluate}"
@@ -325,26 +380,36 @@ class Ablation:
         log = self.out / "logs" / run.name / "metrics.jsonl"
         before = len(log.read_text(encoding="utf-8").splitlines())
         self.children.run(run.name, self._main(
-            run.variant, "--seed", run.seed, "--version", run.name, "--mode", "evaluate", "--metrics",
-            self.options.evaluate, "--pretrained_model", self._step(run, self.end), "--sample_path",
+            run.variant, "--seed", run.seed, "--version", run.name, "--mode", "evaluate", *self._metrics,
+            "--pretrained_model", self._step(run, self.end), "--sample_path",
             self.out / "samples", *(("--metadata_sample", draw) if draw else ())), self._log(run.name))
         return report.scores_in(log.read_text(encoding="utf-8").splitlines()[before:])
 
     def _draw(self, run, draw, point):
         """The folder of --samples pictures by G_ema of a run at `point`; drawn now unless they are there."""
+        place, folder = self._drawn(run, draw, point)
+        if not self._checkpoint(run, point).exists():
+            self._require_pictures(run, draw, point)
+        elif len(swd.PictureFiles.below(folder)) != self.options.samples:
+            self.children.run(run.name, self._main(
+                run.variant, "--version", run.name, "--train", "false", "--pretrained_model", self._step(run, point),
+                "--seed", 0, "--num_samples", self.options.samples, "--sample_path", place,
+                *(("--metadata_sample", draw) if draw else ())), self._log(run.name))
+        return folder
+
+    def _drawn(self, run, draw, point):
+        """(--sample_path of the pictures drawn from a run at `point`, their folder below it)."""
         samples, step = self.options.samples, self._step(run, point)
         place = self.out / "drawn" / (f"{draw}_{samples}" if draw else str(samples))
         other = "" if draw in (None, DRAWS[0]) else f"_metadata-{draw}"     # the first is the runs' own
-        folder = place / run.name / f"{step:07d}_generated_seed0{other}"
-        if len(swd.PictureFiles.below(folder)) != samples:
-            if not self._checkpoint(run, point).exists():
-                raise DataError(f"{folder}: the pictures of step {step} are gone, and so is its checkpoint; to train "
-                                f"{run.name} again, delete {self._checkpoint(run, point).parent}")
-            self.children.run(run.name, self._main(
-                run.variant, "--version", run.name, "--train", "false", "--pretrained_model", step, "--seed", 0,
-                "--num_samples", samples, "--sample_path", place, *(("--metadata_sample", draw) if draw else ())),
-                self._log(run.name))
-        return folder
+        return place, place / run.name / f"{step:07d}_generated_seed0{other}"
+
+    def _require_pictures(self, run, draw, point):
+        """Raise DataError unless the pictures of a point were drawn; its checkpoint is gone."""
+        _, folder = self._drawn(run, draw, point)
+        if len(swd.PictureFiles.below(folder)) != self.options.samples:
+            raise DataError(f"{folder}: the pictures of step {self._step(run, point)} are gone, and so is its "
+                            f"checkpoint; to train {run.name} again, delete {self._checkpoint(run, point).parent}")
 
     # --------------------------------------------------------------------------------------------- the report
 

@@ -43,7 +43,7 @@ VARIANTS = (
 # Flags of main.py that make the ablation what it is: not to be passed on after --.
 OWN = ("model", "dataset", "image_path", "imsize", "seed", "total_step", "version", "mode", "train", "dry_run",
        "slae", "metadata", "metadata_sample", "num_samples", "pretrained_model", "log_path", "model_save_path",
-       "sample_path", "metrics", "fake_dir", "real_dir")
+       "sample_path", "metrics", "fake_dir", "real_dir", "restart", "model_save_step", "keep_checkpoints", "stop")
 _TAKEN_AWAY = ("--slae", "--metadata", "--metadata_sample")     # of these, what a --variant may set
 
 
@@ -86,15 +86,20 @@ def some_variants(text):
     return tuple(variant for variant in VARIANTS if variant.name in asked)
 
 
+def split_words(text):
+    """Return the words of a command line. Raises ArgumentTypeError for an open quote."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def own_variant(text):
     """'half=--metadata_weight 0.5' -> a Variant: the model as it is by default, with these flags."""
     name, equals, flags = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
         raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FLAGS, such as small=--z_dim 64")
-    try:
-        words = tuple(shlex.split(flags))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    words = tuple(split_words(flags))
     _refuse_own([word for word in words if word.partition("=")[0] not in _TAKEN_AWAY], f"in --variant {name}")
     if name.lower() in {variant.slug for variant in VARIANTS}:
         raise argparse.ArgumentTypeError(f"'{name}' is a variant of its own already; take another name")
@@ -110,18 +115,17 @@ def _refuse_own(words, where, hint=lambda name: ""):
 
 
 def own_metrics(text):
-    """'lpips,share' as it is; every name is one of main.py's --metrics, but swd, which is a column anyway."""
-    if "swd" in metrics(text):
+    """'lpips,share --backtrack_steps 100' as it is: some of main.py's --metrics, then flags. swd is a column anyway."""
+    names, *flags = split_words(text) or [""]
+    if "swd" in metrics(names):
         raise argparse.ArgumentTypeError(f"'{text}': swd is a column of every ablation; leave it out")
-    return ",".join(metrics(text))
+    _refuse_own(flags, "in --evaluate")
+    return shlex.join([",".join(metrics(names)), *flags])
 
 
 def score_command(text):
     """A --score command as it is, refused where it could not work after hours of training."""
-    try:
-        words = shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    words = split_words(text)
     if not all(any(word in part for part in words) for word in ("{real}", "{fake}")):
         raise argparse.ArgumentTypeError(f"{text!r} must name both folders, {{real}} and {{fake}}")
     if shutil.which(words[0]) is None:
@@ -166,7 +170,8 @@ def parse(argv):
         help="a program with {real} and {fake} in its arguments, whose last line is a JSON object: "
              "its numbers become columns; may be given several times")
     add("--evaluate", type=own_metrics, metavar="METRICS",
-        help="columns from main.py's --mode evaluate at the last step, such as lpips,share")
+        help="columns from main.py's --mode evaluate at the last step, such as lpips,share; flags may follow: "
+             "'kid --feature_net vgg16 --num_eval 1000'")
     add("--jobs", type=at_least(1), default=1, metavar="N", help="trainings at once (default: 1)")
     add("--out", default="ablation", metavar="DIR", help="folder of all that this writes (default: ablation)")
     options = parser.parse_args(argv[:split])
@@ -179,6 +184,9 @@ def parse(argv):
     options.variants = options.variants or (OTHERS if options.model else VARIANTS)
     if options.until and report.BASELINE not in {variant.name for variant in options.variants}:
         raise UsageError(f"--until {options.until}: compares with the baseline; name it in --variants, too")
+    if options.until not in (None, "swd", "steps", *report.COST) and not options.score and not options.evaluate:
+        raise UsageError(f"--until {options.until}: needs a --score or --evaluate that has this column; without, there "
+                         "is swd")
     extra = argv[split + 1:]
     options.variants += tuple(options.variant)
     if len({variant.slug for variant in options.variants}) < len(options.variants):

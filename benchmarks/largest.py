@@ -3,7 +3,8 @@
     python benchmarks/largest.py [FLAGS of main.py]
 
 Prints a table for each family, as docs/speed.md has it: rows are image sizes, cells the largest power of 2 that fits as
-a batch, in bf16 or fp16 / in fp32. A batch of twice that fits with `--accumulate 2`, and so on.
+a batch, in bf16 or fp16 / in fp32. A batch of twice that fits with `--accumulate 2`, and so on. The flags go to every
+cell of every table: those that all families have, and not what the tables go through.
 """
 
 import sys
@@ -17,6 +18,7 @@ import parameter  # noqa: E402 - found through the line above
 from device import console  # noqa: E402
 from device.distributed import Place  # noqa: E402
 from device.precision import Precision  # noqa: E402
+from errors import UsageError  # noqa: E402
 from processes import exit_code_of  # noqa: E402
 from training.memory import MARGIN, estimate  # noqa: E402
 
@@ -25,6 +27,18 @@ IN_USE = 0.7                        # GiB of a card that driver, CUDA's librarie
 ALONE = Place(torch.device("cpu"))
 KINDS = {"SAGAN": ("sagan",), "SAGAN, `--arch resnet`": ("sagan", "--arch", "resnet"),
          "SLAE-FastGAN": ("fastgan", "--recon", "lpips")}
+
+OWN = ("model", "imsize", "batch_size", "precision", "dataset")         # what the tables set themselves
+
+
+def refuse_own(flags):
+    """Raise UsageError for flags that the tables set themselves, and for those of one family."""
+    for name in parameter.parse(flags):
+        families = [model for model, family in parameter.FAMILIES.items() if name in {own.name for own in family.FLAGS}]
+        if name in OWN:
+            raise UsageError(f"--{name}: the tables set it themselves; leave it out")
+        if families:
+            raise UsageError(f"--{name}: is for --model {families[0]}, the tables are of all families; leave it out")
 
 
 def needed(flags, imsize, batch, name):
@@ -49,7 +63,8 @@ def largest(flags, imsize, name):
 
 
 def tables(flags):
-    """Print a table for each of KINDS. Raises UsageError for flags that do not exist. Returns exit code 0."""
+    """Print a table for each of KINDS. Raises UsageError. Returns exit code 0."""
+    refuse_own(flags)
     for title, kind in KINDS.items():
         print(f"\n| {title} | " + " | ".join(f"{card} GB" for card in CARDS) + " |\n|---|" + "---|" * len(CARDS))
         for imsize in parameter.FAMILIES[kind[0]].IMSIZES:

@@ -9,6 +9,7 @@ and the range of its middle half).
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 import tempfile
@@ -26,6 +27,7 @@ import data_loader  # noqa: E402 - found through the line above
 import parameter  # noqa: E402
 from dataset.workers import cores  # noqa: E402
 from device import console  # noqa: E402
+from errors import DataError  # noqa: E402
 from metrics.cost import alternate, each_ratio, hardware  # noqa: E402
 from processes import exit_code_of  # noqa: E402
 
@@ -97,8 +99,12 @@ def image_folder(options, root, device):
     steps = transforms.Compose([
         transforms.Resize(options.imsize), transforms.CenterCrop(options.imsize), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    folder = ImageFolder(root, steps)
+    if len(folder) < options.batch_size:                # it would give no batch, without end
+        raise DataError(f"--batch_size {options.batch_size} is more than the {len(folder)} pictures in {root}; use "
+                        f"--batch_size {len(folder)} or less")
     loader = torch.utils.data.DataLoader(
-        ImageFolder(root, steps), options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers,
+        folder, options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers,
         pin_memory=device.type == "cuda", persistent_workers=options.num_workers > 0)
     while True:
         for images, _ in loader:
@@ -128,7 +134,9 @@ def filled(options, root, device, place):
 def sides_of(options, root, scratch, device):
     """The ways to load, the reference first."""
     def fresh():
-        return ours(options, root, device, Path(tempfile.mkdtemp(dir=scratch)), cached=True)
+        for former in scratch.glob("first*"):           # a cache of all pictures each, one a round
+            shutil.rmtree(former, ignore_errors=True)
+        return ours(options, root, device, Path(tempfile.mkdtemp(prefix="first", dir=scratch)), cached=True)
 
     workers = f"{options.num_workers} workers"
     here = " on the GPU" if device.type == "cuda" else ""

@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import contextmanager
 
 from dataset.workers import cores
+from device.signals import FORWARDED
 from errors import CheckpointError, Failure
 
 TAIL = 12       # lines of a failed command's output that are shown
@@ -29,7 +32,7 @@ class Children:
         self.env = dict(os.environ)
         if jobs > 1:
             self.env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-        self.signal = None
+        self.signal, self._since = None, 0.0
         self._stopped = False
         self._running = set()
         self._lock = threading.RLock()      # a signal's handler may come while this thread holds it
@@ -97,10 +100,25 @@ class Children:
                 elif not asked:                         # the second signal ends a training without saving
                     process.send_signal(signal.SIGINT)
 
-    def handle(self, number, frame):
-        """A signal to the program: the first lets trainings save, the second does not wait for that."""
-        self.stop(kill=self.signal is not None)
-        self.signal = self.signal or number
+    @contextmanager
+    def signals_handled(self):
+        """In this block the first signal lets trainings save; a later one, that is no copy of it, does not wait."""
+        names = (name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+        numbers = [number for number in map(signal.Signals.__getitem__, names)
+                   if (number.name, signal.getsignal(number)) != ("SIGHUP", signal.SIG_IGN)]      # under nohup
+        before = {number: signal.signal(number, self._handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            self.stop()
+        elif time.monotonic() - self._since > FORWARDED:
+            self.stop(kill=True)
 
 
 def wait_for(process, seconds, interrupt):

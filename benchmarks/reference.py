@@ -19,6 +19,7 @@ from device.precision import Precision
 from diffaug import augment
 from families import build, build_objective
 from fastgan_models import GLU
+from generate.latents import Latents
 from layers.attention import SelfAttention
 from layers.convolutions import DownConv, FromVector, ToVector, UpConv
 from metrics.cost import ConstantBatch, TimedConfig
@@ -68,12 +69,16 @@ def published(net):
 
 
 class PlainTrainer:
-    """Trains the networks of `config` on `device`; `train_step(batches)` is one step on the next of them."""
+    """Trains the networks of `config` on `device`; `train_step(batches)` is one step on the next of them.
 
-    def __init__(self, config, device):
+    With `classes`, the Classes of a data set, both networks get labels. There is no metadata.
+    """
+
+    def __init__(self, config, device, classes=None):
         torch.manual_seed(config.seed)
-        self.config, self.device = config, device
-        self.G, self.D = (published(net).to(device).train() for net in build(config))
+        self.config = config
+        self.latents = Latents(config.z_dim, device=device, classes=classes)
+        self.G, self.D = (published(net).to(device).train() for net in build(config, len(classes or ())))
         self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
         self.objective = build_objective(config, device)
         distance = getattr(self.objective, "distance", None)
@@ -82,31 +87,41 @@ class PlainTrainer:
         betas = (config.beta1, config.beta2)
         self.g_optimizer = torch.optim.Adam(self.G.parameters(), config.g_lr, betas=betas)
         self.d_optimizer = torch.optim.Adam(self.D.parameters(), config.d_lr, betas=betas)
-        self.width = config.z_dim + (512 if config.metadata else 0)
         self.precision = Precision(config.precision, device)
+        self.draws_again = config.model == "sagan"
 
     def train_step(self, batches):
-        """One update of D and one of G."""
+        """Update D on each of the next `d_iters` batches, and G once."""
         with self.precision.switched():
-            self._train_step(next(batches).images)
-
-    def _train_step(self, images):
-        real = self.augment(images)
-        fake = self.generate(real.size(0))
-        again = self.config.model == "sagan"
-        shown = [self.augment(image if again else image.detach()) for image in fake]
-        loss, _ = self.objective.d_loss(self.D, real, shown)
-        self.update(loss, self.d_optimizer)
-        fake = self.generate(real.size(0)) if again else fake
-        loss, _ = self.objective.g_loss(self.D, real, [self.augment(image) for image in fake])
-        self.update(loss, self.g_optimizer)
+            for _ in range(self.config.d_iters):
+                batch = next(batches)
+                real = self.augment(batch.images)
+                fake, labels = self.train_d(real, batch.labels)
+            self.train_g(real, fake, (batch.labels, labels))
         with torch.no_grad():
             for averaged, weight in zip(self.G_ema.parameters(), self.G.parameters(), strict=True):
                 averaged.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
 
+    def train_d(self, real, real_labels):
+        """Update D once. Return (the images that G drew for it, their labels or None)."""
+        fake, labels = self.generate(real.size(0))
+        shown = [self.augment(image if self.draws_again else image.detach()) for image in fake]
+        loss, _ = self.objective.d_loss(self.D, real, shown, (real_labels, labels))
+        self.update(loss, self.d_optimizer)
+        return fake, labels
+
+    def train_g(self, real, fake, labels):
+        """Update G once, on what it drew for D, or on what it draws again."""
+        if self.draws_again:
+            fake, of_fake = self.generate(real.size(0))
+            labels = labels[0], of_fake
+        loss, _ = self.objective.g_loss(self.D, real, [self.augment(image) for image in fake], labels)
+        self.update(loss, self.g_optimizer)
+
     def generate(self, count):
-        """What G makes of fresh z."""
-        return self.G(torch.randn(count, self.width, device=self.device))
+        """Return (what G makes of fresh z, their labels or None)."""
+        inputs = self.latents.training(count)
+        return self.G(**inputs.as_arguments()), inputs.labels
 
     def augment(self, images):
         """Images as D sees them, augmented."""
@@ -125,5 +140,5 @@ class PlainConfig(TimedConfig):
 
     def __init__(self, config, place, bank=None, classes=None):
         self.config, self.place, self.seconds = config, place, []
-        self.batches = ConstantBatch(config, place.device)
-        self.trainer = PlainTrainer(config, place.device)
+        self.batches = ConstantBatch(config, place.device, classes)
+        self.trainer = PlainTrainer(config, place.device, classes)

@@ -3,17 +3,19 @@
     python benchmarks/side_by_side.py --minutes 10 --image_path DIR [--model sagan] [--seed 0] [--out side_by_side]
                                       [--score "python score.py {real} {fake}"] [-- FLAGS OF main.py FOR THIS PROGRAM]
 
-Left: the published settings, trained by `reference.py` (eager, fp32, nothing shared or fused), drawn by G as it trains,
-as published. Right: `python main.py` with the flags after -- (on a CPU: --preset cpu), its start included. Each gets
-the whole machine for --minutes, one after the other. Writes side_by_side.png, side_by_side.json and both sets of
---samples pictures into --out. The same command again goes on with what is missing.
+Left: the published settings, trained by `reference.py` (eager, fp32, nothing shared or fused; FastGAN without
+metadata), drawn by G as it trains, as published. Right: `python main.py` with the flags after -- (on a CPU: --preset
+cpu), its start included; they go to the drawing, too. Each gets the whole machine for --minutes, one after the other.
+Writes side_by_side.png, side_by_side.json and both sets of --samples pictures into --out. The same command again goes
+on with what is missing, and --score and --real may be added or changed; of other settings --out is refused.
 """
 
 import argparse
+import contextlib
 import json
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,90 +28,150 @@ from PIL import Image  # noqa: E402
 
 import parameter  # noqa: E402 - found through the line above
 import report  # noqa: E402
-from ablation_options import Parser, at_least, score_command  # noqa: E402
-from data_loader import build_dataset, real_batches  # noqa: E402
+from ablation_options import Parser, at_least, score_command, some_minutes  # noqa: E402
+from data_loader import build_dataset, find_dataset, real_batches  # noqa: E402
+from dataset import table  # noqa: E402
 from device import console, distributed  # noqa: E402
-from errors import Failure  # noqa: E402
+from device.precision import choose_algorithms  # noqa: E402
+from errors import DataError, UsageError  # noqa: E402
 from gallery.grid import grid_side, save_grid, to_uint8  # noqa: E402
-from processes import FOREVER, Children, exit_code_of, wait_for  # noqa: E402
+from processes import FOREVER, Children, Stopped, exit_code_of  # noqa: E402
 from reference import PlainTrainer  # noqa: E402
+from storage.folders import FolderLock  # noqa: E402
 from utils import write_atomically  # noqa: E402
 
 NAMES = {"plain": "the plain published way", "ours": "this program"}
+# of the plain side, by model: it has no features of pictures, from which follows another --recon than the published
+PLAIN = {"fastgan": ("--metadata", "false", "--recon", "lpips")}
+FOLDERS = (*NAMES, "log", "model_save", "sample")           # in --out; what is unfinished in them is deleted
+SHOWN = ("kid", "fd", "coverage")       # of the scores, beneath the grids
 
 
-def train_plain(options, config, began):
-    """Train the published settings the plain way until --minutes after `began`. Return {"steps": number}.
+class Comparison:
+    """Both sides, from the options to the picture. Raises Failure for flags or pictures that cannot work."""
 
-    Writes plain.png and the pictures in plain/.
-    """
-    place = distributed.start(config)
-    trainer = PlainTrainer(config, place.device)
-    fixed = torch.randn(options.samples, trainer.width, device=place.device)
-    batches, steps = real_batches(config, build_dataset(config), 0, place.device), 0
-    while time.time() - began < 60 * options.minutes:
-        trainer.train_step(batches)
-        steps += 1
-    batches.close()
-    with torch.no_grad():                               # G in training mode, as published
-        images = torch.cat([trainer.G(z)[0] for z in fixed.split(64)])
-    save_grid(images[:grid_side(config.imsize) ** 2], options.out / "plain.png")
-    folder = options.out / "plain"
-    folder.mkdir(exist_ok=True)
-    for number, picture in enumerate(to_uint8(images)):
-        Image.fromarray(picture).save(folder / f"{number:06d}.png")
-    return {"steps": steps}
+    def __init__(self, options, extra):
+        self.options, self.out, self.children = options, options.out, Children(1)
+        if Path(options.image_path).resolve() in [path := self.out.resolve(), *path.parents]:
+            raise UsageError(f"--out {self.out}: lies in --image_path, and would become training pictures")
+        common = ["--dataset", "folder", "--image_path", options.image_path, "--model", options.model, "--seed",
+                  str(options.seed)]
+        self.config = parameter.resolve(parameter.parse(
+            [*common, "--precision", "fp32", *PLAIN.get(options.model, ())]))
+        words = [*common, *extra, "--version", "ours"]
+        for kind in FOLDERS[2:]:
+            words += [f"--{kind}_path", str(self.out / kind)]
+        self.training = [*words, "--total_step", str(FOREVER)]
+        self.drawing = [*words, "--train", "false", "--num_samples", str(options.samples), "--seed", "0"]
+        for command in (self.training, self.drawing):
+            try:
+                parameter.resolve(parameter.parse(command))
+            except UsageError as error:
+                raise UsageError(f"{error}\nWhat follows -- goes to main.py's training and to its drawing.") from None
+        dataset = find_dataset(self.config)
+        self.settings = {
+            "minutes": options.minutes, "model": options.model, "seed": options.seed, "samples": options.samples,
+            "flags after --": shlex.join(extra) or "(none)", "pictures in --image_path":
+            f"{len(dataset)} pictures, {table.fingerprint(dataset, self.config)[:12]}"}
+
+    def do(self):
+        """Train, draw and score what is missing; write the record and the picture. Return the exit code."""
+        self.path = self.out / "side_by_side.json"
+        self.record = read_record(self.path, self.settings)
+        self._save()
+        try:
+            with self.children.signals_handled():
+                lines = {side: self._complete(side) for side in NAMES}
+        except Stopped:
+            print(f"interrupted; the same command goes on with what is missing in {self.out}", file=sys.stderr)
+            return 128 + (self.children.signal or signal.SIGTERM)
+        report.picture([(NAMES[side], self.out / f"{side}.png", lines[side]) for side in NAMES],
+                       self.out / "side_by_side.png")
+        return 0
+
+    def _complete(self, side):
+        """Do what is missing of a side. Return the lines beneath its grid."""
+        if side not in self.record:
+            print(f"{NAMES[side]}: training for {self.options.minutes:g} min", flush=True)
+            shutil.rmtree(self.out / side, ignore_errors=True)          # of a call that was interrupted
+            steps = {"plain": self._train_plain, "ours": self._train_ours}[side](time.time())
+            self.record[side] = {"steps": steps, "scores": {}}
+            self._save()
+        kept = self.record[side]
+        scores = self._score(side, kept["scores"]) if self.options.score else {}
+        found = {"steps": kept["steps"], **scores}
+        print(f"{NAMES[side]}: {', '.join(f'{name} {value}' for name, value in found.items())}", flush=True)
+        return [f"{kept['steps']:,} steps in {self.options.minutes:g} min",
+                *(f"{name} {report.number(scores[name])}" for name in SHOWN if name in scores)]
+
+    def _save(self):
+        text = json.dumps(self.record, indent=2) + "\n"
+        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _train_plain(self, began):
+        """Train the published settings until --minutes after `began`, then draw. Return the number of steps."""
+        config = self.config
+        choose_algorithms(config.deterministic)             # as main.py does
+        place = distributed.start(config)
+        trainer, steps = PlainTrainer(config, place.device), 0
+        fixed = torch.randn(self.options.samples, config.z_dim, device=place.device)
+        with contextlib.closing(real_batches(config, build_dataset(config), 0, place.device)) as batches:
+            while time.time() - began < 60 * self.options.minutes:
+                self.children.check()
+                trainer.train_step(batches)
+                steps += 1
+        with torch.no_grad():                               # G in training mode, as published
+            images = torch.cat([trainer.G(z)[0] for z in fixed.split(64)])
+        save_grid(images[:grid_side(config.imsize) ** 2], self.out / "plain.png")
+        folder = self.out / "plain"
+        folder.mkdir()
+        for number, picture in enumerate(to_uint8(images)):
+            Image.fromarray(picture).save(folder / f"{number:06d}.png")
+        return steps
+
+    def _train_ours(self, began):
+        """Train this program until --minutes after `began`, then draw. Return the number of steps."""
+        for kind in FOLDERS[2:]:                            # of a call that was interrupted: it had time already
+            shutil.rmtree(self.out / kind, ignore_errors=True)
+        log = self.out / "ours.txt"
+        self._main(self.training, log, max(0, began + 60 * self.options.minutes - time.time()))
+        self._main(self.drawing, log)
+        (drawn,) = (self.out / "sample" / "ours").glob("*_generated_seed0")
+        drawn.with_suffix(".png").replace(self.out / "ours.png")
+        drawn.rename(self.out / "ours")
+        return int(drawn.name.partition("_")[0])
+
+    def _main(self, words, log, seconds=None):
+        self.children.run("main.py", [sys.executable, ROOT / "main.py", *words], log, seconds=seconds)
+
+    def _score(self, side, kept):
+        """{column: number} of a side's pictures by the --score command; `kept` holds those of earlier calls."""
+        command, real = self.options.score, self.options.real or self.options.image_path
+        key = f"{command} with {real}"
+        if key not in kept:
+            kept[key] = report.scores_by(command, real, self.out / side, lambda words: self.children.run(
+                "--score", words, self.out / "score.txt", capture=True))
+            self._save()
+        return kept[key]
 
 
-def train_ours(options, flags, began, log):
-    """Train this program until --minutes after `began`, then draw. Return {"steps": number}."""
-    folders = [word for kind in ("log", "model_save", "sample") for word in (f"--{kind}_path", options.out / kind)]
-    for folder in folders[1::2]:                        # of a call that was interrupted: it had time already
-        shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, ROOT / "main.py", *flags, "--version", "ours", *folders]
-    with open(log, "ab") as output:
-        process = subprocess.Popen([*map(str, command), "--total_step", str(FOREVER)], stdout=output, stderr=output)
-        wait_for(process, max(0, began + 60 * options.minutes - time.time()),
-                 lambda process: process.send_signal(signal.SIGINT))            # it saves and ends
-    if process.returncode != 130:
-        raise Failure(f"main.py ended with exit code {process.returncode}; its output is in {log}")
-    Children(1).run("main.py", [*command, "--train", "false", "--num_samples", options.samples, "--seed", 0], log)
-    (drawn,) = (options.out / "sample" / "ours").glob("*_generated_seed0")
-    drawn.with_suffix(".png").rename(options.out / "ours.png")
-    drawn.rename(options.out / "ours")
-    return {"steps": int(drawn.name.partition("_")[0])}
-
-
-def score(options, side):
-    """{column: number} of one side's pictures by the --score command, {} without one."""
-    if not options.score:
-        return {}
-    return report.scores_by(options.score, options.real or options.image_path, options.out / side,
-                            lambda words: Children(1).run("--score", words, options.out / "score.txt", capture=True))
-
-
-def compare(options, extra):
-    """Train, draw and score what is missing; write the record and the picture. Raises Failure, OSError."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    record_path = options.out / "side_by_side.json"
-    record = json.loads(record_path.read_text()) if record_path.exists() else {"hardware": report.hardware()}
-    common = ["--dataset", "folder", "--image_path", options.image_path, "--model", options.model, "--seed",
-              str(options.seed)]
-    config = parameter.resolve(parameter.parse([*common, "--precision", "fp32"]))
-    for side in NAMES:
-        if side not in record:
-            print(f"{NAMES[side]}: training for {options.minutes:g} min", flush=True)
-            began = time.time()
-            found = (train_plain(options, config, began) if side == "plain"
-                     else train_ours(options, [*common, *extra], began, options.out / "ours.txt"))
-            record[side] = {"minutes": options.minutes, **found, **score(options, side)}
-            write_atomically(record_path, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
-        print(f"{NAMES[side]}: {', '.join(f'{name} {value}' for name, value in record[side].items())}", flush=True)
-    lines = {side: [f"{record[side]['steps']:,} steps in {record[side]['minutes']:g} min",
-                    *(f"{name} {report.number(record[side][name])}" for name in ("kid", "fd", "coverage")
-                      if name in record[side])] for side in NAMES}
-    report.picture([(NAMES[side], options.out / f"{side}.png", lines[side]) for side in NAMES],
-                   options.out / "side_by_side.png")
+def read_record(path, settings):
+    """Return the record of an earlier call, or a new one. Raise UsageError if that one had other settings."""
+    if not path.exists():
+        taken = [name for name in FOLDERS if (path.parent / name).exists()]
+        if taken:
+            raise UsageError(f"--out {path.parent}: holds {taken[0]}/ of something else; use another --out")
+        return {"hardware": report.hardware(), "settings": settings}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: record["settings"][name] for name in settings}
+    except (ValueError, TypeError, KeyError):
+        raise DataError(f"{path} cannot be read, or is of an older version; use another --out") from None
+    for name, now in settings.items():
+        if before[name] != now:
+            raise UsageError(f"--out {path.parent} holds a comparison with other {name}: {before[name]}, now {now}.\n"
+                             "Use another --out, or move that folder away.")
+    return record
 
 
 def main(argv):
@@ -118,7 +180,7 @@ def main(argv):
     parser = Parser(prog="python benchmarks/side_by_side.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=float, required=True, metavar="N", help="wall time of each side")
+    add("--minutes", type=some_minutes, required=True, metavar="N", help="wall time of each side")
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
     add("--model", default="sagan", metavar="NAME", help="family (default: sagan)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="seed of both (default: 0)")
@@ -128,10 +190,13 @@ def main(argv):
     add("--out", type=Path, default=Path("side_by_side"), metavar="DIR", help="folder of all that this writes")
 
     def do():
-        compare(parser.parse_args(argv[:split]), argv[split + 1:])
-        return 0
+        options = parser.parse_args(argv[:split])
+        comparison = Comparison(options, argv[split + 1:])
+        options.out.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(FolderLock([options.out], f"--out {options.out}")):
+            return comparison.do()
 
-    return exit_code_of(do)
+    return exit_code_of(do, "--out: ")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Then, at level `full`, they decode each picture, into the decoded cache if there
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,14 +83,20 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
     dataset.findings = findings
     _say_traits(dataset, findings, config)
     # once decoded, it has been said; a cache in memory is each rank's own, so this question is rank 0's, too
-    on_first(lambda: cached.is_decoded() or _say_shape(dataset, config))
+    good = _without(findings.bad, cached)
+    on_first(lambda: good.is_decoded() or _say_shape(dataset, config))
     _say_copies(dataset, findings, config)
-    return _without_bad(dataset, cached, findings, config)
+    if findings.bad:
+        _say_bad(dataset, findings, config)
+    return good
 
 
-def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findings, config) -> ImageDataset:
-    if not findings.bad:
-        return cached
+def _without(bad: Mapping[int, str], cached: ImageDataset) -> ImageDataset:
+    return Subset(cached, [index for index in range(len(cached)) if index not in bad], "usable") if bad else cached
+
+
+def _say_bad(dataset: EncodedDataset, findings: Findings, config):
+    """Say which pictures are left out. Raise DataError if they are too many."""
     bad = [f"{dataset.name(index)}: {reason}" for index, reason in findings.bad.items()]
     shown = "\n  ".join(bad[:NAMED]) + (f"\n  and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
     where = f", all listed in {decode.printable(_path(BAD, config))}" if _has_logs(config) else ""
@@ -102,7 +108,6 @@ def _without_bad(dataset: EncodedDataset, cached: ImageDataset, findings: Findin
                         f"{delete}; only one, or up to {SHARE:.0%}, of the pictures would be skipped.")
     later = f"{where} once training starts" if where else ""
     say(f"pictures: {len(bad)} of {len(dataset)} cannot be used and are skipped{later}:\n  {shown}")
-    return Subset(cached, [index for index in range(len(dataset)) if index not in findings.bad], "usable")
 
 
 def _level(dataset: ImageDataset, config) -> str:

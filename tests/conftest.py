@@ -287,6 +287,7 @@ def _warm():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "torch._dynamo"])
     with pytest.MonkeyPatch.context() as only_there:
+        only_there.chdir(Path(MAIN).parent)     # modules of the test's own folder, such as its main.py, come first
         only_there.setenv("PYTHONPATH", os.pathsep.join([str(Path(MAIN).parent), str(Path(__file__).parent)]))
         only_there.setenv("OMP_NUM_THREADS", "1")
         only_there.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")    # as main.py sets it before it imports torch

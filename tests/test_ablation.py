@@ -37,7 +37,7 @@ STAND_IN = '''
 import json, os, random, signal, sys, time
 from pathlib import Path
 argv = sys.argv[1:]
-flag = lambda name, default=None: argv[argv.index("--" + name) + 1] if "--" + name in argv else default
+flag = lambda name, default=None: dict(zip(argv, argv[1:])).get("--" + name, default)          # the last one wins
 with open("calls.txt", "a") as calls:
     calls.write(json.dumps({"argv": argv, "threads": os.environ.get("OMP_NUM_THREADS")}) + "\\n")
 name = flag("version")
@@ -55,7 +55,7 @@ elif flag("train") == "false":
     folder.mkdir(parents=True, exist_ok=True)
     noise = random.Random(name)
     for i in range(int(flag("num_samples"))):
-        Image.frombytes("RGB", (32, 32), noise.randbytes(3 * 32 * 32)).save(folder / f"{i:06d}.png")
+        Image.frombytes("RGB", (64, 64), noise.randbytes(3 * 64 * 64)).save(folder / f"{i:06d}.png")
 else:
     if name == os.environ.get("FAIL"):
         print("line one")
@@ -82,7 +82,7 @@ else:
     (logs / "metrics.jsonl").write_text("".join(
         json.dumps({"step": i, "sec_per_step": s}) + "\\n" for i, s in ((1, 9.0), (2, 0.1), (3, 0.3), (4, 0.2))))
     Image.new("RGB", (66, 66), (ord(name[0]), 90, 90)).save(samples / f"{step:07d}_fake.png")
-    every = int(flag("model_save_step"))
+    every = int(flag("model_save_step", 1))
     for saved in [*range(every, step, every), step]:
         (models / f"{saved:07d}.pth").touch()
 '''
@@ -107,7 +107,6 @@ def stand_in(tmp_path, pictures, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "main.py").write_text(STAND_IN)
     monkeypatch.setattr(ablation, "MAIN", tmp_path / "main.py")
-    monkeypatch.setattr(ablation, "MODEL", ("--model", "sagan"))        # 32 px
     monkeypatch.setattr(ablation, "Children", InThisProcess)
     quick = functools.partial(swd.sliced_wasserstein, count=256, directions=8)
     monkeypatch.setattr(swd, "sliced_wasserstein", quick)
@@ -123,7 +122,7 @@ def stand_in_program(stand_in, monkeypatch):
 
 def run(*flags):
     """The exit code of the ablation at the stand-in's size."""
-    return ablation.main(["--image_path", "pictures", "--imsize", "32", "--steps", "4", "--seeds", "1",
+    return ablation.main(["--image_path", "pictures", "--imsize", "64", "--steps", "4", "--seeds", "1",
                           "--samples", "10", "--points", "1", *map(str, flags)])
 
 
@@ -164,7 +163,7 @@ def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report_wit
     assert all(value(argv, "--g_conv_dim") == "4" and value(argv, "--total_step") == "4" for argv in trained)
     assert {value(call["argv"], "--seed") for call in calls("sample")} == {"0"}
     text = Path("ablation/ablation.md").read_text()
-    for part in ("--g_conv_dim 4", "imsize 32, 4 steps, seeds 0, 1", "12 real pictures, 10 drawn", "torch",
+    for part in ("--g_conv_dim 4", "imsize 64, 4 steps, seeds 0, 1", "12 real pictures, 10 drawn", "torch",
                  "cores", "random (untrained", "all settings are equal", "| floor: real against real |",
                  "![grids of baseline", "The same in every run: D parameters 500.",
                  "+SLAE against baseline: G parameters 1,000 -> 1,001 (+0.10 %)", "| 0.200 ± 0.000 |"):
@@ -173,9 +172,9 @@ def test_one_command_trains_every_variant_seed_by_seed_and_writes_the_report_wit
     assert "unfinished" not in text
     out = capsys.readouterr().out
     assert "| +metadata |" in out and "8 of 8: both_seed1: swd" in out
-    assert sorted(os.listdir(".")) == ["ablation", "calls.txt", "main.py", "pictures"]
+    assert sorted(os.listdir(".")) == ["ablation", "cache", "calls.txt", "main.py", "pictures"]
     real = [Image.open(path).size for path in Path("ablation/real").iterdir()]
-    assert real == [(32, 32)] * 12, "cropped as in training"
+    assert real == [(64, 64)] * 12, "cropped as in training"
     page = np.asarray(Image.open("ablation/ablation.png"))
     for name in ("slae_seed0", "metadata_seed0"):
         assert (page == (ord(name[0]), 90, 90)).all(2).sum() == 66 * 66
@@ -187,7 +186,7 @@ def test_the_real_pictures_are_padded_and_on_white_as_in_training(stand_in, pict
     assert run("--variants", "baseline", "--", "--fit", "pad", "--channels", "rgba") == 0
     with Image.open("ablation/real/000000.png") as picture:
         assert picture.mode == "RGB"
-        assert set(picture.getcolors()) == {(16 * 32, (255, 255, 255)), (16 * 32, (255, 127, 127))}
+        assert set(picture.getcolors()) == {(32 * 64, (255, 255, 255)), (32 * 64, (255, 127, 127))}
 
 
 def test_nearest_of_metadata_drawn_in_two_ways_is_two_columns():
@@ -237,8 +236,9 @@ def test_scores_of_a_program_and_of_mode_evaluate_are_columns_and_what_is_not_fo
     score = script(stand_in, """
 import json, sys
 print(json.dumps({"fd": 3.5, "kid": float("nan"), **({"precision": 0.5} if "baseline" in sys.argv[2] else {})}))""")
-    pair = (*TWO, "--points", "2", "--score", score, "--evaluate", "lpips")
+    pair = (*TWO, "--points", "2", "--score", score, "--evaluate", "lpips --backtrack_steps 9")
     assert run(*pair) == 0
+    assert value(calls("evaluate")[0]["argv"], "--backtrack_steps") == "9"
     assert [value(call["argv"], "--pretrained_model") for call in calls("evaluate")] == ["4", "4"], "the last step"
     text = Path("ablation/ablation.md").read_text()
     assert "| fd " in text and "kid" not in text and Path("ablation/curves.png").exists()
@@ -289,16 +289,18 @@ def test_each_run_is_scored_at_several_steps_in_tables_and_curves(stand_in, caps
 
 def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, capsys):
     def run_for(minutes, *flags):
-        return ablation.main(["--image_path", "pictures", "--imsize", "32", "--minutes", minutes, "--points", "2",
+        return ablation.main(["--image_path", "pictures", "--imsize", "64", "--minutes", minutes, "--points", "2",
                               "--seeds", "1", "--samples", "10", *TWO, *flags])
 
     assert run_for("5") == 0
-    trained = [call["argv"] for call in calls("train")]
+    filled, trained = [[call["argv"] for call in calls("train")][part] for part in (slice(2), slice(2, None))]
+    assert [value(argv, "--version") for argv in filled] == ["baseline", "slae"], "caches"
+    assert not Path("ablation/caches").exists()
     assert [value(argv, "--version") for argv in trained] == ["baseline_seed0"] * 2 + ["slae_seed0"] * 2
     assert [value(argv, "--pretrained_model") if "--pretrained_model" in argv else None for argv in trained] == [
         None, "14", None, "10"]
     text = Path("ablation/ablation.md").read_text()
-    for part in ("imsize 32, 5 minutes", "but for `metadata`, `slae` all settings are equal", "`swd` by minute:",
+    for part in ("imsize 64, 5 minutes", "but for `metadata`, `slae` all settings are equal", "`swd` by minute:",
                  "| 2.5 |", "+SLAE against baseline: steps 28 -> 20 (-29 %)", "up to minute 5"):
         assert part in text
     assert sorted(path.name for path in Path("ablation/models").glob("*/*.pth")) == ["0000020.pth", "0000028.pth"]
@@ -308,7 +310,7 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
     del record["reached"]["slae_seed0"]["5"], record["scores"]["slae_seed0, minute 5, 10 pictures"]
     Path("ablation/ablation.json").write_text(json.dumps(record))
     assert run_for("5") == 0
-    (again,) = [call["argv"] for call in calls("train")][4:]
+    (again,) = [call["argv"] for call in calls("train")][6:]
     assert (value(again, "--version"), value(again, "--pretrained_model")) == ("slae_seed0", "10")
     assert run("--out", "ablation", *TWO) == 2
     assert "an ablation with other minutes: 5 in 2 points, now (none)" in capsys.readouterr().err
@@ -355,6 +357,7 @@ def test_wrong_flags_are_found_before_anything_is_trained(stand_in_program, caps
     (stand_in_program / "main.py").write_text("import sys\nprint('error: unknown flag --widht')\nsys.exit(2)")
     assert run("--", "--widht", "4") == 2
     assert "unknown flag --widht" in capsys.readouterr().err
+    assert not Path("ablation/ablation.json").exists(), "other flags are welcome there"
 
 
 def test_a_score_program_that_prints_no_object_is_named(stand_in_program, capsys):
@@ -395,10 +398,10 @@ def test_at_work_it_turns_a_second_one_away_and_hands_a_signal_on_once(stand_in,
         f"import os, sys; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
         "reading, writing = os.pipe(); os.dup2(writing, 1); os.close(reading)\n"     # as `| head` does; it ends nothing
         "import ablation; from metrics import swd; from pathlib import Path; from functools import partial\n"
-        "ablation.MAIN, ablation.MODEL = Path('main.py').resolve(), ('--model', 'sagan')\n"
+        "ablation.MAIN = Path('main.py').resolve()\n"
         "swd.sliced_wasserstein = partial(swd.sliced_wasserstein, count=64, directions=4)\n"
         "ablation.console.run(ablation.main)")
-    running = Launched("--image_path", "pictures", "--imsize", 32, "--steps", 4, "--seeds", 1, "--samples", 10,
+    running = Launched("--image_path", "pictures", "--imsize", 64, "--steps", 4, "--seeds", 1, "--samples", 10,
                        "--points", 1, "--jobs", 2, *TWO, script=Path("program.py").absolute())
     running.wait_for("ablation/ablation.md")
     running.wait_for("hanging")
@@ -445,12 +448,59 @@ def test_more_steps_go_on_and_are_scored_anew(stand_in):
     assert "8 steps" in Path("ablation/ablation.md").read_text()
 
 
+def test_points_that_a_run_has_passed_are_refused_before_it_trains_on(stand_in, capsys):
+    assert run("--variants", "baseline") == 0
+    before = Path("calls.txt").read_text()
+    other = ("--variants", "baseline", "--steps", 6, "--points", 2)
+    assert run(*other) == 3
+    assert "the pictures of step 3 are gone" in capsys.readouterr().err and Path("calls.txt").read_text() == before
+    shutil.rmtree("ablation/models/baseline_seed0")
+    assert run(*other) == 0
+    assert "baseline_seed0, step 4, 10 pictures" not in json.loads(Path("ablation/ablation.json").read_text())["scores"]
+
+
+def test_all_variants_reconstruct_alike_though_only_some_download_vgg16(stand_in):
+    assert run(*PAIR) == 0
+    assert [value(call["argv"], "--recon") for call in calls("train")] == ["lpips"] * 2
+    assert run(*PAIR, "--out", "l1", "--", "--preset", "cpu") == 0
+    assert "--recon" not in calls("train")[-1]["argv"], "the preset's l1 stays"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+def test_a_closed_terminal_does_not_end_one_under_nohup_and_a_copied_signal_does_not_kill(monkeypatch):
+    children, killed = processes.Children(1), []
+    monkeypatch.setattr(children, "stop", lambda kill=False: killed.append(kill))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with children.signals_handled():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert killed == [] and children.signal is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert killed == [False], "a copy"
+            monkeypatch.setattr(processes, "FORWARDED", -1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert killed == [False, True]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_picture_that_cannot_be_read_is_left_out_as_in_training(stand_in, pictures):
+    (pictures / "3.png").write_bytes((pictures / "3.png").read_bytes()[:60])
+    assert run("--variants", "baseline") == 0
+    assert "11 real pictures" in Path("ablation/ablation.md").read_text()
+
+
 def test_a_damaged_record_is_named(stand_in, capsys):
     assert run("--variants", "baseline") == 0
     for damage in ("{", "[1]"):
         Path("ablation/ablation.json").write_text(damage)
         assert run("--variants", "baseline") == 3
         assert "ablation.json cannot be read" in capsys.readouterr().err
+    Path("ablation/ablation.json").unlink()
+    timed = ["--image_path", "pictures", "--minutes", "5", "--variants", "baseline"]
+    assert ablation.main(timed) == 3, "its runs would be trained anew"
+    assert "ablation.json is gone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("flags", "code", "message"), [
@@ -463,6 +513,10 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
     (("--", "--imsize=64"), 2, "give --imsize before the --"),
+    (("--", "--wandb", "true"), 2, "--wandb true: has no effect with --mode sample"),
+    (("--", "--restart", "true"), 2, "--restart after --: the ablation sets it"),
+    (("--until", "kid"), 2, "--until kid: needs a --score or --evaluate that has this column"),
+    (("--evaluate", "lpips --version x"), 2, "--version in --evaluate: the ablation sets it"),
     (("--evaluate", "lpisp"), 2, "'lpisp' is not one of"),
     (("--evaluate", "swd"), 2, "swd is a column of every ablation"),
     (("--evaluate", "share"), 3, "--metrics without share"),
@@ -509,7 +563,9 @@ class RealInThisProcess:
     def check(self):
         pass
 
-    stop = handle = check
+    stop = check
+
+    signals_handled = contextlib.nullcontext
 
 
 class OneByOne:

@@ -1,5 +1,7 @@
 """`--mode clean_data` deletes what the last check found damaged, and nothing else."""
 
+import errno
+import json
 import os
 import shutil
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import encode, fill, fill_lmdb, forks, gradient
 
+from dataset import images
 from storage.folders import FolderLock
 
 DATA = ("--dataset", "folder", "--image_path", "pictures", "--version", "a")
@@ -152,12 +155,30 @@ def test_what_the_disk_refuses_ends_with_5_after_the_others(folder, run, monkeyp
     assert "page.jpg" in Path("logs/a/bad_images.jsonl").read_text()
 
 
-def test_scans_over_the_limit_and_read_errors_are_no_damage(folder, run):
+def test_scans_over_the_limit_and_read_errors_are_no_damage(folder, run, monkeypatch):
+    """Of one file the disk refuses the header, of another the whole; without the errors both are good again."""
+    def refuse(name, read):
+        def reading(path, *words, **more):
+            if str(path).endswith(name):
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return read(path, *words, **more)
+
+        return reading
+
     gradient((300, 200)).save(folder / "scan.png")
+    before = files()
+    with monkeypatch.context() as disk:
+        disk.setattr(images, "open", refuse("000.png", open), raising=False)
+        disk.setattr(Path, "read_bytes", refuse("001.png", Path.read_bytes))
+        code, _, err = run(*TRAIN, "--max_pixels", 50_000)
+    assert code == 3 and "3 of the 7 pictures" in err and err.count("Input/output error") == 2
+    rows = [json.loads(line) for line in Path("logs/a/bad_images.jsonl").read_text().splitlines()]
+    assert [(Path(row["path"]).name, row["damaged"]) for row in rows] == [
+        ("000.png", False), ("001.png", False), ("scan.png", False)]
+    code, out, _ = run(*CLEAN, "--yes", "true")
+    assert code == 0 and "nothing to delete" in out and files() == before
     code, out, _ = run(*TRAIN, "--max_pixels", 50_000)
     assert code == 0 and "1 of 7 cannot be used and are skipped" in out
-    code, out, _ = run(*CLEAN, "--yes", "true")
-    assert code == 0 and "nothing to delete" in out and (folder / "scan.png").exists()
 
 
 def test_other_data_sets_a_missing_list_and_a_damaged_one(folder, run):

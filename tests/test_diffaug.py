@@ -28,6 +28,10 @@ def test_color_keeps_shapes_and_moves_levels_within_bounds():
     stretched = color(edge)
     heights = (stretched[..., 0] - stretched[..., 1])[:, 0, 0]
     assert 0.5 <= heights.min() < 0.6 and 1.4 < heights.max() <= 1.5
+    orange = torch.tensor([1.0, 0.0, -1.0]).view(3, 1, 1).expand(256, 3, 2, 2)
+    coloured = color(orange)
+    spans = (coloured[:, 0] - coloured[:, 2])[:, 0, 0]
+    assert 0 <= spans.min() < 0.3 and 4 < spans.max() <= 6, "2, times saturation, times contrast"
 
 
 def test_translation_shifts_by_at_most_an_eighth_and_fills_with_grey():

@@ -51,7 +51,9 @@ def test_parameter_counts_are_fastgans_and_slae_adds_next_to_nothing(imsize, g, 
     (1024, 3)])
 def test_every_size_gives_two_images_masks_logits_and_reconstructions(imsize, slae_kernel):
     G, D = build(resolve({"model": "fastgan", "imsize": imsize, "g_conv_dim": 2, "d_conv_dim": 4, "z_dim": 6,
-                          "slae_d": True, "slae_kernel": slae_kernel}))
+                          "slae_d": True, "slae_kernel": slae_kernel, "metadata_weight": 0.3}))
+    kernels = {skip.attention.conv.kernel_size for net in (G, D) for skip in net.skips.values()}
+    assert kernels == {(slae_kernel, slae_kernel)} and G.metadata_weight == 0.3
     z, small = torch.randn(2, 6 + 512), min(imsize // 2, 128)
     images = G(z)
     assert [image.shape for image in images] == [(2, 3, imsize, imsize), (2, 3, small, small)]
@@ -90,7 +92,7 @@ def test_a_batch_of_one_trains_every_weight():
     loss.backward()
     assert all(weight.grad.abs().sum() > 0 for weight in D.parameters())
     objective.g_loss(D, real, fake)[0].backward()
-    assert all(weight.grad is not None for weight in G.parameters())
+    assert all(weight.grad.abs().sum() > 0 for weight in G.parameters())
 
 
 def test_the_mask_is_two_poolings_and_one_convolution():

@@ -85,7 +85,7 @@ def test_whoever_only_adds_keeps_later_lines():
     assert steps() == [1, 2, 3, 2] and not Path("logs/superseded.jsonl").exists()
 
 
-@pytest.mark.parametrize("damage", ['{"step": 2, "d_lo', "[1]", '{"d_loss": 1}', '{"step": "x"}', ""])
+@pytest.mark.parametrize("damage", ['{"step": 2, "d_lo', "[1]", '{"d_loss": 1}', '{"step": "x"}', "\n"])
 def test_a_line_that_a_crash_damaged_is_dropped_when_the_run_goes_on(damage):
     write(1)
     with open(PATH, "a") as file:

@@ -1,7 +1,6 @@
 """Metadata: how it is computed from pictures, when it is cached, and the statistics of the bank."""
 
 import itertools
-import urllib.error
 from functools import cache
 from pathlib import Path
 
@@ -301,18 +300,6 @@ def test_a_full_disk_leaves_nothing_half(folder, monkeypatch):
 
 
 # ---- errors ----
-
-
-def test_missing_weights_without_a_network_name_the_two_ways_on(folder, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError("Network is unreachable")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(DataError) as caught:
-        find(folder, vgg_weights="imagenet")
-    text = str(caught.value)
-    assert "bash download.sh VGG16" in text and "--metadata false" in text and "unreachable" in text
-    assert len(text.splitlines()) == 2 and not Path("cache").exists()
 
 
 def test_a_cache_made_with_imagenets_weights_needs_no_weights(folder, monkeypatch):

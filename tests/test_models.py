@@ -8,7 +8,7 @@ import torch
 from device.precision import Precision
 from generate.draw import recompute_bn_stats
 from generate.latents import Inputs
-from layers.attention import SelfAttention, attend
+from layers.attention import SelfAttention, attend, gammas
 from parameter import resolve
 from sagan_models import Discriminator, Generator, build
 
@@ -39,11 +39,16 @@ def test_every_size_gives_pictures_and_one_logit_each(imsize):
 
 
 def test_a_batch_of_one_trains():
+    torch.manual_seed(0)
     G, D = build(resolve({"imsize": 32, "g_conv_dim": 4, "d_conv_dim": 4}))
+    for gamma in gammas(G, D).values():
+        gamma.fill_(0.5)                                # 0 at first: then nothing is learned behind it
     logits = D(G(torch.randn(1, 128))[0])
     assert logits.shape == (1,)
     logits.sum().backward()
-    assert all(weight.grad is not None for weight in G.parameters())
+    for name, weight in G.named_parameters():
+        # a constant that is added before batch norm, or to all keys, changes nothing
+        assert weight.grad is not None and (name.endswith("bias") or weight.grad.abs().sum() > 0), name
 
 
 def test_attention_sits_where_the_flags_say():

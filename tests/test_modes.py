@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, TINY_OF_ANY
+from conftest import TINY, TINY_OF_ANY, state
 from PIL import Image
 
+import families
 import fastgan_models
 import main
 from errors import UsageError
@@ -19,6 +20,7 @@ from generate.classes import Classes
 from generate.latents import Latents
 from layers.norms import ConditionalBatchNorm
 from parameter import resolve
+from storage import checkpoint
 
 FASTGAN = (*TINY_OF_ANY, "--model", "fastgan", "--imsize", "64", "--metadata", "false", "--recon",
            "l1")
@@ -71,9 +73,10 @@ def test_a_video_loops_and_follows_the_seed(run, trained, flags):
     assert len(first) == 4 and info["loop"] == 0
     assert flags or first[0].shape[1::-1] == (1013, 212), "an image and five queries' overlays"
     assert any((one != other).any() for one, other in zip(first, first[1:], strict=False))
-    run("--version", "a", "--mode", "interpolate", "--num_frames", 4, tiny=False)
+    path.unlink()
+    assert run("--version", "a", "--mode", "interpolate", "--num_frames", 4, tiny=False)[0] == 0
     assert all((one == other).all() for one, other in zip(first, frames(path)[0], strict=True))
-    run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--seed", 1, tiny=False)
+    assert run("--version", "a", "--mode", "interpolate", "--num_frames", 4, "--seed", 1, tiny=False)[0] == 0
     assert (frames("samples/a/0000001_interpolation_seed1.webp")[0][0] != first[0]).any()
 
 
@@ -154,6 +157,23 @@ def test_a_style_grid(run):
     assert grid.shape[:2] == (6 * 66 + 2, 6 * 66 + 2)
     corner = grid[2:66, 2:66]
     assert (corner == corner[0, 0]).all(), "the corner is empty"
+
+    def cell(row, column):
+        return grid[66 * row + 2:66 * row + 66, 66 * column + 2:66 * column + 66].astype(int)
+
+    def drawn(content, style):
+        image = G(z[content - 1:content], style=z[style + 4:style + 5])[0][0]
+        return ((image + 1) * 127.5).round().permute(1, 2, 0).numpy().astype(int)
+
+    G, _ = families.build(resolve({"version": "a"}, checkpoint.saved_config))
+    G.load_state_dict(state("a", 1)["G_ema"])
+    G.eval().requires_grad_(False)
+    z = torch.randn(10, 8, generator=torch.Generator().manual_seed(0))      # five contents, then five styles
+    assert np.abs(cell(2, 4) - drawn(2, 4)).max() <= 1
+    assert np.abs(cell(2, 4) - cell(2, 0)).max() > 2, "the style shows"
+    for number in range(1, 6):                                              # own contents, and own styles
+        assert np.abs(cell(number, 0) - drawn(number, number - 5)).max() <= 1
+        assert np.abs(cell(0, number) - drawn(number + 5, number)).max() <= 1
 
 
 def test_sagan_has_no_styles_to_mix(run, trained):

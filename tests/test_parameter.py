@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import MAIN
 
 import parameter
+from device import distributed
 from errors import UsageError
 from flags.common import LOSSES
 from flags.scores import FEATURE_NETS, METRICS
@@ -319,6 +321,23 @@ def test_processes_have_a_gpu_each(monkeypatch, flags, words):
         resolve(parse(flags.split()))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert flags == "--device cuda:1" or resolve(parse(flags.split())).device in ("auto", "cuda")
+
+
+def test_a_restart_begins_with_what_is_typed_alone():
+    find = saved(seed=5, g_lr=0.3, z_dim=7)
+    assert resolve({"version": "a"}, find).seed == 5
+    begun = resolve({"version": "a", "restart": True, "dataset": "toy", "z_dim": 9}, find)
+    assert (begun.seed, begun.g_lr, begun.z_dim) == (0, 1e-4, 9)
+
+
+def test_parallel_starts_one_process_for_each_gpu(run, monkeypatch):
+    started = []
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(distributed, "launch", lambda *of_what: started.append(of_what) or 7)
+    typed = ["--parallel", "true", "--batch_size", "6"]
+    assert run(*typed, tiny=False)[0] == 7 and started == [(3, MAIN, typed)]
 
 
 def test_the_command_that_goes_on_is_named_without_what_would_begin_again():

@@ -148,11 +148,25 @@ def test_no_processor_takes_fp16_which_is_many_times_slower_there(monkeypatch, c
     assert capsys.readouterr().out.count("--precision fp16 is slow on every CPU; using --precision fp32") == 1
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("wanted", ["false", "true"])
+def test_deterministic_algorithms_are_chosen_by_the_flag(run, monkeypatch, wanted):
+    switched = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", switched.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted == "true")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert run("--deterministic", wanted, "--dry_run")[0] == 0
+    assert switched == [True] * (wanted == "true") and torch.backends.cudnn.benchmark is (wanted == "false")
+
+
 @pytest.mark.parametrize(("wanted", "switch"), [("fp32", False), ("tf32", True), ("bf16", True)])
-def test_the_tf32_switches_are_restored_after_the_step(wanted, switch):
-    device = torch.device("cuda")
-    before = torch.backends.cuda.matmul.allow_tf32
-    with precision.Precision(wanted, device).switched():
-        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == switch
-    assert torch.backends.cuda.matmul.allow_tf32 == before
+def test_the_tf32_switches_are_restored_after_the_step(monkeypatch, wanted, switch):
+    def switches():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    before = switches()
+    with precision.Precision(wanted, torch.device("cuda")).switched():
+        assert switches() == (switch, switch)
+    assert switches() == before
+    with precision.Precision(wanted, torch.device("cpu")).switched():
+        assert switches() == before

@@ -1,11 +1,13 @@
 """What is below a folder: pictures of any kind, ignored files, odd files, names of any bytes, folders of runs."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
 from conftest import data_config, encode, fill, forks, gradient
+from PIL import features
 
 from data_loader import open_dataset
 from dataset import check, decode, scan
@@ -172,6 +174,12 @@ def test_a_folder_of_runs_only_says_so(home):
     assert "holds no picture" in str(caught.value) and "not read: samples" in str(caught.value)
 
 
-def test_a_format_that_pillow_was_built_without_is_not_looked_for():
+def test_a_format_that_pillow_was_built_without_is_not_looked_for(monkeypatch):
     assert set(decode.FORMATS) >= {"JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA"}
     assert {".jfif", ".tif", ".tiff", ".gif", ".avif", ".jpe", ".pgm"} < decode.SUFFIXES
+    has = features.check
+    monkeypatch.setattr(features, "check", lambda library: library != "webp" and has(library))
+    without = importlib.util.module_from_spec(decode.__spec__)
+    decode.__spec__.loader.exec_module(without)
+    assert ".webp" in decode.SUFFIXES and decode.SUFFIXES.difference(without.SUFFIXES) == {".webp"}
+    assert "WEBP" not in without.FORMATS

@@ -24,15 +24,18 @@ def test_the_dearer_side_is_told_from_the_cheaper_one(monkeypatch, capsys):
 
 
 def test_a_side_with_classes_trains_with_them():
-    sides = [step_time._side([*TINY, "--conditional", word]).trainer for word in ("true", "false")]
+    sides = [step_time._side(TINY, ("--conditional", word)).trainer for word in ("true", "false")]
     assert [trainer.latents.classes and len(trainer.latents.classes) for trainer in sides] == [7, None]
 
 
 def test_mistakes_are_told_in_a_line(capsys):
     assert step_time.main(["--model", "fastgan"]) == 2
     assert step_time.main([*TINY, "--", "--slae", "true", "--"]) == 2
+    assert step_time.main(["--model", "fastgan", "--", "--", "--slae", "false"]) == 2
+    assert step_time.main([*TINY, "--", "--deterministic", "true", "--"]) == 2
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 2 and "--slae is for --model fastgan" in err[1]
+    assert len(err) == 4 and "--slae is for --model fastgan" in err[1]
+    assert "--metadata false" in err[2] and "for the whole process" in err[3]
 
 
 def test_help_says_how_it_is_called(capsys):

@@ -66,6 +66,12 @@ def test_a_run_writes_what_the_readme_promises(run):
     assert [event.step for event in events.Scalars("gamma/g16")] == [2, 4]
 
 
+def smallest_change(before, after):
+    """The largest change within the kernel of a layer of G or D, of the layer where it is smallest."""
+    return min((kernel - after[net][name]).abs().max() for net in "GD" for name, kernel in before[net].items()
+               if kernel.ndim == 4)
+
+
 @pytest.mark.parametrize("flags", [
     ("--num_workers", "2", "--hflip", "true", "--augment", "color,translation,cutout", *EVERY_ATTENTION),
     ("--adv_loss", "wgan-gp", "--d_iters", "2", "--lr_decay", "0.5", "--batch_size", "7"),
@@ -77,8 +83,7 @@ def test_six_steps_are_three_and_three_bit_for_bit(run, pictures, flags):
     code, out, _ = run("--version", "resumed", "--total_step", 6, *flags)
     assert code == 0 and "resuming 'resumed' from step 3" in out
     assert_same_state(state("straight", 6), state("resumed", 6))
-    with pytest.raises(AssertionError):
-        assert_same_state(state("resumed", 3), state("resumed", 6))
+    assert smallest_change(state("resumed", 3), state("resumed", 6)) > 0, "every layer learns"
 
 
 @pytest.mark.parametrize(("first", "then"), [
@@ -120,21 +125,14 @@ def test_seeds_differ_and_the_same_seed_does_not(run):
     for version, seed in (("a", 1), ("b", 1), ("c", 2)):
         run("--version", version, "--total_step", 2, "--seed", seed)
     assert_same_state(state("a", 2), state("b", 2))
-    with pytest.raises(AssertionError):
-        assert_same_state(state("a", 2), state("c", 2))
+    assert smallest_change(state("a", 2), state("c", 2)) > 0.01, "from the beginning on"
+    assert not torch.equal(state("a", 2)["fixed_z"], state("c", 2)["fixed_z"])
 
 
 def test_records_change_no_weight(run):
     run("--version", "quiet", "--total_step", 3)
     run("--version", "loud", "--total_step", 3, "--sample_step", 1, "--log_step", 1, "--model_save_step", 1)
     assert_same_state(state("quiet", 3), state("loud", 3))
-
-
-def test_augmentation_reaches_training(run):
-    run("--version", "plain", "--total_step", 2)
-    run("--version", "augmented", "--total_step", 2, "--augment", "translation")
-    with pytest.raises(AssertionError):
-        assert_same_state(state("plain", 2), state("augmented", 2))
 
 
 def test_learning_rates_decay_by_epoch(run, pictures):
@@ -169,7 +167,8 @@ def test_sampling_needs_no_flags_and_no_data(run, pictures):
     assert len(list(folder.glob("*.png"))) == 70 and folder.with_name(folder.name + ".png").exists()
     first = np.asarray(Image.open(folder / "000000.png"))
     assert first.shape == (32, 32, 3)
-    run("--version", "a", "--mode", "sample", "--num_samples", 1, tiny=False)
+    shutil.rmtree(folder)
+    assert run("--version", "a", "--mode", "sample", "--num_samples", 1, tiny=False)[0] == 0
     assert np.array_equal(first, np.asarray(Image.open(folder / "000000.png"))), "picture i is the same for any number"
 
 
@@ -308,13 +307,6 @@ def test_a_disk_that_refuses_ends_with_5(run, monkeypatch):
     code, _, err = run("--version", "a", "--total_step", 2)
     assert code == 5 and "0000002.pth" in err and "Free some space" in err
     assert sorted(os.listdir("models/a")) == [".lock", "0000001.pth", "config.json"]
-
-
-def test_an_output_folder_that_is_a_file_ends_with_5(run):
-    Path("s").write_text("mine")
-    code, _, err = run("--version", "a", "--total_step", 1, "--sample_path", "s")
-    assert code == 5 and "error: s/a: Not a directory" in err and "--sample_path" in err and "Traceback" not in err
-    assert Path("s").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("flags", "words"), [
@@ -757,35 +749,6 @@ def test_a_best_that_is_not_there_ends_with_5(run, pictures):
             assert code == 5 and "--metric_step" in err
             assert f"--pretrained_model best: there is no models/{version}/best.pth" in err
     assert sorted(Path().rglob("*")) == before
-
-
-def test_missing_weights_without_a_network_end_it_before_the_first_step(run, pictures, monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("Temporary failure in name resolution")
-
-    monkeypatch.setenv("TORCH_HOME", str(pictures.parent / "torch"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    code, out, err = run(*measuring(pictures), "--version", "a", "--total_step", 3, "--log_step", 1)
-    assert code == 3 and "Traceback" not in err
-    last = err.strip().splitlines()[-2:]
-    assert last[0].startswith("error: --inception_weights standard: ") and "name resolution" in last[0]
-    assert "`bash download.sh Inception`" in last[1] and "--metrics swd" in last[1]
-    assert checkpoint.steps_in("models/a") == [] and not Path("logs/a/metrics.jsonl").exists()
-    code, _, _ = run(*measuring(pictures), "--version", "a", "--total_step", 1, "--metrics", "swd")
-    assert code == 0 and lines("a")[-1]["swd"] > 0 and not Path("models/a/best.pth").exists()
-
-
-def test_too_few_pictures_for_a_metric_end_it_before_the_first_step(run, pictures, small_inception):
-    flags = (*measuring(pictures), "--version", "a", "--total_step", 9, "--model_save_step", 1, "--batch_size", 1)
-    code, _, err = run(*flags, "--metrics", "pr", "--num_eval", 3)
-    assert code == 2 and "--num_eval 3: --metrics pr needs" in err
-    assert checkpoint.steps_in("models/a") == []
-    for number in range(3, 12):
-        (pictures / f"{number}.png").unlink()
-    code, _, err = run(*flags, "--metrics", "pr")
-    assert code == 3 and "3 real pictures: --metrics pr needs at least 6" in err
-    assert checkpoint.steps_in("models/a") == []
-    assert not small_inception
 
 
 @pytest.mark.parametrize(("when", "number", "code"), [

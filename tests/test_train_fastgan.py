@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN, SMALL_FASTGAN, assert_same_state, begun, lines, state, two_processes
+from conftest import MAIN, assert_same_state, lines, state, two_processes
 from PIL import Image
 from stand_ins import SmallLpips
 
 import families
 import fastgan_models
 import parameter
-import trainer
 from gallery import sheets
 from generate import trained
 from pretrained import lpips, vgg
@@ -186,20 +185,6 @@ def test_sampling_needs_no_flags_no_pictures_no_cache_and_no_vgg(fastgan, run, p
     assert difference.max() <= 1, "picture i is the same for any number"
 
 
-def test_no_weights_and_no_network_end_with_3_and_two_ways_on(fastgan, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
-
-    def refuse(*arguments, **more):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    code, _, err = fastgan("--version", "a", vgg_weights="imagenet")
-    assert code == 3 and "Traceback" not in err and len(err.strip().splitlines()) <= 2
-    assert "bash download.sh VGG16" in err and "--metadata false" in err
-    code, _, err = fastgan("--version", "b", "--metadata", "false", "--recon", "lpips", vgg_weights="imagenet")
-    assert code == 3 and "bash download.sh VGG16" in err and "--recon l1" in err
-
-
 def test_lpips_compares_the_reconstructions_when_asked(fastgan, monkeypatch):
     net = SmallLpips()
     monkeypatch.setattr(lpips, "load_lpips", lambda weights, hint: net)
@@ -236,16 +221,3 @@ def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monk
     assert len(list(Path("cache/metadata").iterdir())) == 1
     assert straight.stdout.count("computing relu5_3 of VGG-16") == 1
     assert state("straight", 2)["samples_seen"] == 8
-
-
-def test_d_sees_real_and_both_fakes_augmented(monkeypatch):
-    seen = []
-
-    def watch(images, policies, draw_rows):
-        seen.append((images.shape[-1], policies))
-        return images
-
-    monkeypatch.setattr(trainer, "augment", watch)
-    training = begun((*SMALL_FASTGAN, "--augment", "cutout"))
-    training.trainer.train_step(training.batches)
-    assert seen == [(size, ("cutout",)) for size in (64, 64, 32, 64, 32)], "D phase: real and fakes; G phase: fakes"

@@ -12,10 +12,13 @@ import torch
 from conftest import SMALL, SMALL_FASTGAN, begun, step_losses
 from torch import nn
 
+import families
 import spectral
+import trainer
 import utils
 from generate.latents import Inputs
 from layers import attention
+from parameter import parse, resolve
 
 
 def losses(flags, steps=6):
@@ -99,6 +102,57 @@ def test_in_float32_each_step_has_the_losses_of_the_plain_implementation(flags, 
         apart.append(mine - plainly(step_losses, plain))
     d_apart, g_apart = torch.stack(apart).abs().amax(0)
     assert d_apart < 1e-4 and g_apart < 0.05
+
+
+# ---- from the flags to the step ----
+
+
+def test_what_is_typed_reaches_networks_optimizers_losses_and_the_average():
+    training = begun((*SMALL, "--g_attn", "8", "--d_attn", "4", "--attn_pool", "true", "--beta1", "0.3", "--beta2",
+                      "0.7", "--g_lr", "0.02", "--d_lr", "0.03", "--label_noise", "0.4", "--ema_decay", "0.15"))
+    nets = training.trainer
+    for optimizer, lr in ((nets.g_optimizer, 0.02), (nets.d_optimizer, 0.03)):
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"]) == (lr, (0.3, 0.7))
+    assert nets.objective.label_noise == 0.4
+    pools = [layer.pool for net in (nets.G, nets.D) for layer in net.attention.values()]
+    assert len(pools) == 2 and all(isinstance(pool, nn.MaxPool2d) for pool in pools)
+    average = [weight.clone() for weight in nets.G_ema.parameters()]
+    for decay in (0.1, 0.15):                   # that of the warm-up, (1 + 0) / (10 + 0), then the flag's
+        nets.train_step(training.batches)
+        average = [decay * mean + (1 - decay) * weight for mean, weight in zip(average, nets.G.parameters(),
+                                                                               strict=True)]
+    torch.testing.assert_close(list(nets.G_ema.parameters()), average)
+
+
+def test_what_is_typed_reaches_the_other_losses():
+    def objective(*flags):
+        return families.build_objective(resolve(parse(flags)), torch.device("cpu"))
+
+    found = objective(*SMALL_FASTGAN, "--recon_weight", "3", "--label_noise", "0.4")
+    assert (found.recon_weight, found.label_noise) == (3, 0.4)
+    assert objective(*SMALL, "--adv_loss", "wgan-gp", "--lambda_gp", "7").lambda_gp == 7
+
+
+@pytest.mark.parametrize(("flags", "sizes"), [(SMALL, [32] * 3), (SMALL_FASTGAN, [64, 64, 32, 64, 32])],
+                         ids=["sagan", "fastgan"])
+def test_d_sees_nothing_but_augmented_images(flags, sizes, monkeypatch):
+    """In D's phase the real ones and the fakes, in G's phase the fakes."""
+    augmented, seen = [], []
+
+    def make_grey(images, policies, draw_rows):
+        augmented.append((images.shape[-1], policies))
+        return 0 * images + 0.25
+
+    def watch(D, inputs):
+        seen.extend([inputs[0]] if isinstance(inputs[0], torch.Tensor) else inputs[0])
+
+    monkeypatch.setattr(trainer, "augment", make_grey)
+    training = begun((*flags, "--augment", "cutout"))
+    training.trainer.D.register_forward_pre_hook(watch)
+    training.trainer.train_step(training.batches)
+    assert augmented == [(size, ("cutout",)) for size in sizes]
+    assert seen and all((images == 0.25).all() for images in seen)
 
 
 # ---- accumulation ----
