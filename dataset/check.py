@@ -78,17 +78,18 @@ def usable(dataset: ImageDataset, open_cache: Callable[[], ImageDataset], config
     findings = on_first(look)
     dataset.use_levels(findings.levels)
     cached = open_cache()
+    # a cache in memory is each rank's own, so this question is rank 0's, too
+    seen = on_first(lambda: _without(findings.bad, cached).is_decoded())
     if _level(dataset, config) == "full":
         findings = on_first(lambda: checks[0].decode(cached))
     dataset.findings = findings
     _say_traits(dataset, findings, config)
-    # once decoded, it has been said; a cache in memory is each rank's own, so this question is rank 0's, too
-    good = _without(findings.bad, cached)
-    on_first(lambda: good.is_decoded() or _say_shape(dataset, config))
+    if not seen:                    # else it has been said
+        on_first(lambda: _say_shape(dataset, config))
     _say_copies(dataset, findings, config)
     if findings.bad:
         _say_bad(dataset, findings, config)
-    return good
+    return _without(findings.bad, cached)
 
 
 def _without(bad: Mapping[int, str], cached: ImageDataset) -> ImageDataset:

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_OF_ANY, assert_same_state, encode, state
+from conftest import TINY_OF_ANY, assert_same_state, data_config, encode, state
 from PIL import ExifTags, Image
 from stand_ins import small_swd
 
+from data_loader import build_dataset
 from dataset.decode import decode
 from dataset.toy import draw_face
 from diffaug import augment
@@ -106,7 +107,7 @@ def test_sizes_that_no_network_has_are_refused(run, text, words):
     assert code == 2 and "--imsize" in error and words in error
 
 
-def test_a_run_that_cuts_most_of_its_pictures_away_says_so(run, tmp_path):
+def test_a_run_that_cuts_most_of_its_pictures_away_says_so(run, tmp_path, capsys):
     (tmp_path / "wide").mkdir()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -117,6 +118,10 @@ def test_a_run_that_cuts_most_of_its_pictures_away_says_so(run, tmp_path):
     assert "--imsize 64x32 cuts away 75% of a usual picture, such as one of 48x96" in out
     assert "cuts away" not in run(*flags, "--imsize", "32x64")[1]
     assert "cuts away" not in run(*flags, "--imsize", "64x32", "--fit", "pad")[1]
+    config = data_config(tmp_path / "wide", imsize=as_imsize("64x32"), fit="crop", check_data="auto", cache="on")
+    for words in ("64x32 cuts away 75%", ""):
+        build_dataset(config)
+        assert ("cuts away" in (out := capsys.readouterr().out)) == bool(words) and words in out, "the first time"
     for number in range(4):     # the same photographs, as a telephone saves them upright
         three_stripes(96, 48).save(tmp_path / "wide" / f"{number}.png", exif=exif)
     assert "cuts away" not in run(*flags, "--imsize", "64x32")[1]
