@@ -116,6 +116,14 @@ def require(config):
         vgg.FILE.require(config.vgg_weights, WITHOUT_FEATURES)
 
 
+def lines_on_weights(config):
+    """Return a line on what training fetches first, if it needs VGG-16's weights and they are not here yet."""
+    needed = config.metadata or config.d_features != "none" or config.recon == "lpips" and config.recon_weight
+    if not needed or config.vgg_weights != vgg.FILE.word or vgg.FILE.is_available(config.vgg_weights):
+        return []
+    return [f"VGG-16: its weights are not here yet; training begins by fetching them ({vgg.FILE.bytes / 1e6:,.0f} MB)"]
+
+
 def build_networks(config, device, classes=None):
     """Return [G, D] for the Classes, newly initialized, on the device, in its memory format."""
     built = build(config, len(classes or ()))

@@ -178,7 +178,7 @@ def describe(config, dataset, place):
             start.try_source(config, G, D, classes)
     if dataset is not None:
         say(f"data: {data_loader.describe(dataset, config)}")
-    for line in lines_on_classes(config, dataset, classes) if dataset else ():
+    for line in (*lines_on_classes(config, dataset, classes), *families.lines_on_weights(config)) if dataset else ():
         say(line)
     say(f"device: {place.device}" + (f", {place.world_size} processes" if place.world_size > 1 else ""))
     say(f"precision: {Precision(config.precision, place.device).name}")

@@ -481,8 +481,8 @@ class Ablation:
             "median of a run's log lines; one run followed the other, so the machine's own drift is in it. ± is "
             "the sample standard deviation over the seeds. Differences are paired: of runs of one seed, whose common "
             "weights start the same and which see the same batches; their intervals are Student's, of 95 %."
-            + (f" Seeds were added until the intervals of {options.until} excluded 0: by chance they do so more often "
-               "than once in twenty times." if options.until else ""), "",
+            + (f" Seeds were added while an interval of {options.until} included 0: by chance they exclude it more "
+               "often than once in twenty times." if max(run.seed for run in self.runs) >= options.seeds else ""), "",
         ]
 
     def _varied(self):

@@ -56,8 +56,7 @@ class Comparison:
             raise UsageError(f"--out {self.out}: lies in --image_path, and would become training pictures")
         common = ["--dataset", "folder", "--image_path", options.image_path, "--model", options.model, "--seed",
                   str(options.seed)]
-        self.config = parameter.resolve(parameter.parse(
-            [*common, "--precision", "fp32", *PLAIN.get(options.model, ())]))
+        self.config = self._plain_config([*common, "--precision", "fp32"], extra)
         words = [*common, *extra, "--version", "ours"]
         for kind in FOLDERS[2:]:
             words += [f"--{kind}_path", str(self.out / kind)]
@@ -68,11 +67,21 @@ class Comparison:
                 parameter.resolve(parameter.parse(command))
             except UsageError as error:
                 raise UsageError(f"{error}\nWhat follows -- goes to main.py's training and to its drawing.") from None
+        found = len(table.open_folder(self.config))
+        if found < self.config.batch_size:      # find_dataset's advice is for another --batch_size
+            raise DataError(f"{found} pictures: the plain side needs {self.config.batch_size}, its batch")
         dataset = find_dataset(self.config)
         self.settings = {
             "minutes": options.minutes, "model": options.model, "seed": options.seed, "samples": options.samples,
             "flags after --": shlex.join(extra) or "(none)", "pictures in --image_path":
             f"{len(dataset)} pictures, {table.fingerprint(dataset, self.config)[:12]}"}
+
+    def _plain_config(self, words, extra):
+        """The config of the plain side: published, but for where it finds VGG-16."""
+        if self.options.model in PLAIN:
+            typed = parameter.parse(extra)
+            words = [*words, *PLAIN[self.options.model], "--vgg_weights", typed.get("vgg_weights", "imagenet")]
+        return parameter.resolve(parameter.parse([*words, "--log_path", str(self.out / "log")]))
 
     def do(self):
         """Train, draw and score what is missing; write the record and the picture. Return the exit code."""
@@ -184,7 +193,8 @@ def main(argv):
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
     add("--model", default="sagan", metavar="NAME", help="family (default: sagan)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="seed of both (default: 0)")
-    add("--samples", type=at_least(64), default=300, metavar="N", help="pictures drawn by each (default: 300)")
+    add("--samples", type=at_least(64), default=300, metavar="N",
+        help="pictures drawn by each, at least 64, which are shown (default: 300)")
     add("--real", metavar="DIR", help="pictures to score against (default: the training pictures)")
     add("--score", type=score_command, metavar="COMMAND", help="as benchmarks/ablation.py's")
     add("--out", type=Path, default=Path("side_by_side"), metavar="DIR", help="folder of all that this writes")

@@ -328,11 +328,13 @@ def test_seeds_are_added_until_the_interval_excludes_zero(stand_in, capsys):
     assert run(*PAIR, "--seeds", 2, "--until", "kid", "--most", 9, "--score", score) == 0
     seeds = [value(call["argv"], "--seed") for call in calls("train")]
     found = Path("ablation/ablation.md").read_text()
-    assert "(**excludes 0**)" in found.partition("kid 1")[2].splitlines()[0] and "Seeds were added until" in found
+    assert "(**excludes 0**)" in found.partition("kid 1")[2].splitlines()[0] and "Seeds were added while" in found
     assert 2 < len(seeds) / 2 < 9 and "seed 2: the interval of kid includes 0 for both" in capsys.readouterr().out
     before = Path("calls.txt").read_text()
     assert run(*PAIR, "--seeds", 2, "--until", "kid", "--most", 9, "--score", score) == 0
     assert Path("calls.txt").read_text() == before, "the same seeds again"
+    assert run(*PAIR, "--seeds", 9, "--until", "kid", "--score", score) == 0
+    assert "Seeds were added" not in Path("ablation/ablation.md").read_text(), "all were asked for"
     assert run(*PAIR, "--seeds", 2, "--until", "fid", "--score", score) == 2
     assert "--until fid: no such column; there are swd, kid" in capsys.readouterr().err
     assert run("--variants", "both", "--until", "kid", "--score", score) == 2
@@ -509,6 +511,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--minutes", "5"), 2, "--minutes: not allowed with argument --steps"),
     (("--score", "echo {real}"), 2, "must name both folders"),
     (("--score", "no_such_program {real} {fake}"), 2, "there is no program no_such_program"),
+    (("--score", "python score.py {real} {fake}"), 2, "there is no file score.py"),
     (("--image_path", "nowhere"), 3, "there is no folder nowhere; set --image_path to"),
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),

@@ -50,6 +50,12 @@ def compare(monkeypatch, tmp_path):
     return compare
 
 
+def test_of_too_few_pictures_the_plain_side_says_what_it_needs(compare, capsys):
+    next((compare.out.parent / "pictures").iterdir()).unlink()
+    assert compare("--", "--preset", "cpu") == 3
+    assert "63 pictures: the plain side needs 64" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     ((), "--minutes"), (("--minutes", "1", "--score", "echo {real}"), "must name both folders"),
     *((("--minutes", minutes), "no number of minutes over 0") for minutes in ("0", "-1", "nan")),

@@ -212,6 +212,13 @@ def test_dry_run_counts_fastgans_parameters_and_touches_no_cache(fastgan):
     assert f"D parameters: {sum(w.numel() for w in D.parameters())}\n" in out
 
 
+def test_a_dry_run_says_what_training_would_fetch_first(fastgan, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    _, out, _ = fastgan("--version", "a", "--dry_run", "--metadata", "true", "--vgg_weights", "imagenet")
+    assert "training begins by fetching them (553 MB)" in out
+    assert "fetching" not in fastgan("--version", "a", "--dry_run")[1]
+
+
 @pytest.mark.soak
 def test_two_processes_share_one_extraction_and_one_run(tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
