@@ -118,10 +118,12 @@ def require(config):
 
 def lines_on_weights(config):
     """Return a line on what training fetches first, if it needs VGG-16's weights and they are not here yet."""
-    needed = config.metadata or config.d_features != "none" or config.recon == "lpips" and config.recon_weight
-    if not needed or config.vgg_weights != vgg.FILE.word or vgg.FILE.is_available(config.vgg_weights):
+    always = config.d_features != "none" or config.recon == "lpips" and config.recon_weight
+    here = config.vgg_weights != vgg.FILE.word or vgg.FILE.is_available(config.vgg_weights)
+    if here or not (always or config.metadata):
         return []
-    return [f"VGG-16: its weights are not here yet; training begins by fetching them ({vgg.FILE.bytes / 1e6:,.0f} MB)"]
+    return [f"VGG-16: its weights are not here yet; training begins by fetching them ({vgg.FILE.bytes / 1e6:,.0f} MB)"
+            + ("" if always else ", unless the metadata are cached")]
 
 
 def build_networks(config, device, classes=None):

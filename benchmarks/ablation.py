@@ -86,8 +86,10 @@ class Record:
 
     def forget_scores(self, run):
         """Drop the scores of a run that is trained again from its beginning."""
-        for key in [key for key in self.data["scores"] if key.startswith(f"{run.name}, ")]:
-            del self.data["scores"][key]
+        with self._lock:
+            for key in [key for key in self.data["scores"] if key.startswith(f"{run.name}, ")]:
+                del self.data["scores"][key]
+            self._write()
 
     def put(self, value, *keys):
         """Set data[key][key]... = value, and write the file."""
@@ -96,8 +98,11 @@ class Record:
             for key in keys[:-1]:
                 place = place.setdefault(key, {})
             place[keys[-1]] = value
-            text = json.dumps(self.data, indent=2) + "\n"
-            write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            self._write()
+
+    def _write(self):
+        text = json.dumps(self.data, indent=2) + "\n"
+        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ class Ablation:
         self.model = ("--model", options.model) if options.model else MODEL
         self.out, self.defaults = Path(options.out), ()
         # as the runs see the pictures: --fit, --max_pixels, what is left out, values of more than 8 bits
-        config = self._config()
+        config = self._config("--version", f"{options.variants[0].slug}_seed0")        # whose lists they will be
         self.dataset = data_loader.open_dataset(config)
         fingerprint = table.fingerprint(self.dataset, config)[:12]
         self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
@@ -189,7 +194,7 @@ class Ablation:
         options = self.options
         return [sys.executable, MAIN, *self.model, "--dataset", "folder", "--image_path", options.image_path,
                 "--imsize", options.imsize, "--log_path", self.out / "logs", "--model_save_path", self.out / "models",
-                *flags, *self.defaults, *self.extra, *variant.flags]
+                *flags, *(() if "--preset" in variant.flags else self.defaults), *self.extra, *variant.flags]
 
     def _config(self, *flags, variant=Variant("", ())):     # noqa: B008 - a frozen one
         """The config that main.py has with these flags, in a run of no variant or of this one."""
@@ -232,14 +237,17 @@ class Ablation:
         """With --minutes, a step of each variant that is kept nowhere: its metadata, for one, are computed once for all
         runs, and the first would pay for them with its time.
         """
-        folder = self.out / "caches"
+        kinds = ("models", "logs", "samples")
+        begun = {*self.record.data.get("caches", {}), *(f"{run.rpartition('_seed')[0]}" for run in
+                                                        self.record.data.get("reached", {}))}
         for variant in self.options.variants if self.options.minutes else ():
-            if variant.slug not in self.record.data.get("caches", {}):
+            if variant.slug not in begun:
                 say(f"filling the caches for {variant.name}")
                 self.children.run(variant.name, self._main(
-                    variant, "--version", variant.slug, "--total_step", 1, "--sample_path", folder,
-                    "--compile", "false", "--log_path", folder, "--model_save_path", folder), self._log("caches"))
-                shutil.rmtree(folder, ignore_errors=True)
+                    variant, "--version", "caches", "--total_step", 1, "--compile", "false", "--sample_path",
+                    self.out / "samples"), self._log("caches"))
+                for kind in kinds:
+                    shutil.rmtree(self.out / kind / "caches", ignore_errors=True)
                 self.record.put(True, "caches", variant.slug)
 
     def _write_real_pictures(self):
@@ -291,7 +299,7 @@ class Ablation:
     def _refuse_to_lose(self, run, draws):
         """Raise DataError if training on would not pass a point that is to be scored; forget what is trained anew."""
         newest = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
-        if not newest:
+        if not newest and not (self.options.minutes and self._step(run, self.end)):
             self.record.forget_scores(run)
             for place in (self.out / "drawn").glob(f"*/{run.name}"):
                 shutil.rmtree(place)
@@ -408,8 +416,9 @@ class Ablation:
         """Raise DataError unless the pictures of a point were drawn; its checkpoint is gone."""
         _, folder = self._drawn(run, draw, point)
         if len(swd.PictureFiles.below(folder)) != self.options.samples:
+            again = f"delete {self._checkpoint(run, point).parent}" if self.unit == "step" else "use another --out"
             raise DataError(f"{folder}: the pictures of step {self._step(run, point)} are gone, and so is its "
-                            f"checkpoint; to train {run.name} again, delete {self._checkpoint(run, point).parent}")
+                            f"checkpoint; to train {run.name} again, {again}")
 
     # --------------------------------------------------------------------------------------------- the report
 

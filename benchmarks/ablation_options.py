@@ -130,9 +130,9 @@ def score_command(text):
         raise argparse.ArgumentTypeError(f"{text!r} must name both folders, {{real}} and {{fake}}")
     if shutil.which(words[0]) is None:
         raise argparse.ArgumentTypeError(f"there is no program {words[0]}")
-    for word in words:
-        if word.endswith(".py") and not Path(word).is_file():
-            raise argparse.ArgumentTypeError(f"there is no file {word}")
+    program = words[1] if Path(words[0]).name.startswith("python") else ""
+    if program.endswith(".py") and not Path(program).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {program}")
     return text
 
 

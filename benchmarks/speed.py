@@ -8,9 +8,9 @@ round; `reference` is `reference.py`, on CPUs in a process of its own. Prints a 
 ratio to the reference's with the range of its middle half, peak memory) and puts it into docs/measurements.md, or what
 --results names, in place of the table of the same hardware and flags if there is one. Loading and metadata are left
 out, and so is `--compile auto`; `--variant "--precision bf16 --compile true"` measures that instead of the usual
-variants, and can be repeated. Usual variants that the flags rule out are left out, too; one for which there is no
-memory keeps a row that says so. Of networks that change sizes by `Resampling`, a row has it in the way that this device
-does not take.
+variants, and can be repeated. Usual variants that the flags rule out are left out, too; on a GPU one for which there is
+no memory has a row that says so. Of networks that change sizes by `Resampling`, a row has it in the way that this
+device does not take.
 
 --growth instead: one step's time and memory over image and batch sizes, or over --batches alone, and its speed beside
 the ideal, which is that of a large matrix product on the same device. Its rows are kept if it is interrupted.
@@ -398,7 +398,7 @@ def measure(options, flags, argv):
         if ended or any(re.match(r"\| \d", line) for line in lines):    # rows of --growth: others come all at once
             device = distributed.start(config).device
             command = shlex.join(["python", "benchmarks/speed.py", *argv])
-            put(options.results, title_of(options, flags, device), [
+            put(options.results, title_of(options, flags, device) + (", unfinished" if not ended else ""), [
                 f"`{command}`, {datetime.date.today()}, Python {platform.python_version()}.\n", *lines])
             print(f"\n{hardware(device)}: written into {options.results}")
     return 0

@@ -37,7 +37,7 @@ FLAGS = (
     Flag("metadata_layer", one_of("relu5_3", "relu4_3"), "relu5_3", "layer of VGG-16 for the metadata: "
          "relu5_3 | relu4_3 (shallower, for small pictures)", fixed=always, unused=_without_metadata),
     Flag("metadata_weight", float, 0.5, "share of the latent's variance that metadata get, the rest is z's; with fewer "
-         "pictures than z_dim 0.25 keeps metadata from drowning z, and harms faces less", low=0.0, below=1.0,
+         "pictures than z_dim 0.25 may keep metadata from drowning z, and harms faces less", low=0.0, below=1.0,
          fixed=always, unused=_without_metadata),
     Flag("metadata_sample", one_of("mix", "bank", "gauss"), "mix", "metadata of a sample: mix (of 2 or 3 "
          "pictures) | bank (of one picture) | gauss (normal, with the same covariance)", unused=_without_metadata),

@@ -294,8 +294,9 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
 
     assert run_for("5") == 0
     filled, trained = [[call["argv"] for call in calls("train")][part] for part in (slice(2), slice(2, None))]
-    assert [value(argv, "--version") for argv in filled] == ["baseline", "slae"], "caches"
-    assert not Path("ablation/caches").exists()
+    assert [(value(argv, "--version"), value(argv, "--slae")) for argv in filled] == [
+        ("caches", "false"), ("caches", "true")]
+    assert not list(Path("ablation").glob("*/caches"))
     assert [value(argv, "--version") for argv in trained] == ["baseline_seed0"] * 2 + ["slae_seed0"] * 2
     assert [value(argv, "--pretrained_model") if "--pretrained_model" in argv else None for argv in trained] == [
         None, "14", None, "10"]
@@ -304,13 +305,15 @@ def test_runs_of_equal_time_are_scored_by_the_minute(stand_in, monkeypatch, caps
                  "| 2.5 |", "+SLAE against baseline: steps 28 -> 20 (-29 %)", "up to minute 5"):
         assert part in text
     assert sorted(path.name for path in Path("ablation/models").glob("*/*.pth")) == ["0000020.pth", "0000028.pth"]
+    shutil.rmtree("ablation/models/baseline_seed0")     # what was drawn can be scored without
+    assert run_for("5", "--score", script(stand_in, "print('{\"fd\": 1}')")) == 0
 
     # interrupted between the points: what the run had reached at the first one is kept, what it trained after it is not
     record = json.loads(Path("ablation/ablation.json").read_text())
     del record["reached"]["slae_seed0"]["5"], record["scores"]["slae_seed0, minute 5, 10 pictures"]
     Path("ablation/ablation.json").write_text(json.dumps(record))
     assert run_for("5") == 0
-    (again,) = [call["argv"] for call in calls("train")][6:]
+    (again,) = [call["argv"] for call in calls("train")][6:]            # none of the run whose models are gone
     assert (value(again, "--version"), value(again, "--pretrained_model")) == ("slae_seed0", "10")
     assert run("--out", "ablation", *TWO) == 2
     assert "an ablation with other minutes: 5 in 2 points, now (none)" in capsys.readouterr().err
@@ -511,7 +514,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
     (("--minutes", "5"), 2, "--minutes: not allowed with argument --steps"),
     (("--score", "echo {real}"), 2, "must name both folders"),
     (("--score", "no_such_program {real} {fake}"), 2, "there is no program no_such_program"),
-    (("--score", "python score.py {real} {fake}"), 2, "there is no file score.py"),
+    (("--score", f"{shlex.quote(sys.executable)} score.py {{real}} {{fake}}"), 2, "there is no file score.py"),
     (("--image_path", "nowhere"), 3, "there is no folder nowhere; set --image_path to"),
     (("--out", "pictures/out"), 2, "lies in --image_path"),
     (("--", "--total_step", "9"), 2, "--total_step after --: the ablation sets it"),
