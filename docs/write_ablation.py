@@ -1,4 +1,5 @@
-"""Write the table and the pictures of the ablation in docs/results.md from the scores in docs/ablation/.
+"""Write the table and the pictures of the ablation in docs/results.md from the scores in docs/ablation/, and the curves
+of the two long runs there from their tables.
 
     python docs/write_ablation.py     needs matplotlib and scipy; a test fails while the table is out of date
 
@@ -21,6 +22,7 @@ from write_flags import table  # noqa: E402
 PAGE = ROOT / "docs" / "results.md"
 DIFFERENCES = ROOT / "docs" / "results_ablation.png"
 CONVERGENCE = ROOT / "docs" / "results_convergence.png"
+HOURS = ROOT / "docs" / "results_hours.png"
 BEGIN, END = "<!-- written by docs/write_ablation.py: do not edit -->", "<!-- end of what it writes -->"
 SETS = {"paintings100": "100 paintings", "paintings756": "756 paintings", "faces100": "100 faces",
         "faces1000": "1,000 faces"}
@@ -29,6 +31,8 @@ ARMS = {"baseline": "FastGAN", "slae": "SLAE", "metadata": "metadata", "both": "
 COLUMNS = {"kid": "kid", "fd": "fd", "coverage": "coverage", "nearest": "nearest", "vgg_kid": "kid, VGG-16"}
 SHOWN = ("kid", "fd", "coverage")       # in the picture of differences
 STEPS = (400, 800, 1200)
+# minutes, steps, kid, fd, precision, recall, coverage
+HOUR = re.compile(r"^\| (\d+) \| [\d,]+ \| ([\d.*]+) \| ([\d.*]+) \| [\d.*]+ \| [\d.*]+ \| ([\d.*]+) \|", re.MULTILINE)
 KEY = re.compile(r"(\w+)_seed(\d+), step (\d+), \d+ pictures(, mix)?")
 
 
@@ -118,6 +122,27 @@ def draw_convergence():
     figure.savefig(CONVERGENCE, format="png")
 
 
+def draw_hours():
+    """Write HOURS: the scores of the two runs of two hours by minute, from their tables in PAGE."""
+    from matplotlib.figure import Figure
+
+    tables = PAGE.read_text(encoding="utf-8").split("### Two hours of two cores")[1].split("**The same on scenes**")
+    figure = Figure(figsize=(10, 2.8), dpi=100, layout="constrained")
+    names = {1: "kid (lower is better)", 2: "fd (lower is better)", 3: "coverage (higher is better)"}
+    for number, name in names.items():
+        axes = figure.add_subplot(1, len(names), number)
+        for text, title in zip(tables, ("9,000 faces", "756 paintings"), strict=True):
+            rows = [[float(cell.strip("*")) for cell in row] for row in HOUR.findall(text)]
+            axes.plot([row[0] for row in rows], [row[number] for row in rows], marker="o", markersize=4, label=title)
+        axes.set_title(name, fontsize=9)
+        axes.set_xlabel("minutes", fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(HOURS, format="png")
+
+
 def page():
     """Return docs/results.md with the section of today's scores."""
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
@@ -128,4 +153,5 @@ if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     draw_differences()
     draw_convergence()
-    print("written:", *(path.relative_to(ROOT) for path in (PAGE, DIFFERENCES, CONVERGENCE)))
+    draw_hours()
+    print("written:", *(path.relative_to(ROOT) for path in (PAGE, DIFFERENCES, CONVERGENCE, HOURS)))
