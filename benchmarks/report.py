@@ -316,7 +316,8 @@ def summary(results, floor=None, of_paper=True):
     lines += ["", *seed_table(results), ""]
     against = verdicts(results)
     if not against:
-        return [*lines, f"There is no {BASELINE} to compare with.", ""]
+        return [*lines, f"No other variant was scored to compare the {BASELINE} with." if BASELINE in results else
+                f"There is no {BASELINE} to compare with.", ""]
     claims = ("The paper claims that the additions to FastGAN better the pictures on small sets, and cost hardly any "
               "more time, memory or parameters. ") if of_paper else ""
     lines += [f"{claims}These runs say:", "", *(f"- {line}" for line in against), ""]

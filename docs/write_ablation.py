@@ -28,7 +28,8 @@ SETS = {"paintings100": "100 paintings", "paintings756": "756 paintings", "faces
         "faces1000": "1,000 faces"}
 # some sets lack the last
 ARMS = {"baseline": "FastGAN", "slae": "SLAE", "metadata": "metadata", "both": "both", "w25": "metadata, 0.25"}
-COLUMNS = {"kid": "kid", "fd": "fd", "coverage": "coverage", "nearest": "nearest", "vgg_kid": "kid, VGG-16"}
+COLUMNS = {"kid": "kid", "fd": "fd", "precision": "precision", "coverage": "coverage", "nearest": "nearest",
+           "vgg_kid": "kid, VGG-16", "vgg_fd": "fd, VGG-16"}
 SHOWN = ("kid", "fd", "coverage")       # in the picture of differences
 STEPS = (400, 800, 1200)
 # minutes, steps, kid, fd, precision, recall, coverage
