@@ -237,16 +237,15 @@ class Ablation:
         """With --minutes, a step of each variant that is kept nowhere: its metadata, for one, are computed once for all
         runs, and the first would pay for them with its time.
         """
-        kinds = ("models", "logs", "samples")
-        begun = {*self.record.data.get("caches", {}), *(f"{run.rpartition('_seed')[0]}" for run in
-                                                        self.record.data.get("reached", {}))}
+        data = self.record.data
+        begun = {*data.get("caches", {}), *(run.rpartition("_seed")[0] for run in data.get("reached", {}))}
         for variant in self.options.variants if self.options.minutes else ():
             if variant.slug not in begun:
                 say(f"filling the caches for {variant.name}")
                 self.children.run(variant.name, self._main(
                     variant, "--version", "caches", "--total_step", 1, "--compile", "false", "--sample_path",
                     self.out / "samples"), self._log("caches"))
-                for kind in kinds:
+                for kind in ("models", "logs", "samples"):
                     shutil.rmtree(self.out / kind / "caches", ignore_errors=True)
                 self.record.put(True, "caches", variant.slug)
 
@@ -297,7 +296,9 @@ class Ablation:
             raise UsageError(f"--until {self.options.until}: no such column; there are {', '.join(numbers)}")
 
     def _refuse_to_lose(self, run, draws):
-        """Raise DataError if training on would not pass a point that is to be scored; forget what is trained anew."""
+        """Raise DataError if training on would not pass a point that is to be scored; drop the scores of a
+        run that begins again.
+        """
         newest = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
         if not newest and not (self.options.minutes and self._step(run, self.end)):
             self.record.forget_scores(run)

@@ -65,15 +65,19 @@ def at_least(low):
     return convert
 
 
-def some_minutes(text):
-    """'2.5' -> 2.5 minutes."""
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0
-    if not 0 < minutes < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of minutes over 0, such as 2.5")
-    return minutes
+def some(unit):
+    """A converter of times: '2.5' -> 2.5 of this unit."""
+
+    def convert(text):
+        try:
+            time = float(text)
+        except ValueError:
+            time = 0
+        if not 0 < time < float("inf"):
+            raise argparse.ArgumentTypeError(f"'{text}' is no number of {unit} over 0, such as 2.5")
+        return time
+
+    return convert
 
 
 OTHERS = (Variant(report.BASELINE, ()),)        # of another model: as it is
@@ -152,7 +156,7 @@ def parse(argv):
         help="side of the pictures (default: 64 px)")
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=at_least(1), metavar="N", help="updates of G in each run")
-    length.add_argument("--minutes", type=some_minutes, metavar="N",
+    length.add_argument("--minutes", type=some("minutes"), metavar="N",
                         help="instead of --steps: wall time of each run's training, program start included; for "
                         "variants whose steps take unequally long")
     add("--seeds", type=at_least(1), default=3, metavar="N", help="seeds of each variant, from 0 on (default: 3)")

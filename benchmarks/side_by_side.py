@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 
 import parameter  # noqa: E402 - found through the line above
 import report  # noqa: E402
-from ablation_options import Parser, at_least, score_command, some_minutes  # noqa: E402
+from ablation_options import Parser, at_least, score_command, some  # noqa: E402
 from data_loader import build_dataset, find_dataset, real_batches  # noqa: E402
 from dataset import table  # noqa: E402
 from device import console, distributed  # noqa: E402
@@ -189,7 +189,7 @@ def main(argv):
     parser = Parser(prog="python benchmarks/side_by_side.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--minutes", type=some_minutes, required=True, metavar="N", help="wall time of each side")
+    add("--minutes", type=some("minutes"), required=True, metavar="N", help="wall time of each side")
     add("--image_path", required=True, metavar="DIR", help="folder of training pictures")
     add("--model", default="sagan", metavar="NAME", help="family (default: sagan)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="seed of both (default: 0)")

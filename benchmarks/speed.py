@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import families  # noqa: E402 - found through the line above
 import loading  # noqa: E402
 import parameter  # noqa: E402
+from ablation_options import some  # noqa: E402
 from dataset import workers  # noqa: E402
 from device import console, distributed  # noqa: E402
 from device.precision import Precision, choose_algorithms  # noqa: E402
@@ -341,17 +342,6 @@ def some_batches(text):
     return [int(word) for word in text.split(",")]
 
 
-def some_seconds(text):
-    """'2.5' -> 2.5 seconds."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds over 0, such as 2.5")
-    return seconds
-
-
 def put(path, title, lines):
     """Write a section into a Markdown file: in place of the one of the same title, or at the end."""
     section = f"## {title}\n\n" + "\n".join(lines) + "\n"
@@ -413,7 +403,7 @@ def main(argv):
                         help="with --growth: these batch sizes at one image size")
     instead.add_argument("--loading", action="store_true", help="what loading pictures adds to a step's time")
     instead.add_argument("--variant", action="append", help="flags of main.py, a row of the table; can be repeated")
-    parser.add_argument("--seconds", type=some_seconds, metavar="S", help="that each variant is timed for (default: "
+    parser.add_argument("--seconds", type=some("seconds"), metavar="S", help="that each variant is timed for (default: "
                         f"60); with --growth each row, three times over (default: {TIMED})")
     parser.add_argument("--results", type=Path, default=RESULTS, help="Markdown file that the table goes into")
     options, flags = parser.parse_known_args(argv)

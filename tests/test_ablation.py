@@ -504,7 +504,7 @@ def test_a_damaged_record_is_named(stand_in, capsys):
         assert "ablation.json cannot be read" in capsys.readouterr().err
     Path("ablation/ablation.json").unlink()
     timed = ["--image_path", "pictures", "--minutes", "5", "--variants", "baseline"]
-    assert ablation.main(timed) == 3, "its runs would be trained anew"
+    assert ablation.main(timed) == 3, "its runs would be trained again"
     assert "ablation.json is gone" in capsys.readouterr().err
 
 
