@@ -106,7 +106,7 @@ def build_objective(config, device):
     if config.d_features == "none":
         return objective
     maps = vgg.load_maps_on_every_rank(config.vgg_weights, device, WITHOUT_FEATURES)
-    return losses.OnFeatures(objective, maps, config.label_noise)
+    return losses.OnFeatures(objective, maps, config.label_noise, config.d_features_weight, config.d_features_share)
 
 
 def require(config):

@@ -153,22 +153,29 @@ class OnFeatures:
     """Another objective, and beside it the hinge loss of D's heads on the features of a frozen network.
 
     `maps(images)` returns its feature maps; `D.feature_heads` takes them. Such a D learns from few pictures and in few
-    steps what they show (Sauer et al. 2021, arXiv 2111.01007); D's own layers see what the features do not.
+    steps what they show (Sauer et al. 2021, arXiv 2111.01007); D's own layers see what the features do not. The heads'
+    losses count `weight` times; they see the first images of a batch alone, a `share` of it, for their time.
     """
 
-    def __init__(self, objective, maps, label_noise):
+    def __init__(self, objective, maps, label_noise, weight=1.0, share=1.0):
         self.objective, self.maps, self.label_noise = objective, maps, label_noise
+        self.weight, self.share = weight, share
         self.double_backward, self.logits = objective.double_backward, objective.logits
 
     def d_loss(self, D, real, fake, labels=NO_LABELS):
         loss, stats = self.objective.d_loss(D, real, fake, labels)
-        on_real, on_fake = (D.feature_heads(self.maps(images)) for images in (real, fake[0]))       # (B, L) each
+        on_real, on_fake = self._on_heads(D, real), self._on_heads(D, fake[0])
         on_features, of_heads = hinge(on_real, on_fake, self.label_noise)
-        return loss + on_features, stats | {f"features/{name}": value for name, value in of_heads.items()}
+        return (loss + self.weight * on_features,
+                stats | {f"features/{name}": value for name, value in of_heads.items()})
 
     def g_loss(self, D, real, fake, labels=NO_LABELS):
         loss, stats = self.objective.g_loss(D, real, fake, labels)
-        return loss - D.feature_heads(self.maps(fake[0])).mean(), stats
+        return loss - self.weight * self._on_heads(D, fake[0]).mean(), stats
+
+    def _on_heads(self, D, images):
+        seen = images[:max(1, round(self.share * len(images)))]
+        return D.feature_heads(self.maps(seen))             # (share * B, L)
 
 
 def l1(a, b):

@@ -91,6 +91,11 @@ def only_with_loss(name):
     return lambda values: values["adv_loss"] != name and f"--adv_loss {values['adv_loss']}"
 
 
+def _without_d_features(values):
+    """For `Flag.unused`: D judges no features of a frozen network."""
+    return values["d_features"] == "none" and "--d_features none"
+
+
 def _not_measuring(values):
     """For `Flag.unused`: no metric is computed, in training or of a checkpoint."""
     if values["mode"] == "train":
@@ -253,6 +258,10 @@ FLAGS = {
         Flag("adv_loss", one_of(*LOSSES), "hinge", f"adversarial loss: {' | '.join(LOSSES)}", fixed=always),
         Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
              0.0, 1.0, unused=lambda values: values["d_features"] == "none" and only_with_loss("hinge")(values)),
+        Flag("d_features_weight", float, 1.0, "weight of the losses of D's heads on those features; on a few hundred "
+             "pictures 0.1 to 0.3 gave better pictures", 0.0, unused=_without_d_features),
+        Flag("d_features_share", float, 1.0, "share of each batch that those heads see; fewer images cost less time",
+             0.01, 1.0, unused=_without_d_features),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
              unused=only_with_loss("wgan-gp")),
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "

@@ -76,6 +76,13 @@ def test_d_is_trained_on_the_features_beside_its_own_loss_and_the_frozen_network
     loss.backward()
     assert fake.grad.abs().sum() > 0 and all(weight.grad is None for weight in maps.parameters())
 
+    light = OnFeatures(own, maps, label_noise=0, weight=0.1, share=0.5)
+    loss, _ = light.d_loss(D, real, [fake])
+    of_heads, _ = hinge(on_real[:1], on_fake[:1], 0)
+    assert loss.item() == pytest.approx((own.d_loss(D, real, [fake])[0] + 0.1 * of_heads).item())
+    loss, _ = light.g_loss(D, real, [fake])
+    assert loss.item() == pytest.approx(-(D(fake).mean() + 0.1 * on_fake[:1].mean()).item(), abs=1e-6)
+
 
 def test_the_penalty_reaches_through_large_attention():
     """32 x 32 positions take the fused kernel elsewhere, which has no second derivative."""
