@@ -47,6 +47,7 @@ from device.distributed import Place  # noqa: E402
 from errors import DataError, Failure, UsageError  # noqa: E402
 from metrics import evaluate, swd  # noqa: E402
 from processes import FOREVER, Children, Stopped, exit_code_of  # noqa: E402
+from record import Record  # noqa: E402
 from storage import checkpoint  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
 from utils import as_rgb, write_atomically  # noqa: E402
@@ -54,55 +55,6 @@ from utils import as_rgb, write_atomically  # noqa: E402
 MAIN = ROOT / "main.py"
 MODEL = ("--model", "fastgan")
 RECORDS = 10        # grids per run
-
-
-class Record:
-    """ablation.json: the settings, parameter counts, the floor and every score, kept from one call to the next."""
-
-    def __init__(self, path, settings):
-        self.path = path
-        self._lock = threading.Lock()
-        self.data = {"settings": settings, "parameters": {}, "scores": {}}
-        if path.exists():
-            try:
-                self.data.update(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, TypeError) as error:
-                hint = "move that folder away" if settings["minutes"] else "delete it to score the runs again"
-                raise DataError(f"{path} cannot be read ({error}); {hint}") from None
-        elif settings["minutes"] and (path.parent / "models").exists():
-            raise DataError(f"{path} is gone, which says when the runs there began; move {path.parent} away")
-        for name, now in settings.items():
-            self._refuse_other(name, self.data["settings"].get(name), now)
-
-    def _refuse_other(self, name, before, now):
-        if (before or "") != now:               # older records lack a name
-            raise UsageError(f"--out {self.path.parent} holds an ablation with other {name}: {before or '(none)'}, "
-                             f"now {now or '(none)'}.\nUse another --out, or move that folder away.")
-
-    def refuse_other_flags(self, variant):
-        """Raise UsageError if a variant had other flags in an earlier call."""
-        now = shlex.join(variant.flags)
-        self._refuse_other(f"flags of {variant.name}", self.data.get("variants", {}).get(variant.slug, now), now)
-
-    def forget_scores(self, run):
-        """Drop the scores of a run that is trained again from its beginning."""
-        with self._lock:
-            for key in [key for key in self.data["scores"] if key.startswith(f"{run.name}, ")]:
-                del self.data["scores"][key]
-            self._write()
-
-    def put(self, value, *keys):
-        """Set data[key][key]... = value, and write the file."""
-        with self._lock:
-            place = self.data
-            for key in keys[:-1]:
-                place = place.setdefault(key, {})
-            place[keys[-1]] = value
-            self._write()
-
-    def _write(self):
-        text = json.dumps(self.data, indent=2) + "\n"
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -131,10 +83,16 @@ class Ablation:
         self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
         self.end = self.points[-1]
         self.runs = []
-        self.record = Record(self.out / "ablation.json", {
+        path, hint = self.out / "ablation.json", "delete it to score the runs again"
+        if options.minutes:
+            hint = "move that folder away"
+            if (self.out / "models").exists() and not path.exists():
+                raise DataError(f"{path} is gone, which says when the runs there began; {hint}")
+        self.record = Record(path, {
             "imsize": options.imsize, "flags after --": shlex.join([*(self.model if options.model else ()), *extra]),
             "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}",
-            "minutes": f"{self.end} in {len(self.points)} points" if options.minutes else ""})
+            "minutes": f"{self.end} in {len(self.points)} points" if options.minutes else ""},
+            "an ablation", hint, parameters={}, scores={})
         self.children = Children(options.jobs)
         self._report_lock = threading.Lock()
 
@@ -213,7 +171,8 @@ class Ablation:
             evaluate.load(config, Place(torch.device("cpu")))           # raises if weights are missing
         recons = set()
         for variant in self.options.variants:
-            self.record.refuse_other_flags(variant)
+            before, now = self.record.data.get("variants", {}), shlex.join(variant.flags)
+            self.record.refuse_other(f"flags of {variant.name}", before.get(variant.slug, now), now)
             self._config("--train", "false", "--num_samples", self.options.samples, variant=variant)
             recons.add(getattr(self._config(variant=variant), "recon", None))
         if len(recons) > 1 and "recon" not in self._varied():
@@ -301,7 +260,7 @@ class Ablation:
         """
         newest = max(checkpoint.steps_in(self.out / "models" / run.name), default=0)
         if not newest and not (self.options.minutes and self._step(run, self.end)):
-            self.record.forget_scores(run)
+            self.record.forget("scores", f"{run.name}, ")
             for place in (self.out / "drawn").glob(f"*/{run.name}"):
                 shutil.rmtree(place)
         for point in self.points if not self.options.minutes else ():

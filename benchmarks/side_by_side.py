@@ -12,7 +12,6 @@ on with what is missing, and --score and --real may be added or changed; of othe
 
 import argparse
 import contextlib
-import json
 import shlex
 import shutil
 import signal
@@ -36,9 +35,9 @@ from device.precision import choose_algorithms  # noqa: E402
 from errors import DataError, UsageError  # noqa: E402
 from gallery.grid import grid_side, save_grid, to_uint8  # noqa: E402
 from processes import FOREVER, Children, Stopped, exit_code_of  # noqa: E402
+from record import Record  # noqa: E402
 from reference import PlainTrainer  # noqa: E402
 from storage.folders import FolderLock  # noqa: E402
-from utils import write_atomically  # noqa: E402
 
 NAMES = {"plain": "the plain published way", "ours": "this program"}
 # of the plain side, by model: it has no features of pictures, from which follows another --recon than the published
@@ -85,9 +84,12 @@ class Comparison:
 
     def do(self):
         """Train, draw and score what is missing; write the record and the picture. Return the exit code."""
-        self.path = self.out / "side_by_side.json"
-        self.record = read_record(self.path, self.settings)
-        self._save()
+        path = self.out / "side_by_side.json"
+        taken = [name for name in FOLDERS if (self.out / name).exists()]
+        if taken and not path.exists():
+            raise UsageError(f"--out {self.out}: holds {taken[0]}/ of something else; use another --out")
+        self.record = Record(path, self.settings, "a comparison", "use another --out", hardware=report.hardware())
+        self.record.put(self.record.data["hardware"], "hardware")       # writes the file before anything else is there
         try:
             with self.children.signals_handled():
                 lines = {side: self._complete(side) for side in NAMES}
@@ -100,22 +102,17 @@ class Comparison:
 
     def _complete(self, side):
         """Do what is missing of a side. Return the lines beneath its grid."""
-        if side not in self.record:
+        if side not in self.record.data:
             print(f"{NAMES[side]}: training for {self.options.minutes:g} min", flush=True)
             shutil.rmtree(self.out / side, ignore_errors=True)          # of a call that was interrupted
             steps = {"plain": self._train_plain, "ours": self._train_ours}[side](time.time())
-            self.record[side] = {"steps": steps, "scores": {}}
-            self._save()
-        kept = self.record[side]
+            self.record.put({"steps": steps, "scores": {}}, side)
+        kept = self.record.data[side]
         scores = self._score(side, kept["scores"]) if self.options.score else {}
         found = {"steps": kept["steps"], **scores}
         print(f"{NAMES[side]}: {', '.join(f'{name} {value}' for name, value in found.items())}", flush=True)
         return [f"{kept['steps']:,} steps in {self.options.minutes:g} min",
                 *(f"{name} {report.number(scores[name])}" for name in SHOWN if name in scores)]
-
-    def _save(self):
-        text = json.dumps(self.record, indent=2) + "\n"
-        write_atomically(self.path, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _train_plain(self, began):
         """Train the published settings until --minutes after `began`, then draw. Return the number of steps."""
@@ -158,29 +155,10 @@ class Comparison:
         command, real = self.options.score, self.options.real or self.options.image_path
         key = f"{command} with {real}"
         if key not in kept:
-            kept[key] = report.scores_by(command, real, self.out / side, lambda words: self.children.run(
+            scores = report.scores_by(command, real, self.out / side, lambda words: self.children.run(
                 "--score", words, self.out / "score.txt", capture=True))
-            self._save()
+            self.record.put(scores, side, "scores", key)
         return kept[key]
-
-
-def read_record(path, settings):
-    """Return the record of an earlier call, or a new one. Raise UsageError if that one had other settings."""
-    if not path.exists():
-        taken = [name for name in FOLDERS if (path.parent / name).exists()]
-        if taken:
-            raise UsageError(f"--out {path.parent}: holds {taken[0]}/ of something else; use another --out")
-        return {"hardware": report.hardware(), "settings": settings}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        before = {name: record["settings"][name] for name in settings}
-    except (ValueError, TypeError, KeyError):
-        raise DataError(f"{path} cannot be read, or is of an older version; use another --out") from None
-    for name, now in settings.items():
-        if before[name] != now:
-            raise UsageError(f"--out {path.parent} holds a comparison with other {name}: {before[name]}, now {now}.\n"
-                             "Use another --out, or move that folder away.")
-    return record
 
 
 def main(argv):
