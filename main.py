@@ -20,6 +20,7 @@ import parameter
 from device import console
 from device.signals import Interrupt, Interrupted
 from errors import CheckpointError, Failure, UsageError, out_of_memory_on
+from flags.pictures import short_side
 
 
 def main(argv):
@@ -129,10 +130,17 @@ def dispatch(config, place, interrupt):
         return modes.MODES[config.mode](config, place, precision) if is_first() else 0
     if place.device.type == "cpu" and (why := distributed.why_no_gpu(config)):
         say(f"note: training on the CPU: {why}")
-    if place.device.type == "cpu" and config.preset != "cpu":
-        whose = "published settings" if config.preset == "published" else "settings of --preset gpu"
-        say(f"note: the {whose} are slow on a CPU; --preset cpu is tuned for it")
+    if place.device.type == "cpu" and (what := _slow_on_a_cpu(config)):
+        say(f"note: {what} are slow on a CPU; --preset cpu is tuned for it")
     return start.train(config, place, precision, interrupt)
+
+
+def _slow_on_a_cpu(config):
+    """Return in words which settings of the config are, or None."""
+    slow = {"published": "the published settings", "gpu": "the settings of --preset gpu"}
+    if config.preset == "small" and short_side(config.imsize) > 64:
+        return "the settings of --preset small for pictures above 64 px"
+    return slow.get(config.preset)
 
 
 def _require_one_config(config):

@@ -14,13 +14,13 @@
 # packed before, where the data is. More in benchmarks/gpu_runs.py, or with --help.
 #
 #   bash benchmarks/gpu.sh pack FOLDER --celeba ZIP --paintings DIR --classes ZIP --vgg_weights PATH
-#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100|classes|large
+#   bash benchmarks/gpu.sh OUT_DIR celeb|few|few100|small|classes|large
 set -uo pipefail
 if [[ $# -gt 1 && ! ${2-} =~ ^(speed|tests)$ ]] || [[ ${1-} == pack || ${1-} == -* ]]; then
     exec "${PYTHON:-python3}" "$(dirname "$0")/gpu_runs.py" "$@"
 fi
-[[ ( $# = 1 && -n $1 && ! $1 =~ ^(tests|speed|celeb|few|few100|classes|large)$ ) || $# = 2 ]] || {
-    echo "usage: bash benchmarks/gpu.sh OUT_DIR [tests|speed|celeb|few|few100|classes|large], or --help" >&2
+[[ ( $# = 1 && -n $1 && ! $1 =~ ^(tests|speed|celeb|few|few100|small|classes|large)$ ) || $# = 2 ]] || {
+    echo "usage: bash benchmarks/gpu.sh OUT_DIR [tests|speed|celeb|few|few100|small|classes|large], or --help" >&2
     exit 2
 }
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 5

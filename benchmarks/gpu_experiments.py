@@ -1,4 +1,4 @@
-"""The trainings of `bash benchmarks/gpu.sh OUT celeb|few|few100|classes|large`, and where their runs are."""
+"""The trainings of `bash benchmarks/gpu.sh OUT celeb|few|few100|small|classes|large`, and where their runs are."""
 
 if __name__ == "__main__":
     raise SystemExit("this file is a part of another program: bash benchmarks/gpu.sh --help")
@@ -65,6 +65,9 @@ EXPERIMENTS = {
                         steps=300_000, every=10_000, reserve=60, crop=round(CELEBA_CROP / 2)),
     "few": _FEW,
     "few100": replace(_FEW, title=f"{_FEW.title}, on 100 pictures", pictures=100),
+    # D sees features of VGG-16, and so do the scores: swd and the grids decide
+    "small": replace(_FEW, title="FastGAN by --preset small against FastGAN at 256 px, on 100 pictures", pictures=100,
+                     runs={report.BASELINE: "--slae false --metadata false", "small": "--preset small"}),
     # every 2,000 steps, as the public log to compare with has its FID at 2,000, 4,000, 6,000, 10,000, 20,000
     "classes": Experiment("The SAGAN paper's own networks on CIFAR-10, the published recipe", "classes.zip",
                           "--classes", {"sagan_classes": ""},

@@ -5,6 +5,7 @@
     bash benchmarks/gpu.sh OUT celeb        SAGAN on 10,000 pictures of CelebA, the published settings
     bash benchmarks/gpu.sh OUT few          SLAE-FastGAN at 256 px on paintings, against plain FastGAN at equal steps
     bash benchmarks/gpu.sh OUT few100       the same on 100 of the paintings
+    bash benchmarks/gpu.sh OUT small        FastGAN by `--preset small` against FastGAN at 256 px, on 100 paintings
     bash benchmarks/gpu.sh OUT classes      the SAGAN paper's own networks on CIFAR-10, the published recipe
     bash benchmarks/gpu.sh OUT large        SAGAN on CelebA, `--preset gpu` against the published settings
     ... --rehearsal                         the same commands at a tiny size, for a CPU
@@ -234,12 +235,12 @@ def parse(argv):
                          allow_abbrev=False, description="Write what must travel to a machine without network.")
         parser.add_argument("folder", type=_folder, help="what will travel; gpu_pack is ignored by git")
         parser.add_argument("--celeba", metavar="ZIP", help="CelebA's aligned pictures: 10,000 of them, at half size")
-        parser.add_argument("--paintings", metavar="DIR", help="pictures for few and few100, at 256 px")
+        parser.add_argument("--paintings", metavar="DIR", help="pictures for few, few100 and small, at 256 px")
         parser.add_argument("--classes", metavar="ZIP", help="CIFAR-10's pictures, a folder for each class")
         parser.add_argument("--vgg_weights", metavar="PATH", help="VGG-16, written in fp16")
         return parser.parse_args(argv[1:])
     split = argv.index("--") if "--" in argv else len(argv)
-    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100|classes|large [--flag VALUE ...] "
+    parser = _Parser(usage="bash benchmarks/gpu.sh OUT celeb|few|few100|small|classes|large [--flag VALUE ...] "
                            "[-- FLAGS OF main.py]",
                      allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=_folder, help="folder of the results, at most 7 files")
@@ -250,8 +251,8 @@ def parse(argv):
     parser.add_argument("--seconds", type=at_least(1), default=515, metavar="N",
                         help="length of the call (default: 515)")
     parser.add_argument("--steps", type=at_least(1), metavar="N",
-                        help="train to this step (default: celeb 300000, classes 100000, few and few100 6000 more than "
-                             "there are)")
+                        help="train to this step (default: celeb 300000, classes 100000, few, few100 and small 6000 "
+                             "more than there are)")
     parser.add_argument("--scores", default=SCORES, metavar="FLAGS", help=f"flags of the scores (default: '{SCORES}')")
     parser.add_argument("--rehearsal", action="store_true", help="the same at a tiny size")
     options = parser.parse_args(argv[:split])

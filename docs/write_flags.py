@@ -35,7 +35,7 @@ PRESETS = """\
 published recipe for batches of `--batch_size`, by default four times as large: k times the batch, 1 / k of the steps, k
 times the learning rates (beyond 4, sqrt(4 k) times), Adam's averages shortened k times, `ema_decay` to the power of k,
 for k from 1 to 64 ([how it was tested](speed.md)). Flags that are not listed are the same with every preset; – follows
-from other flags.
+from other flags. `small` is for some hundred pictures ([measured](small_sets.md) at 64 px on a CPU).
 """
 
 
@@ -106,13 +106,14 @@ def _presets():
 
 def _columns():
     """[(model, title, {flag: value}), ...]: each preset of each family, and of the flags that change it."""
-    columns, seen = [], []
+    columns = []
     for model, family in parameter.FAMILIES.items():
+        seen = []
         for typed in family.PRESETS_DEPEND_ON:
             words = " ".join(f"--{flag} {written(value)}" for flag, value in typed.items())
             for name in family.PRESETS:
                 preset = family.find_preset(name, {**_DEFAULTS, "batch_size": None, **typed})
-                if all(preset is not other for other in seen):
+                if preset not in seen:
                     columns.append((model, f"{model} {words}".strip() + f", {name}", {**typed, **preset}))
                     seen.append(preset)
     return columns

@@ -164,10 +164,10 @@ DERIVED = None      # the default of a flag whose value depends on other flags: 
 FLAGS = {
     "run": (
         Flag("model", one_of(*MODELS), DERIVED, "{families}", fixed=always),
-        Flag("preset", one_of("published", "cpu", "gpu"), "published",
-             "values of the flags left unset: published settings, those that learn fastest on two CPU cores, or, for a "
-             "large GPU, the published ones scaled to a new run's --batch_size, by default four times as large",
-             fixed=always),
+        Flag("preset", one_of("published", "cpu", "gpu", "small"), "published",
+             "values of the flags left unset: published settings; cpu, those that learn fastest on two CPU cores; gpu, "
+             "the published ones scaled to a new run's --batch_size, by default four times as large; or small, for "
+             "some hundred pictures", fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
@@ -249,8 +249,9 @@ FLAGS = {
         Flag("d_conv_dim", int, 64, "width of D in channels: {families}", 1, WIDEST, fixed=always),
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
-        Flag("d_features", one_of("none", "vgg16"), "none", "D judges features of this frozen network, too; helps on "
-             "varied pictures such as paintings, not on faces: none | vgg16 (of --vgg_weights)", fixed=always),
+        Flag("d_features", one_of("none", "vgg16", "vgg16_relu3_3"), "none", "D judges features of a frozen network, "
+             "too; with a weight of 1 helps on varied pictures such as paintings, not on faces: none | vgg16 (relu3_3 "
+             "and relu4_3 by --vgg_weights) | vgg16_relu3_3 (half the time)", fixed=always),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),

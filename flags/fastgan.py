@@ -2,6 +2,7 @@
 
 from errors import UsageError
 from flags.common import DERIVED, Flag, always
+from flags.pictures import short_side
 from flags.scaling import for_batch
 from flags.values import boolean, one_of
 
@@ -53,21 +54,29 @@ FLAGS = (
 
 _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
               "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
+_CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
+# what each of these gives: docs/small_sets.md
+_FEW = {"slae": False, "metadata": False, "d_features": "vgg16_relu3_3", "d_features_weight": 0.1,
+        "d_features_share": 0.25}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
-    "cpu": {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1",
-            "num_workers": 0},
+    "cpu": _CPU,
     "gpu": for_batch(_PUBLISHED),
+    "small": {**_CPU, **_FEW, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
 }
+_SMALL_LARGER = {**_PUBLISHED, **_FEW}          # above 64 px, where neither narrow networks nor theirs were measured
 
-PRESETS_DEPEND_ON = ({},)           # for docs/flags.md
+PRESETS_DEPEND_ON = ({}, {"imsize": 256})       # for docs/flags.md
 
 
 def find_preset(name, values):
     """Return {flag: value} of a preset; `values` holds what the user set, and defaults, but of imsize and batch_size
     None where the user set none.
     """
-    return for_batch(_PUBLISHED, values["batch_size"]) if name == "gpu" else PRESETS[name]
+    if name == "gpu":
+        return for_batch(_PUBLISHED, values["batch_size"])
+    is_larger = values["imsize"] is not None and short_side(values["imsize"]) > 64
+    return _SMALL_LARGER if name == "small" and is_larger else PRESETS[name]
 
 
 IMSIZES = (64, 128, 256, 512, 1024)
@@ -82,7 +91,7 @@ def fill_in(values, weights_there):
     """Replace the defaults that depend on other flags, in place."""
     if values["recon"] is None:
         # what else needs the ImageNet weights downloads them first, or ends the run
-        needed = values["metadata"] or values["d_features"] == "vgg16"
+        needed = values["metadata"] or values["d_features"] != "none"
         available = needed and values["vgg_weights"] == "imagenet" or weights_there(values["vgg_weights"])
         values["recon"] = "lpips" if available else "l1"
 

@@ -44,12 +44,16 @@ FLAGS = (
          "image, from its top left (default: on a face the eyes, mouth, hair and a corner)", unused=_without_attention),
 )
 
+_CPU = {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
+        "num_workers": 0}
+_FEW = {"augment": ("translation",), "hflip": True}         # against a D that learns its pictures by heart
 PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published settings are the flags' defaults
     "published": {},
-    "cpu": {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
-            "num_workers": 0},
+    "cpu": _CPU,
     "gpu": for_batch({}),
+    "small": {**_CPU, **_FEW},
 }
+_RESNET_CPU = {"imsize": 32, "g_conv_dim": 16, "d_conv_dim": 32, "batch_size": 16, "num_workers": 0}
 RESNET = {      # the same with --arch resnet, by image size; None: all others
     # section 4 of the paper; G_ema as in the best public recipe, mmgeneration's "BigGAN schedule"
     ("published", None): {"imsize": 128, "batch_size": 256, "ema_start": 2000},
@@ -57,7 +61,8 @@ RESNET = {      # the same with --arch resnet, by image size; None: all others
     ("published", 32): {"d_iters": 5, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999, "total_step": 100_000,
                         "ema_decay": 0.0},
     # the paper's rates: with 4e-4 for both D falls to chance on CIFAR-10, and G to one picture a class
-    ("cpu", None): {"imsize": 32, "g_conv_dim": 16, "d_conv_dim": 32, "batch_size": 16, "num_workers": 0},
+    ("cpu", None): _RESNET_CPU,
+    ("small", None): {**_RESNET_CPU, **_FEW},
 }
 
 

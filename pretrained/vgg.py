@@ -20,6 +20,7 @@ from utils import as_rgb
 
 WIDTH = 512                                             # channels of these layers
 LAYERS_OF_D = {"relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}       # modules up to the layer, channels, stride
+D_FEATURES = {"vgg16": ("relu3_3", "relu4_3"), "vgg16_relu3_3": ("relu3_3",)}           # --d_features: the layers
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # the number of `load_vgg`'s modules up to that layer
 FILE = Published(
     "--vgg_weights", "imagenet", "torchvision's vgg16", "VGG16", "vgg16-397923af.pth",
@@ -35,14 +36,14 @@ _SEED = 16                                              # of the random weights,
 
 
 class FrozenMaps(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> [feature maps of relu3_3, of relu4_3], of the images at `features_size`.
+    """Images (B, C, H, W) in [-1, 1] -> [feature maps of each of `layers`], of the images at `features_size`.
 
     Nothing in it is trained, but gradients flow through it to the images. `net` is the network of `load_vgg`.
     """
 
-    def __init__(self, net):
+    def __init__(self, net, layers):
         super().__init__()
-        ends = [end for end, _, _ in LAYERS_OF_D.values()]
+        ends = [LAYERS_OF_D[layer][0] for layer in layers]
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
         # on the device: to copy them there in each step would wait for the GPU, and cannot be captured
         for name, channels in (("mean", MEAN), ("std", STD)):
@@ -62,21 +63,21 @@ def features_size(imsize):
     return min(short_side(imsize) // 2, 128)
 
 
-def features_shapes(imsize):
+def features_shapes(imsize, layers):
     """Return [(channels, shorter side), ...] of the maps that `FrozenMaps` returns for images of `imsize`."""
-    return [(channels, features_size(imsize) // stride) for _, channels, stride in LAYERS_OF_D.values()]
+    return [(channels, features_size(imsize) // stride) for _, channels, stride in map(LAYERS_OF_D.get, layers)]
 
 
-def load_maps_on_every_rank(weights, device, fallback_hint):
+def load_maps_on_every_rank(weights, layers, device, fallback_hint):
     """Return `FrozenMaps` with these weights on `device`, on every rank: rank 0 loads first, as it may download them.
 
     The meta device needs no weights. Raise what `load_vgg` does.
     """
     if device.type == "meta":
-        return FrozenMaps(build_on_meta().requires_grad_(False)).to(memory_format=torch.channels_last)
+        return FrozenMaps(build_on_meta().requires_grad_(False), layers).to(memory_format=torch.channels_last)
 
     def load():
-        return FrozenMaps(load_vgg(weights, fallback_hint))
+        return FrozenMaps(load_vgg(weights, fallback_hint), layers)
 
     return distributed.after_first(load, load).to(device, memory_format=memory_format(device))
 

@@ -98,7 +98,7 @@ def test_the_weights_travel_in_half_the_size_and_load(tmp_path):
 
 @pytest.mark.parametrize(("argv", "code", "words"), [
     (["pack", "P", "--classes", "none.zip"], 3, "--classes none.zip"),
-    (["OUT", "faces"], 2, "'celeb', 'few', 'few100', 'classes', 'large'"),
+    (["OUT", "faces"], 2, "'celeb', 'few', 'few100', 'small', 'classes', 'large'"),
     (["OUT", "celeb", "--seconds", "soon"], 2, "--seconds: 'soon' is no whole number"),
     (["OUT", "celeb", "--pack", "nowhere"], 3, "gpu.sh pack"),
     (["OUT", "celeb", "--scores", "--metrics 'swd"], 2, "--scores"),

@@ -59,12 +59,15 @@ def test_wgan_gp_is_one_loss():
 
 def test_d_is_trained_on_the_features_beside_its_own_loss_and_the_frozen_network_is_not():
     torch.manual_seed(0)
-    maps = vgg.FrozenMaps(vgg.load_vgg("random", ""))
+    layers = vgg.D_FEATURES["vgg16"]
+    maps = vgg.FrozenMaps(vgg.load_vgg("random", ""), layers)
     real, fake = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_(True)
-    assert [tuple(x.shape[1:3]) for x in maps(real)] == vgg.features_shapes(64) == [(256, 8), (512, 4)]
+    assert [tuple(x.shape[1:3]) for x in maps(real)] == vgg.features_shapes(64, layers) == [(256, 8), (512, 4)]
+    (shallow,) = vgg.FrozenMaps(vgg.load_vgg("random", ""), vgg.D_FEATURES["vgg16_relu3_3"])(real)
+    assert torch.equal(shallow, maps(real)[0])
 
     D, own = LinearD(torch.full((3, 64, 64), 1e-4)), Hinge()
-    D.feature_heads = FeatureHeads(vgg.features_shapes(64), lambda layer: layer)
+    D.feature_heads = FeatureHeads(vgg.features_shapes(64, layers), lambda layer: layer)
     both = OnFeatures(own, maps, label_noise=0)
     on_real, on_fake = (D.feature_heads(maps(images)) for images in (real, fake))
     assert on_real.shape == (2, 25 + 1)

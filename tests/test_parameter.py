@@ -277,6 +277,15 @@ def test_a_preset_fills_only_what_was_left_unset():
     assert all(getattr(config, name) == value for name, value in preset.items() if name != "g_lr")
 
 
+@pytest.mark.parametrize(("imsize", "narrow"), [({}, True), ({"imsize": 64}, True), ({"imsize": "64x96"}, True),
+                                                ({"imsize": 128}, False)])
+def test_fastgans_preset_for_few_pictures_has_narrow_networks_where_they_were_measured(imsize, narrow):
+    config = resolve({"model": "fastgan", "preset": "small", **imsize})
+    assert (config.d_features, config.slae, config.metadata) == ("vgg16_relu3_3", False, False)
+    assert (config.g_conv_dim, config.d_conv_dim, config.sn, config.recon_weight) == (
+        (8, 8, "none", 0) if narrow else (64, 64, "both", 1))
+
+
 def test_the_gpu_preset_is_the_published_one_scaled_to_the_batch():
     """Batches and rates of four times, a quarter of the steps; beyond that rates grow by the square root."""
     def scaled(**typed):
@@ -550,6 +559,7 @@ CHOICES = {
     "check_data": lambda: ["auto", "off", *importlib.import_module("dataset.check").LEVELS],
     "metadata_sample": lambda: importlib.import_module("generate.metadata").SAMPLERS,
     "metadata_layer": lambda: importlib.import_module("pretrained.vgg").LAYERS,
+    "d_features": lambda: ["none", *importlib.import_module("pretrained.vgg").D_FEATURES],
     "augment": lambda: importlib.import_module("diffaug").POLICIES,
     "metrics": lambda: METRICS,
     "mode": lambda: ["train", "evaluate", "clean_data", "evolution", "serve",

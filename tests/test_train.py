@@ -114,10 +114,11 @@ def test_the_same_on_cuda(run):
     assert code == 0
 
 
-@pytest.mark.parametrize(("preset", "told"), [("published", "the published settings are slow on a CPU"),
-                                              ("cpu", None)])
-def test_settings_that_are_slow_on_a_cpu_are_told(run, preset, told):
-    _, out, _ = run("--preset", preset, "--version", "a", "--total_step", 1, "--sample_step", 5)
+@pytest.mark.parametrize(("preset", "told", "flags"), [
+    ("published", "the published settings are slow on a CPU", ()), ("cpu", None, ()), ("small", None, ()),
+    ("small", "of --preset small for pictures above 64 px are slow on a CPU", ("--imsize", "128"))])
+def test_settings_that_are_slow_on_a_cpu_are_told(run, preset, told, flags):
+    _, out, _ = run("--preset", preset, "--version", "a", "--total_step", 1, "--sample_step", 5, *flags)
     assert told in out if told else "slow on a CPU" not in out
 
 
