@@ -154,7 +154,7 @@ class OnFeatures:
 
     `maps(images)` returns its feature maps; `D.feature_heads` takes them. Such a D learns from few pictures and in few
     steps what they show (Sauer et al. 2021, arXiv 2111.01007); D's own layers see what the features do not. The heads'
-    losses count `weight` times; they see the first images of a batch alone, a `share` of it, for their time.
+    losses count `weight` times. To save time they see only the first `share` of a batch, at least one image.
     """
 
     def __init__(self, objective, maps, label_noise, weight=1.0, share=1.0):
@@ -164,7 +164,7 @@ class OnFeatures:
 
     def d_loss(self, D, real, fake, labels=NO_LABELS):
         loss, stats = self.objective.d_loss(D, real, fake, labels)
-        # in one pass, which a CPU takes less time for; neither the maps nor the heads mix images
+        # in one pass: neither the maps nor the heads mix images
         on_real, on_fake = self._on_heads(D, real, fake[0]).chunk(2)
         on_features, of_heads = hinge(on_real, on_fake, self.label_noise)
         return (loss + self.weight * on_features,
@@ -176,7 +176,7 @@ class OnFeatures:
 
     def _on_heads(self, D, *batches):
         seen = [images[:max(1, round(self.share * len(images)))] for images in batches]
-        return D.feature_heads(self.maps(torch.cat(seen)))              # (share * B, L), of one batch after the other
+        return D.feature_heads(self.maps(torch.cat(seen)))              # (len(batches) * share * B, L)
 
 
 def l1(a, b):

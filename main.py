@@ -20,7 +20,7 @@ import parameter
 from device import console
 from device.signals import Interrupt, Interrupted
 from errors import CheckpointError, Failure, UsageError, out_of_memory_on
-from flags.pictures import short_side
+from flags.values import written
 
 
 def main(argv):
@@ -130,17 +130,23 @@ def dispatch(config, place, interrupt):
         return modes.MODES[config.mode](config, place, precision) if is_first() else 0
     if place.device.type == "cpu" and (why := distributed.why_no_gpu(config)):
         say(f"note: training on the CPU: {why}")
-    if place.device.type == "cpu" and (what := _slow_on_a_cpu(config)):
-        say(f"note: {what} are slow on a CPU; --preset cpu is tuned for it")
+    if place.device.type == "cpu" and (note := _note_on_slow_settings(config)):
+        say(f"note: {note}")
     return start.train(config, place, precision, interrupt)
 
 
-def _slow_on_a_cpu(config):
-    """Return in words which settings of the config are, or None."""
-    slow = {"published": "the published settings", "gpu": "the settings of --preset gpu"}
-    if config.preset == "small" and short_side(config.imsize) > 64:
-        return "the settings of --preset small for pictures above 64 px"
-    return slow.get(config.preset)
+def _note_on_slow_settings(config):
+    """Return what to say on a CPU of a preset with networks of full width; None of one with narrower ones."""
+    family, full = parameter.FAMILIES[config.model], parameter.FLAGS["g_conv_dim"].default
+    widths = [family.find_preset(config.preset, {**vars(config), "imsize": imsize}).get("g_conv_dim", full)
+              for imsize in (config.imsize, None)]
+    if widths[0] < full:
+        return None
+    if widths[1] < full:
+        return (f"at --imsize {written(config.imsize)} the settings of --preset {config.preset} are slow on a CPU; "
+                "without --imsize they are tuned for it")
+    whose = "published settings" if config.preset == "published" else f"settings of --preset {config.preset}"
+    return f"the {whose} are slow on a CPU; --preset cpu is tuned for it"
 
 
 def _require_one_config(config):

@@ -83,11 +83,10 @@ class Ablation:
         self.unit, self.points = points_of(options)                 # steps or minutes at which runs are scored
         self.end = self.points[-1]
         self.runs = []
-        path, hint = self.out / "ablation.json", "delete it to score the runs again"
-        if options.minutes:
-            hint = "move that folder away"
-            if (self.out / "models").exists() and not path.exists():
-                raise DataError(f"{path} is gone, which says when the runs there began; {hint}")
+        path = self.out / "ablation.json"
+        if options.minutes and (self.out / "models").exists() and not path.exists():
+            raise DataError(f"{path} is gone, which says when the runs there began; move {self.out} away")
+        hint = f"move {self.out} away" if options.minutes else "delete it to score the runs again"
         self.record = Record(path, {
             "imsize": options.imsize, "flags after --": shlex.join([*(self.model if options.model else ()), *extra]),
             "pictures in --image_path": f"{len(self.dataset)} pictures, {fingerprint}",
@@ -171,8 +170,8 @@ class Ablation:
             evaluate.load(config, Place(torch.device("cpu")))           # raises if weights are missing
         recons = set()
         for variant in self.options.variants:
-            before, now = self.record.data.get("variants", {}), shlex.join(variant.flags)
-            self.record.refuse_other(f"flags of {variant.name}", before.get(variant.slug, now), now)
+            known, now = self.record.data.get("variants", {}), shlex.join(variant.flags)
+            self.record.refuse_other(f"flags of {variant.name}", known.get(variant.slug, now), now)
             self._config("--train", "false", "--num_samples", self.options.samples, variant=variant)
             recons.add(getattr(self._config(variant=variant), "recon", None))
         if len(recons) > 1 and "recon" not in self._varied():

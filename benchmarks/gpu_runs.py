@@ -5,15 +5,15 @@
     bash benchmarks/gpu.sh OUT celeb        SAGAN on 10,000 pictures of CelebA, the published settings
     bash benchmarks/gpu.sh OUT few          SLAE-FastGAN at 256 px on paintings, against plain FastGAN at equal steps
     bash benchmarks/gpu.sh OUT few100       the same on 100 of the paintings
-    bash benchmarks/gpu.sh OUT small        FastGAN by `--preset small` against FastGAN at 256 px, on 100 paintings
+    bash benchmarks/gpu.sh OUT small        `--preset small` against plain FastGAN at 256 px, on 100 of the paintings
     bash benchmarks/gpu.sh OUT classes      the SAGAN paper's own networks on CIFAR-10, the published recipe
     bash benchmarks/gpu.sh OUT large        SAGAN on CelebA, `--preset gpu` against the published settings
     ... --rehearsal                         the same commands at a tiny size, for a CPU
 
 `pack` writes what must travel to the machine: archives of pictures, VGG-16 in fp16. The other commands train with it,
-end after --seconds, and leave in OUT the report, score curves, grids, attention, the logs, and the pages in a zip. All
-but the zip are there soon after the first record, and updated until the end. The runs stay in --runs: the same command
-again goes on from their newest checkpoints. Exit codes are main.py's.
+end after --seconds, and leave in OUT the report, score curves, grids, attention (small has none), the logs, and the
+pages in a zip. All but the zip are there soon after the first record, and updated until the end. The runs stay in
+--runs: the same command again goes on from their newest checkpoints. Exit codes are main.py's.
 
 How the 515 s of a call are meant to be spent, at 2.3 to 3.1 ms (celeb) and 28 ms (few) a step:
 
@@ -103,6 +103,7 @@ class Call:
         if not versions["torchmetrics"] and "fastgan" in self.experiment.flags:
             self.extra = ["--recon", "l1"]
             self.notes.append("without torchmetrics there is no LPIPS: `--recon l1` in all runs")
+        self.notes += [self.experiment.note] * bool(self.experiment.note)
         self.notes.append(", ".join(f"{name} {version or 'missing'}" for name, version in versions.items()))
         found = self.results.found
         if any(found.values()):

@@ -26,10 +26,11 @@ class Record:
         self.data = {"settings": settings, **empty}
         if path.exists():
             try:
-                self.data.update(json.loads(path.read_text(encoding="utf-8")))
-                before = dict(self.data["settings"])
-            except (OSError, ValueError, TypeError) as error:
-                raise DataError(f"{path} cannot be read ({error}); {hint}") from None
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                before = dict(kept["settings"])
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}); {hint}") from None
+            self.data |= kept
             for name, now in settings.items():
                 self.refuse_other(name, before.get(name), now)
 
@@ -53,6 +54,11 @@ class Record:
         """Drop what is in data[key] under a name that begins with `prefix`, and write the file."""
         with self._lock:
             self.data[key] = {name: value for name, value in self.data[key].items() if not name.startswith(prefix)}
+            self._write()
+
+    def write(self):
+        """Write the file, which `put` and `forget` do, too."""
+        with self._lock:
             self._write()
 
     def _write(self):

@@ -72,7 +72,7 @@ class Comparison:
         dataset = find_dataset(self.config)
         self.settings = {
             "minutes": options.minutes, "model": options.model, "seed": options.seed, "samples": options.samples,
-            "flags after --": shlex.join(extra) or "(none)", "pictures in --image_path":
+            "flags after --": shlex.join(extra), "pictures in --image_path":
             f"{len(dataset)} pictures, {table.fingerprint(dataset, self.config)[:12]}"}
 
     def _plain_config(self, words, extra):
@@ -89,7 +89,7 @@ class Comparison:
         if taken and not path.exists():
             raise UsageError(f"--out {self.out}: holds {taken[0]}/ of something else; use another --out")
         self.record = Record(path, self.settings, "a comparison", "use another --out", hardware=report.hardware())
-        self.record.put(self.record.data["hardware"], "hardware")       # writes the file before anything else is there
+        self.record.write()             # before there is anything else, which would then be of something else
         try:
             with self.children.signals_handled():
                 lines = {side: self._complete(side) for side in NAMES}

@@ -167,7 +167,7 @@ FLAGS = {
         Flag("preset", one_of("published", "cpu", "gpu", "small"), "published",
              "values of the flags left unset: published settings; cpu, those that learn fastest on two CPU cores; gpu, "
              "the published ones scaled to a new run's --batch_size, by default four times as large; or small, for "
-             "some hundred pictures", fixed=always),
+             "some hundred pictures, best with --model fastgan", fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
@@ -250,8 +250,9 @@ FLAGS = {
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
         Flag("d_features", one_of("none", "vgg16", "vgg16_relu3_3"), "none", "D judges features of a frozen network, "
-             "too; with a weight of 1 helps on varied pictures such as paintings, not on faces: none | vgg16 (relu3_3 "
-             "and relu4_3 by --vgg_weights) | vgg16_relu3_3 (half the time)", fixed=always),
+             "too, which helps on varied pictures such as paintings, and harms faces unless its weight is small: none "
+             "| vgg16 (relu3_3 and relu4_3, see --vgg_weights) | vgg16_relu3_3 (that alone, which takes half as long)",
+             fixed=always),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),
@@ -259,10 +260,10 @@ FLAGS = {
         Flag("adv_loss", one_of(*LOSSES), "hinge", f"adversarial loss: {' | '.join(LOSSES)}", fixed=always),
         Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
              0.0, 1.0, unused=lambda values: values["d_features"] == "none" and only_with_loss("hinge")(values)),
-        Flag("d_features_weight", float, 1.0, "weight of the losses of D's heads on those features; on a few hundred "
-             "pictures 0.1 to 0.3 gave better pictures", 0.0, unused=_without_d_features),
-        Flag("d_features_share", float, 1.0, "share of each batch that those heads see; fewer images cost less time",
-             0.01, 1.0, unused=_without_d_features),
+        Flag("d_features_weight", float, 1.0, "weight of the losses of D's heads on those features; 0.1 was better "
+             "than 1 on a hundred paintings", 0.001, unused=_without_d_features),
+        Flag("d_features_share", float, 1.0, "share of each batch that those heads see, to save time; of each "
+             "process's images and each --accumulate part at least one", 0.01, 1.0, unused=_without_d_features),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
              unused=only_with_loss("wgan-gp")),
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "

@@ -55,16 +55,19 @@ FLAGS = (
 _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augment": ("color", "translation"),
               "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
 _CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
-# what each of these gives: docs/small_sets.md
-_FEW = {"slae": False, "metadata": False, "d_features": "vgg16_relu3_3", "d_features_weight": 0.1,
-        "d_features_share": 0.25}
+# for few pictures, up to 64 px and above; what each of these gives: docs/small_sets.md
+_HEADS = {"slae": False, "metadata": False, "d_features": "vgg16_relu3_3", "d_features_weight": 0.1,
+          "d_features_share": 0.5}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
     "cpu": _CPU,
     "gpu": for_batch(_PUBLISHED),
-    "small": {**_CPU, **_FEW, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
+    "small": {**_CPU, **_HEADS, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
 }
-_SMALL_LARGER = {**_PUBLISHED, **_FEW}          # above 64 px, where neither narrow networks nor theirs were measured
+LARGER = {      # the same above 64 px, where narrow networks and their settings were not measured
+    "small": {**_PUBLISHED, **_HEADS, "g_conv_dim": 64, "d_conv_dim": 64, "recon_weight": 1.0, "sn": "auto",
+              "recon": DERIVED, "num_workers": "auto"},
+}
 
 PRESETS_DEPEND_ON = ({}, {"imsize": 256})       # for docs/flags.md
 
@@ -76,7 +79,7 @@ def find_preset(name, values):
     if name == "gpu":
         return for_batch(_PUBLISHED, values["batch_size"])
     is_larger = values["imsize"] is not None and short_side(values["imsize"]) > 64
-    return _SMALL_LARGER if name == "small" and is_larger else PRESETS[name]
+    return LARGER.get(name, PRESETS[name]) if is_larger else PRESETS[name]
 
 
 IMSIZES = (64, 128, 256, 512, 1024)
@@ -104,5 +107,7 @@ def check(values):
         raise UsageError(f"--adv_loss {values['adv_loss']}: fastgan has its own objective, on hinge; use hinge")
     if values["against"] and "cost" not in values["metrics"]:
         raise UsageError(f"--against {values['against']}: needs --metrics cost")
+    if values["against"] and BASELINES[values["against"]][1].items() <= values.items():
+        raise UsageError(f"--against {values['against']}: this run is without SLAE and metadata already; leave it out")
     if values["backtrack_metadata"] and not values["metadata"]:
         raise UsageError("--backtrack_metadata true: this run has no metadata; leave it out")

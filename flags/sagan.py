@@ -46,12 +46,12 @@ FLAGS = (
 
 _CPU = {"g_conv_dim": 32, "d_conv_dim": 32, "g_attn": (8, 16), "batch_size": 16, "g_lr": 4e-4, "d_lr": 4e-4,
         "num_workers": 0}
-_FEW = {"augment": ("translation",), "hflip": True}         # against a D that learns its pictures by heart
+_AUGMENTED = {"augment": ("translation",), "hflip": True}           # against a D that learns its pictures by heart
 PRESETS = {     # {preset: {flag: value}}, for flags left unset; the published settings are the flags' defaults
     "published": {},
     "cpu": _CPU,
     "gpu": for_batch({}),
-    "small": {**_CPU, **_FEW},
+    "small": {**_CPU, **_AUGMENTED},
 }
 _RESNET_CPU = {"imsize": 32, "g_conv_dim": 16, "d_conv_dim": 32, "batch_size": 16, "num_workers": 0}
 RESNET = {      # the same with --arch resnet, by image size; None: all others
@@ -62,7 +62,7 @@ RESNET = {      # the same with --arch resnet, by image size; None: all others
                         "ema_decay": 0.0},
     # the paper's rates: with 4e-4 for both D falls to chance on CIFAR-10, and G to one picture a class
     ("cpu", None): _RESNET_CPU,
-    ("small", None): {**_RESNET_CPU, **_FEW},
+    ("small", None): {**_RESNET_CPU, **_AUGMENTED},
 }
 
 

@@ -23,6 +23,7 @@ from errors import DataError
 from flags.scores import score_name
 from metrics.meter import refuse_few
 from pretrained.feature_nets import FEATURE_NETS
+from pretrained.vgg import D_FEATURES
 from storage.cache import Cache
 from storage.score_table import Score
 from utils import as_rgb, spread_indices
@@ -50,7 +51,7 @@ class SetMeter:
         if "is" in self.chosen and self.net_name != "inception":        # by default; whoever typed it was refused
             self.chosen.remove("is")
             say(f"note: the Inception Score is left out, as --feature_net is {self.net_name}")
-        if config.d_features.split("_")[0] == self.net_name and not config.fake_dir:
+        if config.d_features in D_FEATURES and self.net_name == "vgg16" and not config.fake_dir:
             say(f"note: D was trained on features of {self.net_name}, so these scores flatter this run; compare "
                 "runs by another --feature_net")
         self.warned = False

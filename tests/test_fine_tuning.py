@@ -93,6 +93,13 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
     assert (begun().g_conv_dim, begun(preset="published").g_conv_dim, begun(preset="published").beta1) == (32, 64, 0.3)
     large = begun(preset="gpu")
     assert (large.batch_size, large.beta1, large.beta2, large.total_step) == (256, 0.0, 0.6, 250_000)
+    for before, typed in (({}, {"preset": "small"}), ({"preset": "small"}, {"preset": "small", "imsize": 128}),
+                          ({"preset": "small", "imsize": 128}, {"preset": "small", "imsize": 64})):
+        of_fastgan = {"model": "fastgan", "dataset": "toy"}
+        source = json.loads(parameter.as_json(parameter.resolve({**of_fastgan, **before})))
+        new, fresh = begun(**typed), parameter.resolve({**of_fastgan, **typed})
+        of_both = {name for name in vars(fresh) if name not in ("version", "init_from", "imsize")}
+        assert {name: vars(new)[name] for name in of_both} == {name: vars(fresh)[name] for name in of_both}
     with pytest.raises(UsageError, match="--image_path x: run 'a' was trained on --dataset toy; say --dataset"):
         begun(image_path="x")
     with pytest.raises(UsageError, match="say where the pictures are"):

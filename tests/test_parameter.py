@@ -281,9 +281,10 @@ def test_a_preset_fills_only_what_was_left_unset():
                                                 ({"imsize": 128}, False)])
 def test_fastgans_preset_for_few_pictures_has_narrow_networks_where_they_were_measured(imsize, narrow):
     config = resolve({"model": "fastgan", "preset": "small", **imsize})
-    assert (config.d_features, config.slae, config.metadata) == ("vgg16_relu3_3", False, False)
-    assert (config.g_conv_dim, config.d_conv_dim, config.sn, config.recon_weight) == (
-        (8, 8, "none", 0) if narrow else (64, 64, "both", 1))
+    assert (config.d_features, config.d_features_weight, config.d_features_share, config.slae, config.metadata) == (
+        "vgg16_relu3_3", 0.1, 0.5, False, False)
+    assert (config.g_conv_dim, config.d_conv_dim, config.sn, config.recon_weight, config.g_lr, config.recon) == (
+        (8, 8, "none", 0, 4e-4, "l1") if narrow else (64, 64, "both", 1, 2e-4, "lpips"))
 
 
 def test_the_gpu_preset_is_the_published_one_scaled_to_the_batch():
@@ -378,7 +379,8 @@ def test_a_config_file_is_read_back_and_the_command_line_wins(tmp_path):
     ({"model": "fastgan"}, {"preset": "cpu"}), ({}, {"adv_loss": "wgan-gp"}), ({}, {"imsize": 128}),
     ({"preset": "cpu"}, {"arch": "resnet"}), ({"arch": "resnet", "imsize": 32}, {"imsize": 128}),
     ({"arch": "resnet", "imsize": 32, "batch_size": 16}, {"preset": "cpu"}), ({"preset": "gpu"}, {"batch_size": 512}),
-    ({"preset": "gpu", "batch_size": 512}, {"preset": "published"}), ({"g_attn": (32,)}, {"preset": "cpu"})])
+    ({"preset": "gpu", "batch_size": 512}, {"preset": "published"}), ({"g_attn": (32,)}, {"preset": "cpu"}),
+    ({"model": "fastgan", "preset": "small"}, {"imsize": 128}), ({"model": "fastgan"}, {"preset": "small"})])
 def test_of_a_runs_config_nothing_stays_that_follows_from_what_is_typed_otherwise(tmp_path, settings, typed):
     (tmp_path / "c.json").write_text(parameter.as_json(resolve(settings)))
     again = vars(resolve({"config": str(tmp_path / "c.json"), **typed}))

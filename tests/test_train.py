@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,8 @@ from conftest import (
 from PIL import Image
 
 import loop
+import main
+import parameter
 import trainer
 from errors import CheckpointError
 from flags import scores
@@ -114,12 +117,20 @@ def test_the_same_on_cuda(run):
     assert code == 0
 
 
-@pytest.mark.parametrize(("preset", "told", "flags"), [
-    ("published", "the published settings are slow on a CPU", ()), ("cpu", None, ()), ("small", None, ()),
-    ("small", "of --preset small for pictures above 64 px are slow on a CPU", ("--imsize", "128"))])
-def test_settings_that_are_slow_on_a_cpu_are_told(run, preset, told, flags):
-    _, out, _ = run("--preset", preset, "--version", "a", "--total_step", 1, "--sample_step", 5, *flags)
+@pytest.mark.parametrize(("preset", "told"), [("published", "the published settings are slow on a CPU"),
+                                              ("cpu", None)])
+def test_settings_that_are_slow_on_a_cpu_are_told(run, preset, told):
+    _, out, _ = run("--preset", preset, "--version", "a", "--total_step", 1, "--sample_step", 5)
     assert told in out if told else "slow on a CPU" not in out
+
+
+@pytest.mark.parametrize(("typed", "told"), [
+    ({"preset": "small"}, None), ({"preset": "small", "imsize": 128}, None), ({"preset": "gpu"}, "--preset cpu"),
+    ({"preset": "small", "model": "fastgan"}, None),
+    ({"preset": "small", "model": "fastgan", "imsize": 128}, "at --imsize 128 .* without --imsize they are tuned")])
+def test_of_a_preset_only_full_width_is_called_slow(typed, told):
+    note = main._note_on_slow_settings(parameter.resolve({"vgg_weights": "random", **typed}))
+    assert re.search(told, note) if told else note is None
 
 
 def test_seeds_differ_and_the_same_seed_does_not(run):

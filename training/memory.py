@@ -134,7 +134,7 @@ def _what_fits(config, place, classes, resuming, found, free):
     if resuming:
         return "Not even one picture at a time fits; this run needs a larger machine"
     return "Give smaller --g_conv_dim and --d_conv_dim, or a smaller --imsize" + (
-        ", or leave out --d_features" if config.d_features != "none" else "")
+        ", or --d_features none" if config.d_features != "none" else "")
 
 
 def _smaller(config, place, resuming):
