@@ -243,7 +243,9 @@ def _find_source(values, given, find_saved):
                          "--dataset folder for a folder of pictures")
     own = {"init_from", "freeze_d"}
     if "preset" in given:
-        known = {**values, **_UNSET, **settings, **given}
+        sizes = {size: _convert(size, settings[size], "the saved config of --init_from") for size in _UNSET
+                 if settings.get(size) is not None}
+        known = {**values, **_UNSET, **settings, **sizes, **given}
         own |= {key for preset in (given["preset"], settings.get("preset", "published"))
                 for key in FAMILIES[model].find_preset(preset, known)}
     own |= _following(settings, given)

@@ -89,6 +89,9 @@ def test_what_follows_from_a_typed_flag_is_not_the_sources():
     assert begun(imsize=128).d_attn == (8, 16) and begun(imsize=128).d_iters == 2
     assert (begun(adv_loss="wgan-gp").d_iters, begun(adv_loss="wgan-gp").sn) == (5, "none")
     assert begun(arch="resnet").g_attn == (32,)
+    source |= {"model": "fastgan", "imsize": "64 px"}
+    with pytest.raises(UsageError, match="imsize '64 px' is not a value"):
+        begun(preset="small")
     source = json.loads(parameter.as_json(parameter.resolve({"preset": "cpu", "dataset": "toy", "beta1": 0.3})))
     assert (begun().g_conv_dim, begun(preset="published").g_conv_dim, begun(preset="published").beta1) == (32, 64, 0.3)
     large = begun(preset="gpu")

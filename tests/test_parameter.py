@@ -123,6 +123,9 @@ def test_usage_errors_name_the_flag_and_write_nothing(run, flags, words):
 @pytest.mark.parametrize(("flags", "words"), [
     ("--mode sample --real_dir x", "--real_dir x: is for --mode evaluate"),
     ("--model fastgan --mode evaluate --against baseline", "--against baseline: needs --metrics cost"),
+    ("--model fastgan --preset small --mode evaluate --metrics cost --against baseline", "without SLAE and metadata"),
+    ("--model fastgan --preset small --d_features_weight 0", "--d_features_weight 0"),
+    ("--model fastgan --d_features_share 0.5", "--d_features none"),
     ("--mode evaluate --metrics cost --against baseline", "--against is for --model fastgan"),
     ("--model fastgan --metadata false --mode evaluate --backtrack_metadata true", "--backtrack_metadata true: this"),
     ("--mode evaluate --imsize 100", "--imsize 100: must be 32, 64, 128 or 256"),
@@ -236,7 +239,7 @@ def test_what_belongs_to_one_model_is_unset_with_the_other():
     ({"vgg_weights": "my.pth"}, False, "l1"),
     ({"recon": "l1"}, True, "l1"),
     ({"preset": "cpu"}, True, "l1"),
-    ({"metadata": False, "d_features": "vgg16"}, False, "lpips"),           # D's features do, too
+    ({"metadata": False, "d_features": "vgg16_relu3_3"}, False, "lpips"),   # D's features do, too
 ])
 def test_reconstructions_are_compared_by_lpips_where_its_weights_are(flags, there, recon):
     assert resolve({"model": "fastgan", **flags}, weights_there=lambda weights: there).recon == recon

@@ -109,6 +109,14 @@ def test_sides_of_other_settings_are_not_taken_over(compare, capsys, flags, name
     assert compare.trained == ["plain", "ours"]
 
 
+@pytest.mark.parametrize("text", ['{"plain": {"steps": 5, "scores": {}}}', "{", "[1]"])
+def test_a_record_without_settings_is_not_taken_for_one_of_these(compare, capsys, text):
+    compare.out.mkdir()
+    (compare.out / "side_by_side.json").write_text(text)
+    assert compare() == 3 and "side_by_side.json cannot be read" in capsys.readouterr().err
+    assert not compare.trained
+
+
 def test_what_is_in_the_folder_of_something_else_is_not_deleted(compare, capsys):
     fill(compare.out / "ours", 1)
     assert compare() == 2 and "holds ours/ of something else" in capsys.readouterr().err

@@ -131,6 +131,15 @@ def test_four_steps_of_other_settings_are_two_and_two_bit_for_bit(fastgan, flags
     two_and_two(fastgan, *flags)
 
 
+def test_the_preset_for_few_pictures_trains_goes_on_and_draws(fastgan):
+    flags = ("--version", "few", "--preset", "small", "--batch_size", 8, "--total_step")
+    assert fastgan(*flags, 1)[0] == 0
+    code, out, err = fastgan(*flags, 2)
+    assert code == 0 and "slow on a CPU" not in out, err
+    assert {name for name in state("few", 2)["D"] if name.startswith("feature_heads")}
+    assert fastgan(*flags[:4], "--train", "false", "--num_samples", 2)[0] == 0
+
+
 def test_a_d_with_features_learns_by_its_heads_and_a_checkpoint_holds_no_vgg(fastgan):
     for version, name in (("plain", "none"), ("features", "vgg16")):
         code, out, err = fastgan("--version", version, "--total_step", 2, "--log_step", 1, "--metadata", "false",
