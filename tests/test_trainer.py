@@ -158,12 +158,13 @@ def test_d_sees_nothing_but_augmented_images(flags, sizes, monkeypatch):
 # ---- accumulation ----
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--d_features", "vgg16_relu3_3", "--vgg_weights", "random")])
+def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch, flags):
     """SAGAN's D has no batch statistics; those of G are switched off."""
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
     gradients = []
     for parts in ("1", "4"):
-        training = begun((*SMALL, "--accumulate", parts))
+        training = begun((*SMALL, *flags, "--accumulate", parts))
         trainer = training.trainer
         fixed = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
         drawn = [Inputs(z) for _ in range(2) for z in fixed.chunk(int(parts))]
