@@ -167,7 +167,7 @@ FLAGS = {
         Flag("preset", one_of("published", "cpu", "gpu", "small"), "published",
              "values of the flags left unset: published settings; cpu, those that learn fastest on two CPU cores; gpu, "
              "the published ones scaled to a new run's --batch_size, by default four times as large; or small, for "
-             "some hundred pictures, best with --model fastgan", fixed=always),
+             "some hundred pictures: {families}", fixed=always),
         Flag("config", str, None, "JSON file of settings, such as a run's config.json; the command line wins",
              per_call=True),
         Flag("version", str, DERIVED, "name of the run and of its folders (default: MODEL_DATASET)", per_call=True),
