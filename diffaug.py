@@ -11,7 +11,7 @@ one row of `POLICIES`.
 import torch
 from torch.nn import functional as F
 
-SHIFT = 1 / 8       # maximal shift of `translation`, as a fraction of the side
+SHIFT = 1 / 8       # maximal shift of `translation` and `mirror`, as a fraction of the side
 CUT = 1 / 2         # side of the square of `cutout`, as a fraction of the side
 
 
@@ -37,16 +37,45 @@ def color(x, draw_rows=_simply):
 
 def translation(x, draw_rows=_simply):
     """Shift by up to 1/8 of each side; pad with 0, mid grey."""
-    B, _, H, W = x.size()
-    down, right = round(H * SHIFT), round(W * SHIFT)
+    down, right = _largest_shift(x)
     padded = F.pad(x, (right, right, down, down))                       # (B, C, H + 2 down, W + 2 right)
-    top = draw_rows(lambda B: torch.randint(0, 2 * down + 1, (B, 1), device=x.device), B)
-    left = draw_rows(lambda B: torch.randint(0, 2 * right + 1, (B, 1), device=x.device), B)
-    rows = top + torch.arange(H, device=x.device)                       # (B, H)
-    columns = left + torch.arange(W, device=x.device)                   # (B, W)
-    image = torch.arange(B, device=x.device)
+    return _take(padded, *_shifted(x, draw_rows))
+
+
+def mirror(x, draw_rows=_simply):
+    """Shift by up to 1/8 of each side; pad with mirrored edges.
+
+    Not a policy of the paper. With `translation` D cannot tell whether a picture has grey edges of its own, and G draws
+    grey frames.
+    """
+    down, right = _largest_shift(x)
+    rows, columns = _shifted(x, draw_rows)
+    return _take(x, _mirrored(rows - down, x.size(2)), _mirrored(columns - right, x.size(3)))
+
+
+def _largest_shift(x):
+    return round(x.size(2) * SHIFT), round(x.size(3) * SHIFT)
+
+
+def _shifted(x, draw_rows):
+    """Return which rows (B, H) and columns (B, W) of x, padded by the largest shift, each image takes."""
+    (B, _, *sides), starts = x.size(), []
+    for largest in _largest_shift(x):
+        starts.append(draw_rows(lambda B, most=2 * largest: torch.randint(0, most + 1, (B, 1), device=x.device), B))
+    return [start + torch.arange(side, device=x.device) for start, side in zip(starts, sides, strict=True)]
+
+
+def _mirrored(indices, side):
+    """Return the indices from -side to 2 * side as those of a row that is mirrored at its first and last element."""
+    last = side - 1
+    return last - (last - indices.abs()).abs()
+
+
+def _take(x, rows, columns):
+    """x (B, C, ...), rows (B, H), columns (B, W) -> (B, C, H, W)."""
+    image = torch.arange(len(x), device=x.device)
     # the indexed axes come first: (B, H, W, C)
-    return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def cutout(x, draw_rows=_simply):
@@ -59,7 +88,7 @@ def cutout(x, draw_rows=_simply):
     return x * ~(in_rows[:, None, :, None] & in_columns[:, None, None, :])                  # (B, 1, H, W)
 
 
-POLICIES = {"color": color, "translation": translation, "cutout": cutout}
+POLICIES = {"color": color, "translation": translation, "mirror": mirror, "cutout": cutout}
 
 
 def augment(images, policies, draw_rows=_simply):

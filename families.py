@@ -96,7 +96,7 @@ def build(config, classes=0):
     G, D = FAMILIES[config.model].build(config, classes)
     if config.d_features != "none":
         wrap = maybe_spectral_norm(config.sn in ("both", "d"))
-        D.feature_heads = FeatureHeads(vgg.features_shapes(config.imsize, vgg.D_FEATURES[config.d_features]), wrap)
+        D.feature_heads = FeatureHeads(vgg.features_shapes(config.d_features, config.imsize), wrap)
     return G, D
 
 
@@ -105,8 +105,7 @@ def build_objective(config, device):
     objective = FAMILIES[config.model].objective(config, device)
     if config.d_features == "none":
         return objective
-    layers = vgg.D_FEATURES[config.d_features]
-    maps = vgg.load_maps_on_every_rank(config.vgg_weights, layers, device, WITHOUT_FEATURES)
+    maps = vgg.load_maps_on_every_rank(config.vgg_weights, config.d_features, device, WITHOUT_FEATURES)
     return losses.OnFeatures(objective, maps, config.label_noise, config.d_features_weight, config.d_features_share)
 
 

@@ -57,16 +57,16 @@ _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augm
               "label_noise": 0.2, "total_step": 50_000, "g_lr": 2e-4, "d_lr": 2e-4, "beta1": 0.5, "beta2": 0.999}
 _CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
 # for few pictures, up to 64 px and above; what each of these gives: docs/small_sets.md
-_HEADS = {"slae": False, "metadata": False, "d_features": "vgg16_relu3_3", "d_features_weight": 0.1,
-          "d_features_share": 0.5}
+_FEW = {"slae": False, "metadata": False, "augment": ("color", "mirror"), "d_features": "vgg16_fine",
+        "d_features_weight": 0.1, "d_features_share": 0.125}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
     "cpu": _CPU,
     "gpu": for_batch(_PUBLISHED),
-    "small": {**_CPU, **_HEADS, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
+    "small": {**_CPU, **_FEW, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
 }
 LARGER = {      # the same above 64 px, where narrow networks and their settings were not measured
-    "small": {**_PUBLISHED, **_HEADS, "g_conv_dim": 64, "d_conv_dim": 64, "recon_weight": 1.0, "sn": "auto",
+    "small": {**_PUBLISHED, **_FEW, "g_conv_dim": 64, "d_conv_dim": 64, "recon_weight": 1.0, "sn": "auto",
               "recon": DERIVED, "num_workers": "auto"},
 }
 

@@ -117,7 +117,7 @@ def one_of(*names):
 
 
 whole_or_auto, step_or_best = number_or("auto", "whole number"), number_or("best", "step")
-_AUGMENTATION = one_of("color", "translation", "cutout")
+_AUGMENTATION = one_of("color", "translation", "mirror", "cutout")
 _METRIC = one_of(*METRICS)
 
 

@@ -19,8 +19,10 @@ from pretrained.weights import Published
 from utils import as_rgb
 
 WIDTH = 512                                             # channels of these layers
-LAYERS_OF_D = {"relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}       # modules up to the layer, channels, stride
-D_FEATURES = {"vgg16": ("relu3_3", "relu4_3"), "vgg16_relu3_3": ("relu3_3",)}           # --d_features: the layers
+LAYERS_OF_D = {     # modules up to the layer, channels, stride
+    "relu2_2": (9, 128, 2), "relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}
+D_FEATURES = {      # --d_features: layers, by how much images are scaled down before, the most of their shorter side
+    "vgg16": (("relu3_3", "relu4_3"), 2, 128), "vgg16_fine": (("relu2_2", "relu3_3"), 1, 256)}
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # the number of `load_vgg`'s modules up to that layer
 FILE = Published(
     "--vgg_weights", "imagenet", "torchvision's vgg16", "VGG16", "vgg16-397923af.pth",
@@ -36,14 +38,15 @@ _SEED = 16                                              # of the random weights,
 
 
 class FrozenMaps(nn.Module):
-    """Images (B, C, H, W) in [-1, 1] -> [feature maps of each of `layers`], of the images at `features_size`.
+    """Images (B, C, H, W) in [-1, 1] -> feature maps of each layer of `D_FEATURES[name]`, of images of `features_size`.
 
     Nothing in it is trained, but gradients flow through it to the images. `net` is the network of `load_vgg`.
     """
 
-    def __init__(self, net, layers):
+    def __init__(self, net, name):
         super().__init__()
-        ends = [LAYERS_OF_D[layer][0] for layer in layers]
+        self.name = name
+        ends = [LAYERS_OF_D[layer][0] for layer in D_FEATURES[name][0]]
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
         # on the device: to copy them there in each step would wait for the GPU, and cannot be captured
         for name, channels in (("mean", MEAN), ("std", STD)):
@@ -51,33 +54,35 @@ class FrozenMaps(nn.Module):
 
     def forward(self, images):
         short = min(images.shape[2:])
-        images = F.avg_pool2d(images, short // features_size(short))
+        images = F.avg_pool2d(images, short // features_size(self.name, short))
         maps = [imagenet_normalize(images, self.mean, self.std)]        # (B, 3, side, side)
         for part in self.parts:
             maps.append(part(maps[-1]))
-        return maps[1:]                                                 # (B, 256, side / 4, side / 4), ...
+        return maps[1:]                                                 # (B, channels, side / stride, side / stride)
 
 
-def features_size(imsize):
-    """Return the shorter side of images of `imsize` as they enter `FrozenMaps`: half of theirs, at most 128."""
-    return min(short_side(imsize) // 2, 128)
+def features_size(name, imsize):
+    """Return the shorter side of images of `imsize` as they enter `FrozenMaps`."""
+    _, scale, most = D_FEATURES[name]
+    return min(short_side(imsize) // scale, most)
 
 
-def features_shapes(imsize, layers):
+def features_shapes(name, imsize):
     """Return [(channels, shorter side), ...] of the maps that `FrozenMaps` returns for images of `imsize`."""
-    return [(channels, features_size(imsize) // stride) for _, channels, stride in map(LAYERS_OF_D.get, layers)]
+    of_layers = map(LAYERS_OF_D.get, D_FEATURES[name][0])
+    return [(channels, features_size(name, imsize) // stride) for _, channels, stride in of_layers]
 
 
-def load_maps_on_every_rank(weights, layers, device, fallback_hint):
+def load_maps_on_every_rank(weights, name, device, fallback_hint):
     """Return `FrozenMaps` with these weights on `device`, on every rank: rank 0 loads first, as it may download them.
 
     The meta device needs no weights. Raise what `load_vgg` does.
     """
     if device.type == "meta":
-        return FrozenMaps(build_on_meta().requires_grad_(False), layers).to(memory_format=torch.channels_last)
+        return FrozenMaps(build_on_meta().requires_grad_(False), name).to(memory_format=torch.channels_last)
 
     def load():
-        return FrozenMaps(load_vgg(weights, fallback_hint), layers)
+        return FrozenMaps(load_vgg(weights, fallback_hint), name)
 
     return distributed.after_first(load, load).to(device, memory_format=memory_format(device))
 

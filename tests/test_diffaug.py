@@ -1,12 +1,13 @@
 """DiffAugment: what each policy does to an image, and that gradients pass through it."""
 
+import numpy as np
 import pytest
 import torch
 
-from diffaug import augment, color, cutout, translation
+from diffaug import augment, color, cutout, mirror, translation
 
 
-@pytest.mark.parametrize("policy", ["color", "translation", "cutout"])
+@pytest.mark.parametrize("policy", ["color", "translation", "mirror", "cutout"])
 def test_every_image_gets_its_own_amount_and_its_gradient(policy):
     torch.manual_seed(0)
     one = torch.rand(1, 3, 32, 32) - 0.5
@@ -41,6 +42,18 @@ def test_translation_shifts_by_at_most_an_eighth_and_fills_with_grey():
     spots = translation(x)[:, 0].nonzero()[:, 1:] - 16
     assert len(spots) == 200 and spots.min() == -4 and spots.max() == 4
     assert (translation(torch.ones(200, 3, 32, 32)) == 0).any()
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_mirror_shifts_as_translation_does_and_mirrors_the_edges(axis):
+    torch.manual_seed(0)
+    ramp = torch.arange(32.0)
+    x = (ramp[:, None] if axis == 2 else ramp).expand(200, 3, 32, 32)
+    padded = torch.from_numpy(np.pad(ramp.numpy(), 4, mode="reflect"))
+    windows = padded.unfold(0, 32, 1)                                   # (9, 32)
+    lines = mirror(x).movedim(axis, -1)[:, 0, 0]                        # (200, 32)
+    shifts = (lines[:, None] == windows).all(2)                         # (200, 9)
+    assert shifts.any(1).all() and shifts.any(0).all()
 
 
 def test_cutout_blanks_half_the_side():

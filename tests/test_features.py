@@ -510,7 +510,7 @@ def test_vgg16_needs_no_torch_fidelity(tmp_path, monkeypatch):
     assert not any(name.startswith(("fid", "inception")) for name in entry)
 
 
-@pytest.mark.parametrize(("trained_on", "flatters"), [("vgg16", True), ("vgg16_relu3_3", True), ("none", False)])
+@pytest.mark.parametrize(("trained_on", "flatters"), [("vgg16", True), ("vgg16_fine", True), ("none", False)])
 def test_scores_by_the_network_that_d_was_trained_on_are_said_to_flatter(capsys, trained_on, flatters):
     measures.SetMeter(SimpleNamespace(feature_net="vgg16", vgg_weights="random", metrics=("fid",), fake_dir=None,
                                       d_features=trained_on), CPU)

@@ -59,15 +59,12 @@ def test_wgan_gp_is_one_loss():
 
 def test_d_is_trained_on_the_features_beside_its_own_loss_and_the_frozen_network_is_not():
     torch.manual_seed(0)
-    layers = vgg.D_FEATURES["vgg16"]
-    maps = vgg.FrozenMaps(vgg.load_vgg("random", ""), layers)
+    maps = vgg.FrozenMaps(vgg.load_vgg("random", ""), "vgg16")
     real, fake = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_(True)
-    assert [tuple(x.shape[1:3]) for x in maps(real)] == vgg.features_shapes(64, layers) == [(256, 8), (512, 4)]
-    (shallow,) = vgg.FrozenMaps(vgg.load_vgg("random", ""), vgg.D_FEATURES["vgg16_relu3_3"])(real)
-    assert torch.equal(shallow, maps(real)[0])
+    assert [tuple(x.shape[1:3]) for x in maps(real)] == vgg.features_shapes("vgg16", 64) == [(256, 8), (512, 4)]
 
     D, own = LinearD(torch.full((3, 64, 64), 1e-4)), Hinge()
-    D.feature_heads = FeatureHeads(vgg.features_shapes(64, layers), lambda layer: layer)
+    D.feature_heads = FeatureHeads(vgg.features_shapes("vgg16", 64), lambda layer: layer)
     both = OnFeatures(own, maps, label_noise=0)
     on_real, on_fake = (D.feature_heads(maps(images)) for images in (real, fake))
     assert on_real.shape == (2, 25 + 1)
@@ -85,6 +82,16 @@ def test_d_is_trained_on_the_features_beside_its_own_loss_and_the_frozen_network
     assert loss.item() == pytest.approx((own.d_loss(D, real, [fake])[0] + 0.1 * of_heads).item())
     loss, _ = light.g_loss(D, real, [fake])
     assert loss.item() == pytest.approx(-(D(fake).mean() + 0.1 * on_fake[:1].mean()).item(), abs=1e-6)
+
+
+def test_only_fine_features_see_a_pattern_of_single_pixels():
+    plain = torch.zeros(1, 3, 64, 64)
+    mesh = plain + (torch.arange(64) % 2 - 0.5) * (torch.arange(64) % 2 * 2 - 1)[:, None]      # a chessboard
+    for name, sees, shapes in (("vgg16", False, [(256, 8), (512, 4)]), ("vgg16_fine", True, [(128, 32), (256, 16)])):
+        maps = vgg.FrozenMaps(vgg.load_vgg("random", ""), name)
+        assert [tuple(x.shape[1:3]) for x in maps(mesh)] == vgg.features_shapes(name, 64) == shapes
+        assert all(torch.allclose(*pair) != sees for pair in zip(maps(plain), maps(mesh), strict=True))
+    assert vgg.features_shapes("vgg16_fine", 1024) == [(128, 128), (256, 64)]
 
 
 def test_the_penalty_reaches_through_large_attention():

@@ -77,7 +77,7 @@ DOCS = Path(__file__).parent.parent / "docs"
     ("--dataset lsum", "'lsum' is not one of celeb, lsun, cifar10, folder, toy; did you mean lsun?"),
     ("--model qgan", "--model: 'qgan'"),
     ("--adv_loss wgan", "did you mean wgan-gp?"),
-    ("--augment colour", "--augment: 'colour' is not one of color, translation, cutout; did you mean color?"),
+    ("--augment colour", "--augment: 'colour' is not one of color, translation, mirror, cutout; did you mean color?"),
     ("--train maybe", "--train: 'maybe' is neither true nor false"),
     ("--conditional maybe", "--conditional: 'maybe' is neither true nor false nor auto"),
     ("--total_step 1e5", "--total_step: '1e5' is no whole number"),
@@ -239,7 +239,7 @@ def test_what_belongs_to_one_model_is_unset_with_the_other():
     ({"vgg_weights": "my.pth"}, False, "l1"),
     ({"recon": "l1"}, True, "l1"),
     ({"preset": "cpu"}, True, "l1"),
-    ({"metadata": False, "d_features": "vgg16_relu3_3"}, False, "lpips"),   # D's features do, too
+    ({"metadata": False, "d_features": "vgg16_fine"}, False, "lpips"),   # D's features do, too
 ])
 def test_reconstructions_are_compared_by_lpips_where_its_weights_are(flags, there, recon):
     assert resolve({"model": "fastgan", **flags}, weights_there=lambda weights: there).recon == recon
@@ -285,7 +285,8 @@ def test_a_preset_fills_only_what_was_left_unset():
 def test_fastgans_preset_for_few_pictures_has_narrow_networks_where_they_were_measured(imsize, narrow):
     config = resolve({"model": "fastgan", "preset": "small", **imsize})
     assert (config.d_features, config.d_features_weight, config.d_features_share, config.slae, config.metadata) == (
-        "vgg16_relu3_3", 0.1, 0.5, False, False)
+        "vgg16_fine", 0.1, 0.125, False, False)
+    assert config.augment == ("color", "mirror")
     assert (config.g_conv_dim, config.d_conv_dim, config.sn, config.recon_weight, config.g_lr, config.recon) == (
         (8, 8, "none", 0, 4e-4, "l1") if narrow else (64, 64, "both", 1, 2e-4, "lpips"))
 

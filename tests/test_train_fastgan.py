@@ -125,7 +125,7 @@ def test_four_steps_are_two_and_two_bit_for_bit_and_metadata_are_taken_once(fast
 
 @pytest.mark.soak
 @pytest.mark.parametrize("flags", [
-    ("--slae", "false", "--metadata", "false", "--d_features", "vgg16_relu3_3", "--d_features_share", "0.25"),
+    ("--slae", "false", "--metadata", "false", "--d_features", "vgg16_fine", "--d_features_share", "0.25"),
     ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")])
 def test_four_steps_of_other_settings_are_two_and_two_bit_for_bit(fastgan, flags):
     two_and_two(fastgan, *flags)
