@@ -17,12 +17,13 @@ from dataset.check import write_lists
 from device import distributed
 from device.distributed import say
 from errors import CheckpointError, LockedError, UsageError, first_line, out_of_memory_on
+from flags.common import DERIVED
 from gallery import page
 from generate import metadata
 from generate.classes import Classes, describe_changes, find_classes, lines_on_classes, require_classes
 from loop import Run, find_undone
 from metrics.meter import Meter, of_run, refuse_few
-from parameter import RUN_SETTINGS, as_json, source_of, to_resume
+from parameter import FLAGS, RUN_SETTINGS, as_json, source_of, to_resume
 from storage import boards, checkpoint, score_table
 from storage.folders import FolderLock, RunFolders, require_folders
 from trainer import Trainer
@@ -345,5 +346,7 @@ def _restore(trainer, state, folders):
     if before not in (processes, None):
         say(f"note: {processes} process{'es' * (processes > 1)}, were {before}")
     for name, value in json.loads(as_json(config)).items():
-        if name in RUN_SETTINGS and name in state["config"] and state["config"][name] != value:
-            say(f"  --{name} is now {value}, was {state['config'][name]}")
+        # older checkpoints lack later flags, whose defaults are what was done then
+        was = state["config"].get(name, json.loads(json.dumps(FLAGS[name].default)))
+        if name in RUN_SETTINGS and value != was and (name in state["config"] or was is not DERIVED):
+            say(f"  --{name} is now {value}, was {was}")

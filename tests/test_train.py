@@ -181,7 +181,8 @@ def test_sampling_needs_no_flags_and_no_data(run, pictures):
     assert first.shape == (32, 32, 3)
     shutil.rmtree(folder)
     assert run("--version", "a", "--mode", "sample", "--num_samples", 1, tiny=False)[0] == 0
-    assert np.array_equal(first, np.asarray(Image.open(folder / "000000.png"))), "picture i is the same for any number"
+    again = np.asarray(Image.open(folder / "000000.png"))
+    assert np.allclose(first, again, rtol=0, atol=1), "picture i is the same for any number, up to rounding"
 
 
 def test_samples_come_from_the_average(run):
@@ -213,8 +214,14 @@ def test_a_resumed_run_needs_no_flags_and_keeps_its_shape(run):
 
 def test_changed_settings_are_said_and_that_a_run_is_finished(run):
     run("--version", "a", "--total_step", 1)
-    _, out, _ = run("--version", "a", "--total_step", 2, "--g_lr", "0.001")
-    assert "--g_lr is now 0.001, was 0.0001" in out
+    path = Path("models/a/0000001.pth")                 # as of an older program, without later flags
+    older = torch.load(path, weights_only=True)
+    for name in ("accumulate", "hflip", "g_attn"):
+        del older["config"][name]
+    torch.save(older, path)
+    _, out, _ = run("--version", "a", "--total_step", 2, "--g_lr", "0.001", "--hflip", "true")
+    assert "--g_lr is now 0.001, was 0.0001" in out and "--hflip is now True, was False" in out
+    assert "--accumulate" not in out and "--g_attn" not in out
     assert state("a", 2)["g_optimizer"]["param_groups"][0]["lr"] == 0.001
     code, out, _ = run("--version", "a", "--total_step", 2)
     assert code == 0 and "has reached step 2 of --total_step 2" in out
