@@ -36,8 +36,8 @@ published recipe for batches of `--batch_size`, by default four times as large: 
 times the learning rates (beyond 4, sqrt(4 k) times), Adam's averages shortened k times, `ema_decay` to the power of k,
 for k from 1 to 64 ([how it was tested](speed.md)). `small` is for some hundred pictures: fastgan's was
 [measured](small_sets.md) at 64 px on a CPU, and is the published recipe with light heads on features and mirrored
-edges above 64 px; sagan's is `cpu` with augmentation. Flags that are not listed are the same with every preset; – follows
-from others.
+edges above 64 px; sagan's is `cpu` with augmentation. Flags that are not listed are the same with every preset; –
+follows from others.
 """
 
 
