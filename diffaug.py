@@ -39,7 +39,10 @@ def translation(x, draw_rows=_simply):
     """Shift by up to 1/8 of each side; pad with 0, mid grey."""
     down, right = _largest_shift(x)
     padded = F.pad(x, (right, right, down, down))                       # (B, C, H + 2 down, W + 2 right)
-    return _take(padded, *_shifted(x, draw_rows))
+    rows, columns = _shifted(x, draw_rows)
+    image = torch.arange(len(x), device=x.device)
+    # the indexed axes come first: (B, H, W, C)
+    return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 def mirror(x, draw_rows=_simply):
@@ -48,9 +51,11 @@ def mirror(x, draw_rows=_simply):
     Not a policy of the paper. With `translation` D cannot tell whether a picture has grey edges of its own, and G draws
     grey frames.
     """
-    down, right = _largest_shift(x)
-    rows, columns = _shifted(x, draw_rows)
-    return _take(x, _mirrored(rows - down, x.size(2)), _mirrored(columns - right, x.size(3)))
+    (down, right), (rows, columns) = _largest_shift(x), _shifted(x, draw_rows)
+    # in two steps, so that no pixel has more than two gradients: the sum of four depends on the order of the threads
+    x = _pick(x.permute(0, 3, 2, 1), _mirrored(columns - right, x.size(3)))             # (B, W, H, C)
+    x = _pick(x.transpose(1, 2), _mirrored(rows - down, x.size(2)))                     # (B, H, W, C)
+    return x.permute(0, 3, 1, 2)
 
 
 def _largest_shift(x):
@@ -66,16 +71,14 @@ def _shifted(x, draw_rows):
 
 
 def _mirrored(indices, side):
-    """Return the indices from -side to 2 * side as those of a row that is mirrored at its first and last element."""
+    """Return the indices, of -side + 1 to 2 * side - 2, as those of a row mirrored at its first and last element."""
     last = side - 1
     return last - (last - indices.abs()).abs()
 
 
-def _take(x, rows, columns):
-    """x (B, C, ...), rows (B, H), columns (B, W) -> (B, C, H, W)."""
-    image = torch.arange(len(x), device=x.device)
-    # the indexed axes come first: (B, H, W, C)
-    return x.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+def _pick(x, indices):
+    """x (B, N, ...), indices (B, M) -> (B, M, ...)."""
+    return x[torch.arange(len(x), device=x.device)[:, None], indices]
 
 
 def cutout(x, draw_rows=_simply):

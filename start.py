@@ -346,7 +346,8 @@ def _restore(trainer, state, folders):
     if before not in (processes, None):
         say(f"note: {processes} process{'es' * (processes > 1)}, were {before}")
     for name, value in json.loads(as_json(config)).items():
-        # older checkpoints lack later flags, whose defaults are what was done then
+        # older checkpoints lack later flags; what their defaults are, if not derived, was done then
         was = state["config"].get(name, json.loads(json.dumps(FLAGS[name].default)))
-        if name in RUN_SETTINGS and value != was and (name in state["config"] or was is not DERIVED):
+        is_known = name in state["config"] or value is not None and was not in (DERIVED, "auto")
+        if name in RUN_SETTINGS and value != was and is_known:
             say(f"  --{name} is now {value}, was {was}")

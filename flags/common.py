@@ -251,8 +251,9 @@ FLAGS = {
              "dataset.json, or the data set's own; auto: {families}"),
         Flag("d_features", one_of("none", "vgg16", "vgg16_fine"), "none", "D judges features of a frozen network, "
              "too, which helps on varied pictures such as paintings, and harms faces unless its weight is small: none "
-             "| vgg16 (relu3_3 and relu4_3 of images at half size, see --vgg_weights) | vgg16_fine (relu2_2 and "
-             "relu3_3 at full size, which also sees patterns of single pixels)", fixed=always),
+             "| vgg16 (relu3_3 and relu4_3 of images at half size, of 128 px at most, see --vgg_weights) | vgg16_fine "
+             "(relu2_2 and relu3_3 of images as they are, of 256 px at most: sees single pixels, in four times the "
+             "time, see --d_features_share)", fixed=always),
         Flag("sn", one_of("auto", "both", "g", "d", "none"), "auto",
              "spectral norm in: both | g | d | none; auto: " + _by_loss("sn"), fixed=always),
     ),
@@ -267,8 +268,8 @@ FLAGS = {
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
              unused=only_with_loss("wgan-gp")),
         Flag("augment", policies, (), "DiffAugment on real and fake images, for small data sets: any of "
-             "color,translation,cutout, or none; mirror: translation with mirrored edges, without the grey frames that "
-             "G may draw with it"),
+             "color,translation,mirror,cutout, or none; mirror: translation that fills with mirrored edges in place of "
+             "grey, which G may learn to draw as a frame"),
         Flag("total_step", int, 1_000_000, "steps of the whole run; one step is one update of G", 1),
         Flag("d_iters", int, DERIVED, f"updates of D per step (default: {_by_loss('d_iters')})", 1, 1000),
         Flag("accumulate", int, 1, "gradient accumulation: compute a batch in this many parts, which takes less "

@@ -10,7 +10,7 @@ IS_DEFAULT = False      # of --model
 
 HELP = {
     "model": "SLAE-FastGAN, for small sets of pictures",
-    "preset": "at 64 px narrow networks, and features of VGG-16 for D (the better choice)",
+    "preset": "(the better choice) a D with features of VGG-16 and, up to 64 px, narrow networks",
     "imsize": "64 to 1024",
     "g_conv_dim": "at 128 px",
     "d_conv_dim": "at 64 px",

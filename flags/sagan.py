@@ -10,7 +10,7 @@ IS_DEFAULT = True       # of --model
 
 HELP = {
     "model": "self-attention",
-    "preset": "cpu with augmentation",
+    "preset": "as cpu, with augmentation",
     "imsize": "32 to 256",
     "g_conv_dim": "at half the image size",
     "d_conv_dim": "at half the image size",

@@ -1,4 +1,4 @@
-"""The convolutional part of torchvision's pretrained VGG-16, for metadata and for LPIPS.
+"""The convolutional part of torchvision's pretrained VGG-16, for metadata, for LPIPS and for features of D.
 
 The network is built here, in torchvision's layout: torchvision's constructor draws 138 million random numbers from the
 global state, most of them for the classifier, which is not used. Weights are `imagenet` (torchvision's file, verified
@@ -18,10 +18,10 @@ from flags.pictures import short_side
 from pretrained.weights import Published
 from utils import as_rgb
 
-WIDTH = 512                                             # channels of these layers
+WIDTH = 512                                             # channels of the layers of metadata
 LAYERS_OF_D = {     # modules up to the layer, channels, stride
     "relu2_2": (9, 128, 2), "relu3_3": (16, 256, 4), "relu4_3": (23, 512, 8)}
-D_FEATURES = {      # --d_features: layers, by how much images are scaled down before, the most of their shorter side
+D_FEATURES = {      # --d_features: layers; images enter scaled down by this, their shorter side this at most
     "vgg16": (("relu3_3", "relu4_3"), 2, 128), "vgg16_fine": (("relu2_2", "relu3_3"), 1, 256)}
 LAYERS = {"relu5_3": 30, "relu4_3": 23}                 # the number of `load_vgg`'s modules up to that layer
 FILE = Published(
@@ -49,16 +49,16 @@ class FrozenMaps(nn.Module):
         ends = [LAYERS_OF_D[layer][0] for layer in D_FEATURES[name][0]]
         self.parts = nn.ModuleList([net[start:end] for start, end in pairwise((0, *ends))])
         # on the device: to copy them there in each step would wait for the GPU, and cannot be captured
-        for name, channels in (("mean", MEAN), ("std", STD)):
-            self.register_buffer(name, torch.tensor(channels), persistent=False)
+        for statistic, of_channels in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(statistic, torch.tensor(of_channels), persistent=False)
 
     def forward(self, images):
         short = min(images.shape[2:])
         images = F.avg_pool2d(images, short // features_size(self.name, short))
-        maps = [imagenet_normalize(images, self.mean, self.std)]        # (B, 3, side, side)
+        maps = [imagenet_normalize(images, self.mean, self.std)]        # (B, 3, h, w)
         for part in self.parts:
             maps.append(part(maps[-1]))
-        return maps[1:]                                                 # (B, channels, side / stride, side / stride)
+        return maps[1:]                                                 # (B, channels, h / stride, w / stride)
 
 
 def features_size(name, imsize):

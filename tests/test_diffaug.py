@@ -47,12 +47,13 @@ def test_translation_shifts_by_at_most_an_eighth_and_fills_with_grey():
 @pytest.mark.parametrize("axis", [2, 3])
 def test_mirror_shifts_as_translation_does_and_mirrors_the_edges(axis):
     torch.manual_seed(0)
-    ramp = torch.arange(32.0)
-    x = (ramp[:, None] if axis == 2 else ramp).expand(200, 3, 32, 32)
-    padded = torch.from_numpy(np.pad(ramp.numpy(), 4, mode="reflect"))
-    windows = padded.unfold(0, 32, 1)                                   # (9, 32)
-    lines = mirror(x).movedim(axis, -1)[:, 0, 0]                        # (200, 32)
-    shifts = (lines[:, None] == windows).all(2)                         # (200, 9)
+    side = 32 * (axis - 1)                              # 32 rows, 64 columns
+    ramp = torch.arange(float(side))
+    x = (ramp[:, None] if axis == 2 else ramp).expand(400, 3, 32, 64)
+    padded = torch.from_numpy(np.pad(ramp.numpy(), side // 8, mode="reflect"))
+    windows = padded.unfold(0, side, 1)                                 # (1 + side / 4, side)
+    lines = mirror(x).movedim(axis, -1)[:, 0, 0]                        # (400, side)
+    shifts = (lines[:, None] == windows).all(2)                         # (400, 1 + side / 4)
     assert shifts.any(1).all() and shifts.any(0).all()
 
 

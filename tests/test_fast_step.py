@@ -263,7 +263,7 @@ def test_a_compiled_and_captured_step_gives_the_numbers_of_a_plain_one(capsys):
                                    (*FASTGAN, "--checkpointing", "true")],
                          ids=["hinge", "penalty", "fastgan", "fp16", "recomputed"])
 def test_a_step_never_waits_for_the_gpu(flags, graph):
-    augmented = ("--augment", "color,translation,cutout", "--lr_decay", "0.9")
+    augmented = ("--augment", "color,translation,mirror,cutout", "--lr_decay", "0.9")
     training, batches = on_gpu(*flags, *augmented, "--cuda_graph", graph)
     for _ in range(fast_step.WARM_UP + 1):
         training.train_step(batches)

@@ -157,7 +157,7 @@ def test_a_run_goes_on_samples_and_is_scored(run, pictures, monkeypatch, model, 
     monkeypatch.setattr(swd, "sliced_wasserstein", small_swd)
     flags = (*TINY_OF_ANY, "--version", "a", "--model", *model.split(), "--imsize", imsize,
              "--channels", channels, *SMALL, "--dataset", "folder", "--image_path", pictures, "--augment",
-             "color,translation,cutout", "--sample_step", 2, "--total_step", 2)
+             "color,mirror,cutout", "--sample_step", 2, "--total_step", 2)
     assert run(*flags, "--model_save_step", 1, tiny=False)[0] == 0
     whole = state("a", 2)
     assert run(*flags, "--pretrained_model", 1, tiny=False)[0] == 0

@@ -24,7 +24,7 @@ from pretrained import vgg
 from storage import checkpoint
 from trainer import Trainer
 
-HINGE = (*SMALL, "--num_workers", "0", "--hflip", "true", "--augment", "color,translation,cutout", "--label_noise",
+HINGE = (*SMALL, "--num_workers", "0", "--hflip", "true", "--augment", "color,mirror,cutout", "--label_noise",
          "0.2")
 PENALTY = (*SMALL, "--num_workers", "0", "--adv_loss", "wgan-gp", "--d_iters", "2")
 FASTGAN = (*SMALL_FASTGAN, "--num_workers", "0", "--metadata", "true", "--hflip", "true")

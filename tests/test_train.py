@@ -216,12 +216,12 @@ def test_changed_settings_are_said_and_that_a_run_is_finished(run):
     run("--version", "a", "--total_step", 1)
     path = Path("models/a/0000001.pth")                 # as of an older program, without later flags
     older = torch.load(path, weights_only=True)
-    for name in ("accumulate", "hflip", "g_attn"):
+    for name in ("accumulate", "hflip", "g_attn", "conditional", "slae"):
         del older["config"][name]
     torch.save(older, path)
     _, out, _ = run("--version", "a", "--total_step", 2, "--g_lr", "0.001", "--hflip", "true")
     assert "--g_lr is now 0.001, was 0.0001" in out and "--hflip is now True, was False" in out
-    assert "--accumulate" not in out and "--g_attn" not in out
+    assert not re.search("--(accumulate|g_attn|conditional|slae) ", out)
     assert state("a", 2)["g_optimizer"]["param_groups"][0]["lr"] == 0.001
     code, out, _ = run("--version", "a", "--total_step", 2)
     assert code == 0 and "has reached step 2 of --total_step 2" in out

@@ -125,7 +125,8 @@ def test_four_steps_are_two_and_two_bit_for_bit_and_metadata_are_taken_once(fast
 
 @pytest.mark.soak
 @pytest.mark.parametrize("flags", [
-    ("--slae", "false", "--metadata", "false", "--d_features", "vgg16_fine", "--d_features_share", "0.25"),
+    ("--slae", "false", "--metadata", "false", "--d_features", "vgg16_fine", "--d_features_share", "0.25",
+     "--augment", "color,mirror"),
     ("--slae_d", "true", "--slae_kernel", "3", "--augment", "none", "--d_iters", "2")])
 def test_four_steps_of_other_settings_are_two_and_two_bit_for_bit(fastgan, flags):
     two_and_two(fastgan, *flags)
@@ -159,7 +160,8 @@ def test_a_d_with_features_learns_by_its_heads_and_a_checkpoint_holds_no_vgg(fas
 
 @pytest.mark.gpu
 def test_the_same_on_cuda(fastgan):
-    flags = ("--device", "cuda", "--deterministic", "true", "--d_features", "vgg16")
+    flags = ("--device", "cuda", "--deterministic", "true", "--d_features", "vgg16_fine",
+             "--augment", "color,mirror")
     fastgan("--version", "straight", "--total_step", 6, *flags)
     fastgan("--version", "resumed", "--total_step", 3, "--sample_step", 1, *flags)
     code, _, _ = fastgan("--version", "resumed", "--total_step", 6, *flags)
