@@ -158,7 +158,7 @@ def test_d_sees_nothing_but_augmented_images(flags, sizes, monkeypatch):
 # ---- accumulation ----
 
 
-@pytest.mark.parametrize("flags", [(), ("--d_features", "vgg16_fine", "--vgg_weights", "random")])
+@pytest.mark.parametrize("flags", [(), ("--d_features", "vgg16", "--vgg_weights", "random")])
 def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch, flags):
     """SAGAN's D has no batch statistics; those of G are switched off."""
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda self, x: x)
