@@ -37,9 +37,8 @@ def color(x, draw_rows=_simply):
 
 def translation(x, draw_rows=_simply):
     """Shift by up to 1/8 of each side; pad with 0, mid grey."""
-    down, right = _largest_shift(x)
+    (down, rows), (right, columns) = _shifts(x, draw_rows)
     padded = F.pad(x, (right, right, down, down))                       # (B, C, H + 2 down, W + 2 right)
-    rows, columns = _shifted(x, draw_rows)
     image = torch.arange(len(x), device=x.device)
     # the indexed axes come first: (B, H, W, C)
     return padded.permute(0, 2, 3, 1)[image[:, None, None], rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
@@ -51,23 +50,22 @@ def mirror(x, draw_rows=_simply):
     Not a policy of the paper. With `translation` D cannot tell whether a picture has grey edges of its own, and G draws
     grey frames.
     """
-    (down, right), (rows, columns) = _largest_shift(x), _shifted(x, draw_rows)
+    (down, rows), (right, columns) = _shifts(x, draw_rows)
     # in two steps, so that no pixel has more than two gradients: the sum of four depends on the order of the threads
     x = _pick(x.permute(0, 3, 2, 1), _mirrored(columns - right, x.size(3)))             # (B, W, H, C)
     x = _pick(x.transpose(1, 2), _mirrored(rows - down, x.size(2)))                     # (B, H, W, C)
     return x.permute(0, 3, 1, 2)
 
 
-def _largest_shift(x):
-    return round(x.size(2) * SHIFT), round(x.size(3) * SHIFT)
+def _shifts(x, draw_rows):
+    """Return of rows and of columns (the largest shift; which of them, padded by it, each image takes: (B, side))."""
+    return [_shift(x, side, draw_rows) for side in x.shape[2:]]
 
 
-def _shifted(x, draw_rows):
-    """Return which rows (B, H) and columns (B, W) of x, padded by the largest shift, each image takes."""
-    (B, _, *sides), starts = x.size(), []
-    for largest in _largest_shift(x):
-        starts.append(draw_rows(lambda B, most=2 * largest: torch.randint(0, most + 1, (B, 1), device=x.device), B))
-    return [start + torch.arange(side, device=x.device) for start, side in zip(starts, sides, strict=True)]
+def _shift(x, side, draw_rows):
+    largest = round(side * SHIFT)
+    start = draw_rows(lambda B: torch.randint(0, 2 * largest + 1, (B, 1), device=x.device), len(x))
+    return largest, start + torch.arange(side, device=x.device)
 
 
 def _mirrored(indices, side):

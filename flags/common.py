@@ -250,7 +250,7 @@ FLAGS = {
         Flag("conditional", boolean_or_auto, "auto", "train with the classes of the pictures: a subfolder each, a "
              "dataset.json, or the data set's own; auto: {families}"),
         Flag("d_features", one_of("none", "vgg16", "vgg16_fine"), "none", "D judges features of a frozen network, "
-             "too, which helps on varied pictures such as paintings, and harms faces unless its weight is small: none "
+             "too, which helps on varied pictures such as paintings, and harms faces, less with a small weight: none "
              "| vgg16 (relu3_3 and relu4_3 of images at half size, of 128 px at most, see --vgg_weights) | vgg16_fine "
              "(relu2_2 and relu3_3 of images as they are, of 256 px at most: sees single pixels, in four times the "
              "time, see --d_features_share)", fixed=always),
