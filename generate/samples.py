@@ -33,7 +33,8 @@ def sample(config, place, precision):
     """Write `--num_samples` pictures, those of `--seeds` or that of `--like`, and a grid of the first ones; with
     `--classes` so many of each, into a folder a class. Return exit code 0.
 
-    Picture i depends on the seed, i, its class and the checkpoint alone. Raises CheckpointError, UsageError.
+    Picture i depends on the seed, i, its class and the checkpoint alone, up to rounding. Raises CheckpointError,
+    UsageError.
     """
     recipe = config.like and read_recipe(config.like)
     try:
