@@ -58,12 +58,12 @@ _PUBLISHED = {"imsize": 256, "z_dim": 256, "batch_size": 8, "hflip": True, "augm
 _CPU = {**_PUBLISHED, "imsize": 64, "g_conv_dim": 16, "d_conv_dim": 16, "d_lr": 8e-4, "recon": "l1", "num_workers": 0}
 # for few pictures, up to 64 px and above; what each of these gives: docs/small_sets.md
 _FEW = {"slae": False, "metadata": False, "augment": ("color", "mirror"), "d_features": "vgg16_fine",
-        "d_features_weight": 0.1, "d_features_share": 0.125}
+        "d_features_weight": 0.3, "d_features_share": 0.125}
 PRESETS = {     # {preset: {flag: value}}, for flags left unset
     "published": _PUBLISHED,
     "cpu": _CPU,
     "gpu": for_batch(_PUBLISHED),
-    "small": {**_CPU, **_FEW, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "none", "g_lr": 4e-4},
+    "small": {**_CPU, **_FEW, "g_conv_dim": 8, "d_conv_dim": 8, "recon_weight": 0.0, "sn": "d", "g_lr": 4e-4},
 }
 LARGER = {      # the same above 64 px, where narrow networks and their settings were not measured
     "small": {**_PUBLISHED, **_FEW, "g_conv_dim": 64, "d_conv_dim": 64, "recon_weight": 1.0, "sn": "auto",

@@ -285,10 +285,10 @@ def test_a_preset_fills_only_what_was_left_unset():
 def test_fastgans_preset_for_few_pictures_has_narrow_networks_where_they_were_measured(imsize, narrow):
     config = resolve({"model": "fastgan", "preset": "small", **imsize})
     assert (config.d_features, config.d_features_weight, config.d_features_share, config.slae, config.metadata) == (
-        "vgg16_fine", 0.1, 0.125, False, False)
+        "vgg16_fine", 0.3, 0.125, False, False)
     assert config.augment == ("color", "mirror")
     assert (config.g_conv_dim, config.d_conv_dim, config.sn, config.recon_weight, config.g_lr, config.recon) == (
-        (8, 8, "none", 0, 4e-4, "l1") if narrow else (64, 64, "both", 1, 2e-4, "lpips"))
+        (8, 8, "d", 0, 4e-4, "l1") if narrow else (64, 64, "both", 1, 2e-4, "lpips"))
 
 
 def test_the_gpu_preset_is_the_published_one_scaled_to_the_batch():
