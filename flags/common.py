@@ -262,7 +262,8 @@ FLAGS = {
         Flag("label_noise", float, 0.0, "hinge: the margin of each logit is 1 - this * U(0, 1)",
              0.0, 1.0, unused=lambda values: values["d_features"] == "none" and only_with_loss("hinge")(values)),
         Flag("d_features_weight", float, 1.0, "weight of the losses of D's heads on those features; on a hundred "
-             "paintings 0.1 was better than 1, with spectral norm in D 0.3", 0.001, unused=_without_d_features),
+             "paintings 0.1 was better than 1; with spectral norm in D 0.3 alone was tried", 0.001,
+             unused=_without_d_features),
         Flag("d_features_share", float, 1.0, "share of each batch that those heads see, to save time; of each "
              "process's images and each --accumulate part at least one", 0.01, 1.0, unused=_without_d_features),
         Flag("lambda_gp", float, 10.0, "weight of the gradient penalty (wgan-gp)", 0.0,
